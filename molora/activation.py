@@ -1,0 +1,166 @@
+"""Activation policies: where in a rendered prompt adapters may begin to act.
+
+A policy is resolved once, on the rendered prompt, to an absolute token index. Generated tokens never move it, and
+nothing is counted from the end. This module knows tokenizers and chat templates, but no model and no router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Policy = Literal["invocation", "response", "turn", "system"]
+Activation = Policy | int
+Messages = Sequence[Mapping[str, Any]]
+
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the model reads it.
+
+    Attributes:
+        token_ids: the whole prompt, generation prompt included.
+        starts: for each policy that the prompt's messages define, its absolute token index.
+    """
+
+    token_ids: tuple[int, ...]
+    starts: Mapping[str, int]
+
+
+def check_activation(value: object) -> Activation:
+    """Return `value` if it is a policy's name or a token index.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(value, str) and value in POLICIES:
+        return value  # type: ignore[return-value]
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"activation {value!r} is unknown; expected one of {', '.join(POLICIES)}, or a token index.")
+
+
+def render(tokenizer: Any, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
+    """Render chat messages, plain text or token ids to a prompt with its activation points.
+
+    Raises:
+        ValueError: nothing to render, a malformed message, or a tokenizer without a chat template.
+    """
+    if isinstance(messages_or_text, str):
+        if not messages_or_text:
+            raise ValueError("the prompt is empty; pass some text or a list of messages.")
+        return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
+    items = list(messages_or_text)
+    if not items:
+        raise ValueError("the message list is empty; pass at least one {'role': ..., 'content': ...}.")
+    if all(isinstance(item, int) for item in items):
+        return Prompt(tuple(int(item) for item in items), {"system": 0})  # type: ignore[call-overload]
+    return _render_messages(tokenizer, [_check_message(item, index) for index, item in enumerate(items)])
+
+
+def resolve(
+    prompt: Prompt, activation: Activation, *, invocation_tokens: Sequence[int] | None = None, of: str = "this route"
+) -> int:
+    """The absolute index of the first active token; the prompt's length or more means never active in the prompt.
+
+    Args:
+        invocation_tokens: the adapter's `alora_invocation_tokens`; needed by the policy "invocation".
+        of: what is being activated, for error messages.
+
+    Raises:
+        ValueError: the policy does not apply to this prompt, or the invocation sequence does not occur in it.
+    """
+    activation = check_activation(activation)
+    if isinstance(activation, int):
+        return activation
+    if activation == "invocation":
+        if not invocation_tokens:
+            raise ValueError(
+                f"activation 'invocation': {of} has no alora_invocation_tokens; pass an explicit token index."
+            )
+        return last_occurrence(prompt.token_ids, invocation_tokens, of=of)
+    if activation not in prompt.starts:
+        raise ValueError(
+            f"activation {activation!r} needs chat messages{_missing(activation, prompt)}; for plain text or token ids "
+            "pass an integer token index (0 activates everything)."
+        )
+    return prompt.starts[activation]
+
+
+def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: str = "this adapter") -> int:
+    """Index of the first token of the last occurrence of `sequence` (PEFT's aLoRA rule).
+
+    Raises:
+        ValueError: the sequence does not occur. It is never silently base.
+    """
+    tokens, wanted = list(token_ids), list(sequence)
+    for start in range(len(tokens) - len(wanted), -1, -1):
+        if tokens[start : start + len(wanted)] == wanted:
+            return start
+    raise ValueError(
+        f"the invocation tokens {wanted} of {of} do not occur in the prompt; add the invocation text to the prompt "
+        "(it must tokenize to exactly these ids) or pass an explicit activation index."
+    )
+
+
+def _missing(policy: str, prompt: Prompt) -> str:
+    return " with a user message" if policy == "turn" and "response" in prompt.starts else ""
+
+
+def _check_message(message: Any, index: int) -> dict[str, str]:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise ValueError(f"message {index} is {message!r}; expected {{'role': ..., 'content': ...}}.")
+    content = message.get("content")
+    if isinstance(content, (list, tuple)):
+        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+            raise ValueError(f"message {index}: only text parts {{'type': 'text', 'text': ...}} are supported.")
+        content = "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise ValueError(f"message {index} ({message['role']}) has content {content!r}; expected text.")
+    return {"role": message["role"], "content": content}
+
+
+def _render_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
+
+    def text_of(some: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
+        rendered = tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt)
+        return str(rendered)
+
+    full = text_of(messages, generation_prompt=True)
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    ends = [end for _, end in encoded["offset_mapping"]]
+
+    def token_at(char: int) -> int:
+        """The first token that holds text at or after `char`."""
+        return next((index for index, end in enumerate(ends) if end > char), len(ends))
+
+    starts = {"system": 0}
+    body = text_of(messages)
+    if full.startswith(body):
+        starts["response"] = token_at(len(body))
+    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if last_user is not None and (char := _message_start(text_of, messages, last_user, full)) is not None:
+        starts["turn"] = token_at(char)
+    if messages[0]["role"] == "system":
+        char = len(text_of(messages[:1]))
+        starts["system"] = token_at(char)
+    return Prompt(tuple(encoded["input_ids"]), starts)
+
+
+def _message_start(text_of: Any, messages: list[dict[str, str]], index: int, full: str) -> int | None:
+    """The character at which message `index`'s template header begins, or None if the template hides it."""
+    if index > 0:
+        before = text_of(messages[:index])
+        return len(before) if full.startswith(before) else None
+    # A template may put a default system message before the first one, and renders no empty list. What the message
+    # itself adds shows when a later copy of it is appended to a conversation that already began.
+    first = messages[0]
+    opening = [first, {"role": "assistant", "content": "."}]
+    added = text_of([*opening, first]).removeprefix(text_of(opening))
+    alone = text_of([first])
+    return len(alone) - len(added) if alone.endswith(added) and full.startswith(alone) else None

@@ -1,0 +1,207 @@
+"""Putting routed linears and the router into any Hugging Face decoder, in place.
+
+Nothing is forked per architecture: decoder layers are found by what they are, and linears by their module paths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from molora.adapter import Adapter, layer_index
+from molora.linear import RoutedLinear
+from molora.router import Router, TokenRangeRouter
+from molora.routing import Impl, RouteRequest, Routes, RoutingLayer, TokenTap, checkpoint_context_fn
+
+
+class RoutedDecoder:
+    """A causal language model whose linears have adapter slots, and the routes that they obey.
+
+    Attributes:
+        model: the Hugging Face model, changed in place; without a request it computes exactly what it did before.
+        routes: obeyed by the linears from the router layer on.
+        early_routes: obeyed by linears below the router layer; explicit routes only.
+        linears: the routed linears by module path.
+        routing_layer: the module that stands at the router layer.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        modules: Collection[str],
+        *,
+        num_slots: int,
+        max_rank: int,
+        router_layer: int,
+        router: Router | None = None,
+        column_slots: Sequence[int] | None = None,
+        dtype: torch.dtype | None = None,
+        impl: Impl = "auto",
+    ) -> None:
+        self.model = model
+        self.num_slots = num_slots
+        self.max_rank = max_rank
+        self.router = router
+        self.router_layer = router_layer
+        layers = find_layers(model)
+        if not 0 <= router_layer < len(layers):
+            raise ValueError(f"router layer {router_layer} does not exist; the model has layers 0 to {len(layers) - 1}.")
+        _check_router(router, column_slots, model)
+        linears = {path: find_linear(model, path) for path in sorted(modules)}
+        self.routes = Routes(num_slots, impl)
+        self.early_routes = Routes(num_slots, impl)
+        self.linears: dict[str, RoutedLinear] = {}
+        for path, linear in linears.items():
+            routes = self.early_routes if layer_index(path) < router_layer else self.routes
+            routed = RoutedLinear(linear, routes, num_slots=num_slots, max_rank=max_rank, dtype=dtype)
+            model.set_submodule(path, routed)
+            self.linears[path] = routed
+        self.acts_early = any(layer_index(path) < router_layer for path in self.linears)
+        device = layers[router_layer].parameters().__next__().device
+        columns = None if column_slots is None else torch.tensor([-1, *column_slots], dtype=torch.int32, device=device)
+        if isinstance(router, nn.Module):
+            router.to(device)
+        if self.acts_early:
+            layers[0] = RoutingLayer(layers[0], self.early_routes, None, None)
+        self.routing_layer = RoutingLayer(layers[router_layer], self.routes, router, columns)
+        layers[router_layer] = self.routing_layer
+        if isinstance(router, TokenRangeRouter):
+            model.set_input_embeddings(TokenTap(model.get_input_embeddings(), self.routes))
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
+        """Load an adapter into a slot; None empties it.
+
+        Raises:
+            ValueError: the adapter does not fit this base model or these slots; nothing was changed.
+        """
+        if adapter is not None:
+            self._check_fits(adapter)
+        for path, linear in self.linears.items():
+            linear.set_slot(slot, None if adapter is None else adapter.weights.get(path))
+
+    @contextmanager
+    def requested(self, request: RouteRequest | None) -> Iterator[None]:
+        """Forwards inside obey `request`; None is the base model. The routes are the base's again afterwards."""
+        both = (self.early_routes, self.routes)
+        before = [routes.request for routes in both]
+        for routes in both:
+            routes.request = request
+            routes.clear()
+        try:
+            yield
+        finally:
+            for routes, old in zip(both, before, strict=True):
+                routes.request = old
+                routes.clear()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute layers in the backward pass, each under the routes of its own forward (non-reentrant only)."""
+        self.model.gradient_checkpointing_enable(
+            {"use_reentrant": False, "context_fn": checkpoint_context_fn(self.early_routes, self.routes)}
+        )
+
+    def _check_fits(self, adapter: Adapter) -> None:
+        if adapter.max_rank > self.max_rank:
+            raise ValueError(f"the adapter has rank {adapter.max_rank}, over the slots' maximum of {self.max_rank}.")
+        for path, weights in adapter.weights.items():
+            linear = self.linears.get(path)
+            if linear is None:
+                raise ValueError(f"the adapter acts on {path!r}, which has no adapter slots.")
+            check_shape(path, (weights.b_OR.shape[0], weights.a_RI.shape[1]), linear)
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: the `ModuleList` of `num_hidden_layers` checkpointable layers.
+
+    Raises:
+        ValueError: the architecture has none, or mixes in layers whose state cannot be routed safely.
+    """
+    config: Any = model.config
+    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            plain = (layer.layer if isinstance(layer, RoutingLayer) else layer for layer in module)
+            if all(isinstance(layer, GradientCheckpointingLayer) for layer in plain):
+                return module
+    raise ValueError(
+        f"{type(model).__name__} has no list of {num_layers} checkpointable decoder layers; "
+        "this architecture is not supported."
+    )
+
+
+def find_linear(model: nn.Module, path: str) -> nn.Linear:
+    """The `nn.Linear` at a module path.
+
+    Raises:
+        ValueError: there is no such module, or it is not an `nn.Linear`: the adapter is for another base model.
+    """
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"the base model has no module {path!r}; this adapter is for another base model.") from None
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"module {path!r} is a {type(module).__name__}; only nn.Linear layers can be adapted.")
+    return module
+
+
+def check_shape(path: str, shape: tuple[int, int], linear: nn.Linear | RoutedLinear) -> None:
+    """Raise ValueError unless an adapter of (out, in) `shape` fits the linear."""
+    expected = (linear.out_features, linear.in_features)
+    if shape != expected:
+        raise ValueError(
+            f"module {path!r}: the adapter is made for a linear of {shape[1]} -> {shape[0]}, the base model's is "
+            f"{expected[1]} -> {expected[0]}; this adapter is for another base model."
+        )
+
+
+def check_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> set[str]:
+    """Check that every adapter fits the unmodified base model; returns the module paths that they act on.
+
+    Raises:
+        ValueError: one does not fit; the message names the adapter and the module.
+    """
+    modules: set[str] = set()
+    for name, adapter in adapters.items():
+        for path, weights in adapter.weights.items():
+            try:
+                check_shape(path, (weights.b_OR.shape[0], weights.a_RI.shape[1]), find_linear(model, path))
+            except ValueError as error:
+                raise ValueError(f"adapter {name!r}: {error}") from None
+        modules |= set(adapter.weights)
+    return modules
+
+
+def _check_router(router: Router | None, column_slots: Sequence[int] | None, model: Any) -> None:
+    if router is None:
+        return
+    num_columns = 1 + len(column_slots or ())
+    if router.num_columns != num_columns:
+        raise ValueError(f"the router has {router.num_columns} columns; base and the routable adapters are {num_columns}.")
+    hidden_size = getattr(router, "hidden_size", None)
+    model_hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    if hidden_size not in (None, model_hidden_size):
+        raise ValueError(f"the router reads hidden states of size {hidden_size}; the base model's are {model_hidden_size}.")
+
+
+def slots_tensor(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Rows of slots of unequal length as int32 [B, 1, K], padded with -1."""
+    width = max((len(row) for row in rows), default=1) or 1
+    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.int32, device=device)[:, None]
+
+
+def gates_tensor(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Rows of gates of unequal length as float32 [B, 1, K], padded with 0."""
+    width = max((len(row) for row in rows), default=1) or 1
+    padded = [[*row, *[0.0] * (width - len(row))] for row in rows]
+    return torch.tensor(padded, dtype=torch.float32, device=device)[:, None]

@@ -1,0 +1,75 @@
+"""A base linear with a bank's adapters beside it, obeying the routes of the forward it is in.
+
+Legend: E slots, R padded rank, I in-features, O out-features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from molora_kernels import routed_linear
+from torch import Tensor, nn
+
+from molora.adapter import LoraWeights
+from molora.routing import Routes
+
+
+class RoutedLinear(nn.Module):
+    """Stands where an `nn.Linear` stood: same weight, same bias, same names in the state dict.
+
+    Adapter slots have fixed addresses and one padded rank, so loading and replacing an adapter moves no pointer.
+    With no plan in its routes it is the base linear, to the bit.
+    """
+
+    def __init__(
+        self, linear: nn.Linear, routes: Routes, *, num_slots: int, max_rank: int, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.routes = routes
+        like = {"device": linear.weight.device, "dtype": dtype or linear.weight.dtype}
+        self.lora_a_ERI = nn.Parameter(torch.zeros(num_slots, max_rank, self.in_features, **like), requires_grad=False)  # type: ignore[arg-type]
+        self.lora_b_EOR = nn.Parameter(torch.zeros(num_slots, self.out_features, max_rank, **like), requires_grad=False)  # type: ignore[arg-type]
+        self.scaling_E: Tensor
+        self.register_buffer("scaling_E", torch.zeros(num_slots, device=linear.weight.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        plan, gates_TK = self.routes.plan, self.routes.gates_TK
+        if plan is None or gates_TK is None:
+            return F.linear(x, self.weight, self.bias)
+        y = routed_linear(
+            x.reshape(-1, self.in_features),
+            self.weight,
+            self.bias,
+            self.lora_a_ERI,
+            self.lora_b_EOR,
+            self.scaling_E,
+            gates_TK,
+            plan,
+            impl=self.routes.impl,
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def set_slot(self, slot: int, weights: LoraWeights | None) -> None:
+        """Copy an adapter's pair into a slot, zero-padded to the slot's rank; None empties the slot."""
+        self.lora_a_ERI[slot].zero_()
+        self.lora_b_EOR[slot].zero_()
+        self.scaling_E[slot] = 0.0
+        if weights is not None:
+            self.lora_a_ERI[slot, : weights.rank].copy_(weights.a_RI)
+            self.lora_b_EOR[slot, :, : weights.rank].copy_(weights.b_OR)
+            self.scaling_E[slot] = weights.scaling
+
+    def get_slot(self, slot: int, rank: int) -> LoraWeights:
+        """The pair in a slot, as copies on the CPU without the padding."""
+        a_RI = self.lora_a_ERI[slot, :rank].detach().cpu().clone()
+        b_OR = self.lora_b_EOR[slot, :, :rank].detach().cpu().clone()
+        return LoraWeights(a_RI, b_OR, float(self.scaling_E[slot]))
+
+    def extra_repr(self) -> str:
+        num_slots, max_rank, _ = self.lora_a_ERI.shape
+        return f"{self.in_features}, {self.out_features}, slots={num_slots}, rank={max_rank}"

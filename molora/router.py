@@ -1,0 +1,223 @@
+"""Routers: from a token to the adapters that act on it.
+
+A router knows nothing of activation, caches or linears. It sees hidden states (or token ids) and answers with
+columns: column 0 is the base model, column c > 0 is routable adapter c - 1. The model maps columns to slots.
+
+Legend: T tokens, K top-k, C columns (routable adapters + 1), H hidden size, D key size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molora.digest import combine_digests, json_digest, tensor_digest
+
+Gate = Literal["hard", "soft"]
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How a router is built and how its scores become gates.
+
+    Attributes:
+        kind: "keys" learns one key vector a column; "token_ranges" maps ranges of token ids to adapters.
+        gate: "hard" is top-1 at gate 1; "soft" gives each chosen column its softmax probability, not renormalized.
+        top_k: columns chosen for each token, out of all C; more than 1 needs soft gates.
+        temperature: divides the scores before the softmax; it changes soft gates, never the order.
+        hidden_dim: width of the query network (keys only).
+        key_dim: size of a key (keys only).
+        ranges: (first id, last id + 1, adapter name) of token ids (token_ranges only).
+    """
+
+    kind: Literal["keys", "token_ranges"] = "keys"
+    gate: Gate = "hard"
+    top_k: int = 1
+    temperature: float = 1.0
+    hidden_dim: int = 256
+    key_dim: int = 64
+    ranges: tuple[tuple[int, int, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranges", tuple((int(lo), int(hi), str(name)) for lo, hi, name in self.ranges))
+        if self.kind not in ("keys", "token_ranges"):
+            raise ValueError(f"router kind {self.kind!r} is unknown; expected 'keys' or 'token_ranges'.")
+        if self.gate not in ("hard", "soft"):
+            raise ValueError(f"router gate {self.gate!r} is unknown; expected 'hard' or 'soft'.")
+        if self.top_k < 1 or (self.gate == "hard" and self.top_k != 1):
+            raise ValueError(f"top_k={self.top_k} with gate={self.gate!r}: hard gates are top-1; use gate='soft'.")
+        if not self.temperature > 0:
+            raise ValueError(f"router temperature is {self.temperature}; expected a number above 0.")
+        if self.hidden_dim < 1 or self.key_dim < 1:
+            raise ValueError("router hidden_dim and key_dim must be positive.")
+        if self.kind == "token_ranges":
+            _check_ranges(self.ranges)
+        elif self.ranges:
+            raise ValueError("router field 'ranges' belongs to kind='token_ranges'.")
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any]) -> Self:
+        unknown = sorted(set(raw) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise ValueError(f"router: unknown fields {unknown}; this version knows {sorted(cls.__dataclass_fields__)}.")
+        return cls(**raw)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a router chose: `columns_TK` (int64), `gates_TK` (float32), and the scores `logits_TC` if it has any.
+
+    Where column 0 (base) was chosen its gate is kept, but no adapter acts for it.
+    """
+
+    columns_TK: Tensor
+    gates_TK: Tensor
+    logits_TC: Tensor | None
+
+
+class Router(Protocol):
+    """Maps tokens to columns. Reads hidden states, token ids, or both; a decision depends on that token's alone."""
+
+    config: RouterConfig
+
+    @property
+    def num_columns(self) -> int: ...
+
+    @property
+    def digest(self) -> str: ...
+
+    def __call__(self, h_TH: Tensor, token_ids_T: Tensor | None) -> Decision: ...
+
+
+class KeyRouter(nn.Module):
+    """A query network and one key vector for base and for each routable adapter.
+
+    Semantics:
+        logits[t, c] = query(rms_norm(h[t])) . keys[c] / sqrt(D)
+
+    All in float32, whatever the model's dtype. Adding an adapter appends a key and touches nothing else.
+    """
+
+    keys_CD: nn.Parameter
+
+    def __init__(self, config: RouterConfig, hidden_size: int, num_columns: int) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden = nn.Linear(hidden_size, config.hidden_dim)
+        self.query = nn.Linear(config.hidden_dim, config.key_dim)
+        self.keys_CD = nn.Parameter(torch.randn(num_columns, config.key_dim))
+
+    @property
+    def num_columns(self) -> int:
+        return self.keys_CD.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.hidden.in_features
+
+    @property
+    def digest(self) -> str:
+        return combine_digests(tensor_digest(self.state_dict()), json_digest(self.config.to_json()))
+
+    def scores(self, h_TH: Tensor) -> Tensor:
+        """Scores `logits_TC` in float32."""
+        with torch.autocast(h_TH.device.type, enabled=False):
+            h_TH = F.rms_norm(h_TH.float(), (h_TH.shape[-1],), eps=1e-6)
+            query_TD = self.query(F.gelu(self.hidden(h_TH)))
+            return query_TD @ self.keys_CD.T * self.config.key_dim**-0.5
+
+    def forward(self, h_TH: Tensor, token_ids_T: Tensor | None = None) -> Decision:
+        return choose(self.scores(h_TH), self.config, straight_through=self.training)
+
+    @torch.no_grad()
+    def append_key(self, key_D: Tensor) -> None:
+        """Add a column for one more adapter; every score that existed stays as it was."""
+        if key_D.shape != self.keys_CD.shape[1:]:
+            raise ValueError(f"a key of this router has shape {tuple(self.keys_CD.shape[1:])}, not {tuple(key_D.shape)}.")
+        self.keys_CD = nn.Parameter(torch.cat([self.keys_CD, key_D[None].to(self.keys_CD)]))
+
+    @torch.no_grad()
+    def remove_column(self, column: int) -> None:
+        """Drop an adapter's column; the other columns keep their scores and close the gap."""
+        if not 0 < column < self.num_columns:
+            raise ValueError(f"column {column} is no adapter's; expected 1 to {self.num_columns - 1}.")
+        keep = [c for c in range(self.num_columns) if c != column]
+        self.keys_CD = nn.Parameter(self.keys_CD[keep])
+
+
+class TokenRangeRouter(nn.Module):
+    """Routes by token id, for vocabularies that hold several modalities. Ids outside every range go to base."""
+
+    first_N: Tensor
+    last_N: Tensor
+    column_N: Tensor
+
+    def __init__(self, config: RouterConfig, adapters: Sequence[str]) -> None:
+        super().__init__()
+        unknown = sorted({name for _, _, name in config.ranges} - set(adapters))
+        if unknown:
+            raise ValueError(f"router: ranges name {unknown}, but the routable adapters are {list(adapters)}.")
+        self.config = config
+        self._num_columns = len(adapters) + 1
+        ranges = sorted(config.ranges)
+        self.register_buffer("first_N", torch.tensor([lo for lo, _, _ in ranges]), persistent=False)
+        self.register_buffer("last_N", torch.tensor([hi - 1 for _, hi, _ in ranges]), persistent=False)
+        columns = torch.tensor([adapters.index(name) + 1 for _, _, name in ranges])
+        self.register_buffer("column_N", columns, persistent=False)
+
+    @property
+    def num_columns(self) -> int:
+        return self._num_columns
+
+    @property
+    def digest(self) -> str:
+        return json_digest(self.config.to_json())
+
+    def forward(self, h_TH: Tensor, token_ids_T: Tensor | None) -> Decision:
+        if token_ids_T is None:
+            raise ValueError("a token_ranges router needs token ids: call the model with input_ids, not inputs_embeds.")
+        # The range that could hold an id is the last one that begins at or before it.
+        index_T = torch.searchsorted(self.first_N, token_ids_T, right=True) - 1
+        inside_T = (index_T >= 0) & (token_ids_T <= self.last_N[index_T.clamp(min=0)])
+        columns_T = torch.where(inside_T, self.column_N[index_T.clamp(min=0)], 0)
+        gates_T = torch.ones_like(columns_T, dtype=torch.float32)
+        return Decision(columns_T[:, None], gates_T[:, None], None)
+
+
+def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = False) -> Decision:
+    """Turn scores into columns and gates.
+
+    Hard gates take the largest score (ties: the lowest column) at gate 1; with `straight_through` that gate carries
+    the softmax probability's gradient (Bengio et al., arXiv 1308.3432). Soft gates are the top-k probabilities of
+    all C columns, not renormalized, so that base's share adds nothing.
+    """
+    if config.gate == "hard" and not straight_through:
+        columns_TK = logits_TC.argmax(-1, keepdim=True)
+        return Decision(columns_TK, torch.ones_like(columns_TK, dtype=torch.float32), logits_TC)
+    probs_TC = torch.softmax(logits_TC.float() / config.temperature, -1)
+    if config.gate == "hard":
+        columns_TK = logits_TC.argmax(-1, keepdim=True)
+        probs_TK = probs_TC.gather(-1, columns_TK)
+        return Decision(columns_TK, 1.0 + probs_TK - probs_TK.detach(), logits_TC)
+    top_k = min(config.top_k, logits_TC.shape[-1])
+    # A stable sort, since topk leaves the order of ties open.
+    columns_TK = logits_TC.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    return Decision(columns_TK, probs_TC.gather(-1, columns_TK), logits_TC)
+
+
+def _check_ranges(ranges: Sequence[tuple[int, int, str]]) -> None:
+    if not ranges:
+        raise ValueError("router: kind 'token_ranges' needs at least one range (first id, last id + 1, adapter).")
+    previous = 0
+    for lo, hi, name in sorted(ranges):
+        if lo < previous or hi <= lo:
+            raise ValueError(f"router: range [{lo}, {hi}) of {name!r} is empty, negative or overlaps another range.")
+        previous = hi
