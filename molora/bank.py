@@ -126,7 +126,14 @@ class Bank:
 
     @classmethod
     def create(
-        cls, path: str | Path, *, name: str, base: BaseInfo, router_layer: int, max_rank: int, activation: Activation = "turn"
+        cls,
+        path: str | Path,
+        *,
+        name: str,
+        base: BaseInfo,
+        router_layer: int,
+        max_rank: int,
+        activation: Activation = "turn",
     ) -> Self:
         """Make an empty bank.
 

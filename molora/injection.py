@@ -50,7 +50,9 @@ class RoutedDecoder:
         self.router_layer = router_layer
         layers = find_layers(model)
         if not 0 <= router_layer < len(layers):
-            raise ValueError(f"router layer {router_layer} does not exist; the model has layers 0 to {len(layers) - 1}.")
+            raise ValueError(
+                f"router layer {router_layer} does not exist; the model has layers 0 to {len(layers) - 1}."
+            )
         _check_router(router, column_slots, model)
         linears = {path: find_linear(model, path) for path in sorted(modules)}
         self.routes = Routes(num_slots, impl)
@@ -186,11 +188,15 @@ def _check_router(router: Router | None, column_slots: Sequence[int] | None, mod
         return
     num_columns = 1 + len(column_slots or ())
     if router.num_columns != num_columns:
-        raise ValueError(f"the router has {router.num_columns} columns; base and the routable adapters are {num_columns}.")
+        raise ValueError(
+            f"the router has {router.num_columns} columns; base and the routable adapters are {num_columns}."
+        )
     hidden_size = getattr(router, "hidden_size", None)
     model_hidden_size = model.config.get_text_config(decoder=True).hidden_size
     if hidden_size not in (None, model_hidden_size):
-        raise ValueError(f"the router reads hidden states of size {hidden_size}; the base model's are {model_hidden_size}.")
+        raise ValueError(
+            f"the router reads hidden states of size {hidden_size}; the base model's are {model_hidden_size}."
+        )
 
 
 def slots_tensor(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

@@ -197,9 +197,7 @@ class MoLoRA:
             return out.logits, read_routes(self.decoder, self._name_slots, num_seqs, num_tokens)
 
     @contextmanager
-    def routing(
-        self, activation_start: Sequence[int], route: Route | Sequence[Route] = "auto"
-    ) -> Iterator[None]:
+    def routing(self, activation_start: Sequence[int], route: Route | Sequence[Route] = "auto") -> Iterator[None]:
         """Calls of `self.model` inside, `self.model.generate` included, are routed.
 
         Args:
@@ -215,9 +213,7 @@ class MoLoRA:
         """The prompt as the model reads it, with the activation points that its messages define."""
         return policies.render(self.tokenizer, messages_or_text)
 
-    def activation_start(
-        self, prompt: Prompt, route: Route = "auto", activation: Activation | None = None
-    ) -> int:
+    def activation_start(self, prompt: Prompt, route: Route = "auto", activation: Activation | None = None) -> int:
         """The absolute index from which `route` acts on a prompt; see `molora.activation` for the policies."""
         return self._resolve_activation(self._resolve_route(route), activation, prompt)
 
@@ -238,7 +234,9 @@ class MoLoRA:
             if not all(abs(weight) < float("inf") for weight in weights):
                 raise ValueError(f"route {dict(route)!r} has a weight that is not finite.")
             return ResolvedRoute(False, tuple(self.bank[name].name for name in route), weights)
-        raise ValueError(f"route {route!r} is unknown; expected 'auto', 'base', an adapter's name, or {{name: weight}}.")
+        raise ValueError(
+            f"route {route!r} is unknown; expected 'auto', 'base', an adapter's name, or {{name: weight}}."
+        )
 
     def _resolve_routes(self, route: Route | Sequence[Route], num_seqs: int) -> list[ResolvedRoute]:
         if isinstance(route, (str, Mapping)):

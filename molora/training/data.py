@@ -1,0 +1,239 @@
+"""Packed batches: several conversations in each row, none of which sees another.
+
+Positions begin again at 0 with each conversation, which is what keeps attention apart, and activation is given
+token by token. Batch number i depends only on the data, the seed and i, so that a resumed run sees what an
+uninterrupted one would have seen.
+
+Legend: B rows, L tokens a row.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from molora.training.examples import IGNORE, Example, examples, read_records
+
+NEVER = 1 << 30  # an activation start that no position reaches
+OTHER = -1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed rows, all tensors [B, L].
+
+    Attributes:
+        input_ids, position_ids: int64; positions count from 0 within each conversation.
+        targets: int64, the id that follows each token where it is learned, else -100.
+        start: int64, the position from which the token's conversation is active.
+        domains: int64, index of the token's domain in the loader's list, OTHER for one that is not in it, or -100
+            where none is known.
+        rest: bool, whether a single adapter rests on the parts that belong to other domains.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    start: Tensor
+    domains: Tensor
+    rest: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
+
+
+@dataclass(frozen=True)
+class ActivationMix:
+    """Where training activates each conversation, so that an adapter works wherever it is activated.
+
+    `turn`, `response` and `between` are the shares of conversations activated at the last user turn, at the
+    generation prompt, and at a token drawn uniformly between the two; they add up to 1. `others_rest` is the share in
+    which an adapter that is trained alone rests on the parts of other domains, as if a router had sent them elsewhere.
+    """
+
+    turn: float = 0.6
+    response: float = 0.2
+    between: float = 0.2
+    others_rest: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.turn, self.response, self.between) < 0 or abs(self.turn + self.response + self.between - 1) > 1e-6:
+            raise ValueError(f"activation shares {self} must be 0 or more and add up to 1.")
+
+    def draw(self, example: Example, rng: random.Random) -> int:
+        share = rng.random()
+        if share < self.turn:
+            return example.turn
+        if share < self.turn + self.response:
+            return example.response
+        return rng.randint(example.turn, example.response)
+
+
+class PackedLoader:
+    """Endless batches of packed rows, resumable at any batch.
+
+    Each epoch shuffles the conversations and packs them, first fit, into rows of `row_length` tokens.
+    """
+
+    def __init__(
+        self,
+        data: Sequence[Example],
+        domains: Sequence[str],
+        *,
+        row_length: int,
+        rows: int,
+        pad_id: int,
+        mix: ActivationMix,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_batches: int | None = None,
+    ) -> None:
+        self.data = data
+        self.domains = {name: index for index, name in enumerate(domains)}
+        self.row_length, self.rows, self.pad_id = row_length, rows, pad_id
+        self.mix, self.seed, self.rank, self.world_size = mix, seed, rank, world_size
+        self.num_batches = num_batches
+        self.num_served = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_served": self.num_served}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_served = state["num_served"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.num_batches is not None:
+            self.num_served = 0
+        epoch, packed = -1, []
+        while self.num_batches is None or self.num_served < self.num_batches:
+            first = (self.num_served * self.world_size + self.rank) * self.rows
+            rows = []
+            for index in range(first, first + self.rows):
+                # Every epoch has as many rows as the first, so that a row's number says its epoch.
+                wanted = index // self._rows_an_epoch()
+                if wanted != epoch:
+                    epoch, packed = wanted, self._pack(wanted)
+                rows.append(self._row(packed[index % self._rows_an_epoch() % len(packed)], index))
+            self.num_served += 1
+            yield Batch(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+
+    def _rows_an_epoch(self) -> int:
+        total = sum(len(example.token_ids) for example in self.data)
+        return max(1, total // self.row_length)
+
+    def _pack(self, epoch: int) -> list[list[Example]]:
+        order = list(self.data)
+        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        rows: list[list[Example]] = []
+        open_rows: list[tuple[int, list[Example]]] = []  # (free tokens, row), a few at a time
+        for example in order:
+            length = len(example.token_ids)
+            for i, (free, row) in enumerate(open_rows):
+                if length <= free:
+                    row.append(example)
+                    open_rows[i] = (free - length, row)
+                    break
+            else:
+                row = [example]
+                rows.append(row)
+                open_rows.append((self.row_length - length, row))
+                if len(open_rows) > 32:
+                    open_rows.remove(min(open_rows, key=lambda item: item[0]))
+        return rows
+
+    def _row(self, row: Sequence[Example], index: int) -> dict[str, list[int]]:
+        rng = random.Random(f"{self.seed}/row/{index}")
+        out: dict[str, list[Any]] = {name: [] for name in Batch.__dataclass_fields__}
+        for example in row:
+            length = len(example.token_ids)
+            learned = [*example.learned[1:], False]
+            following = [*example.token_ids[1:], IGNORE]
+            out["input_ids"] += example.token_ids
+            out["position_ids"] += range(length)
+            out["targets"] += [i if yes else IGNORE for i, yes in zip(following, learned, strict=True)]
+            out["start"] += [self.mix.draw(example, rng)] * length
+            out["domains"] += [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
+            out["rest"] += [rng.random() < self.mix.others_rest] * length
+        # Padding is one more conversation, of which nothing is learned.
+        free = self.row_length - len(out["input_ids"])
+        padding = {"input_ids": self.pad_id, "targets": IGNORE, "start": NEVER, "domains": IGNORE, "rest": False}
+        for name, value in padding.items():
+            out[name] += [value] * free
+        out["position_ids"] += range(free)
+        return out
+
+
+class ChatData(L.LightningDataModule):
+    """Conversations from JSONL files or any `datasets` source, packed.
+
+    Args:
+        train, val: a source or a list of them: a `.jsonl` file, or what `datasets.load_dataset` takes.
+        row_length: tokens in a row; longer conversations are left out.
+        rows: rows in a batch (of each device).
+        val_batches: batches of a validation run.
+        activation: shares of activation points.
+        seed: of the order and of the activation points.
+    """
+
+    def __init__(
+        self,
+        train: str | list[str],
+        val: str | list[str] | None = None,
+        row_length: int = 1024,
+        rows: int = 16,
+        val_batches: int = 4,
+        activation: ActivationMix = ActivationMix(),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.sources = {"train": _as_list(train), "val": _as_list(val)}
+        self.row_length, self.rows, self.val_batches = row_length, rows, val_batches
+        self.activation, self.seed = activation, seed
+        self.encoded: dict[str, list[Example]] = {}
+        self.tokenizer: Any = None
+        self.domains: tuple[str, ...] = ()
+
+    def prepare(self, tokenizer: Any, domains: Sequence[str]) -> None:
+        """Called by the training module, which knows the tokenizer and what the domains' indices mean."""
+        self.tokenizer, self.domains = tokenizer, tuple(domains)
+
+    def train_dataloader(self) -> PackedLoader:
+        return self._loader("train", None)
+
+    def val_dataloader(self) -> PackedLoader | list[Any]:
+        return self._loader("val", self.val_batches) if self.sources["val"] else []
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
+
+    def _loader(self, split: str, num_batches: int | None) -> PackedLoader:
+        if split not in self.encoded:
+            records = (record for source in self.sources[split] for record in read_records(source))
+            self.encoded[split] = examples(records, self.tokenizer, max_length=self.row_length)
+        trainer = self.trainer
+        return PackedLoader(
+            self.encoded[split],
+            self.domains,
+            row_length=self.row_length,
+            rows=self.rows,
+            pad_id=self.tokenizer.pad_token_id or 0,
+            mix=self.activation,
+            seed=self.seed,
+            rank=trainer.global_rank if trainer else 0,
+            world_size=trainer.world_size if trainer else 1,
+            num_batches=num_batches,
+        )
+
+
+def _as_list(sources: str | list[str] | None) -> list[str]:
+    if sources is None:
+        return []
+    return [sources] if isinstance(sources, (str, Path)) else list(sources)

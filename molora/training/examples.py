@@ -1,0 +1,179 @@
+"""From a conversation to token ids with, for every token, its domain and whether it is learned.
+
+A record is what a line of JSONL holds:
+
+    {"messages": [{"role": ..., "content": ...}, ...], "domain": ...}      or
+    {"prompt": "...", "completion": "...", "domain": ...}
+
+`domain` is optional. A message's content may be a list of text parts, each with a domain of its own (null is base):
+the parts of one answer that different adapters should write.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from molora.activation import render
+
+IGNORE = -100
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation, tokenized.
+
+    Attributes:
+        token_ids: the prompt and the completion, its end token included.
+        learned: for each token, whether predicting it is learned (it belongs to the completion).
+        domains: for each token, the domain it belongs to: a name, "base", or None where nothing is known.
+        turn: index of the first token of the last user message (0 for plain text).
+        response: index of the first token of the generation prompt (of the completion for plain text).
+    """
+
+    token_ids: tuple[int, ...]
+    learned: tuple[bool, ...]
+    domains: tuple[str | None, ...]
+    turn: int
+    response: int
+
+
+def read_records(source: str | Path, *, split: str = "train") -> Iterator[Mapping[str, Any]]:
+    """Records of a JSONL file, or of any source that `datasets.load_dataset` knows.
+
+    Raises:
+        ValueError: a line is no JSON object; the message names the file and the line.
+    """
+    path = Path(source)
+    if path.suffix == ".jsonl":
+        yield from _read_jsonl(path)
+        return
+    from datasets import load_dataset
+
+    yield from load_dataset(str(source), split=split)
+
+
+def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
+    """Tokenize one record.
+
+    Raises:
+        ValueError: the record has neither `messages` nor `prompt` and `completion`, or does not end in an answer.
+    """
+    if "messages" in record:
+        return _encode_messages(record, tokenizer)
+    if "prompt" in record and "completion" in record:
+        return _encode_text(record, tokenizer)
+    raise ValueError(f"a record needs 'messages', or 'prompt' and 'completion'; this one has {sorted(record)}.")
+
+
+def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
+    """A message's content as text, whether it is a string or a list of text parts."""
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; `python -m molora.training.recipes` builds the demo's data.")
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number}: expected an object, found a {type(record).__name__}.")
+            yield record
+
+
+def _encode_text(record: Mapping[str, Any], tokenizer: Any) -> Example:
+    prompt = tokenizer(record["prompt"])["input_ids"]
+    completion = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    learned = [False] * len(prompt) + [True] * len(completion)
+    domains = [_own_domain(record)] * len(learned)
+    return Example((*prompt, *completion), tuple(learned), tuple(domains), 0, len(prompt))
+
+
+def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
+    messages = record["messages"]
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("a record's messages must end with a user message and the assistant's answer.")
+    plain = [{"role": message["role"], "content": content_text(message["content"])} for message in messages]
+    prompt = render(tokenizer, plain[:-1])
+    full = tokenizer.apply_chat_template(plain, tokenize=False)
+    encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if tuple(ids[: len(prompt.token_ids)]) != prompt.token_ids:
+        raise ValueError("the chat template renders the prompt differently once it is answered; cannot train on it.")
+    if tokenizer.eos_token_id not in ids[len(prompt.token_ids) :]:
+        raise ValueError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; cannot train on it.")
+    # The answer ends with its first end token; what the template writes behind it is never generated.
+    end = ids.index(tokenizer.eos_token_id, len(prompt.token_ids)) + 1
+    learned = [len(prompt.token_ids) <= i < end for i in range(end)]
+    turn, response = prompt.starts.get("turn", 0), prompt.starts.get("response", len(prompt.token_ids))
+    domains = _label(record, plain, full, offsets[:end], turn)
+    return Example(tuple(ids[:end]), tuple(learned), tuple(domains), turn, response)
+
+
+def _label(
+    record: Mapping[str, Any],
+    plain: Sequence[Mapping[str, str]],
+    full: str,
+    offsets: Sequence[tuple[int, int]],
+    turn: int,
+) -> list[str | None]:
+    """Each token's domain. Template tokens between two texts belong to the one that follows them."""
+    last_user = max(i for i, message in enumerate(plain) if message["role"] == "user")
+    ends: list[int] = []  # character after each text
+    texts: list[str | None] = []  # its domain
+    cursor = 0
+    for index, message in enumerate(record["messages"]):
+        cursor = full.index(plain[index]["content"], cursor)
+        if index == last_user:
+            turn_text = cursor
+        for text, domain in _parts(message["content"], _own_domain(record) if index >= last_user else None):
+            cursor += len(text)
+            ends.append(cursor)
+            texts.append(domain)
+    labels: list[str | None] = []
+    at = 0
+    for start, end in offsets:
+        while at < len(ends) - 1 and max(start, end - 1) >= ends[at]:
+            at += 1
+        # The header of the user's turn comes before anything that could tell the domain.
+        labels.append(None if turn <= len(labels) and end <= turn_text else texts[at])
+    return labels
+
+
+def _own_domain(record: Mapping[str, Any]) -> str | None:
+    """The domain of a record's last turn: None where it says nothing, base where it says null."""
+    domain = record.get("domain", "")
+    return BASE if domain is None else domain if isinstance(domain, str) and domain else None
+
+
+def _parts(content: str | Sequence[Mapping[str, Any]], domain: str | None) -> list[tuple[str, str | None]]:
+    if isinstance(content, str):
+        return [(content, domain)]
+    return [(part["text"], part.get("domain") or BASE) for part in content]
+
+
+def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int) -> list[Example]:
+    """Encode records, leaving out those longer than `max_length` tokens.
+
+    Raises:
+        ValueError: nothing is left, or a record is malformed; the message gives its number.
+    """
+    out = []
+    for number, record in enumerate(records, 1):
+        try:
+            example = encode(record, tokenizer)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"record {number}: {error}") from error
+        if len(example.token_ids) <= max_length:
+            out.append(example)
+    if not out:
+        raise ValueError(f"no record fits into max_length={max_length} tokens.")
+    return out

@@ -1,0 +1,23 @@
+"""The demo bank's data, rebuilt from reasoning-gym and Python's own documentation.
+
+python -m molora.training.recipes --out data/ --seed 0 --num-train 30000
+"""
+
+from molora.training.recipes.build import Message, Part, Record, Summary, build, num_files, write
+from molora.training.recipes.tasks import DOMAINS, TASKS, Item, Task, verify, verify_composite
+
+__all__ = [
+    "DOMAINS",
+    "TASKS",
+    "Item",
+    "Message",
+    "Part",
+    "Record",
+    "Summary",
+    "Task",
+    "build",
+    "num_files",
+    "verify",
+    "verify_composite",
+    "write",
+]

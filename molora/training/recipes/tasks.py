@@ -1,0 +1,291 @@
+"""The five tasks: what a reasoning-gym entry says, how its answer is worked out, and when a reply is right.
+
+This module knows nothing of wordings or conversations. reasoning-gym is needed to make items, not to verify replies.
+"""
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+from molora.training.recipes.wordings import UNSUITABLE_WORDS
+
+Entry = dict[str, Any]
+
+_MAX_DRAWS = 20  # a generator repeats itself: draws allowed for each distinct item wanted
+_SEED_STRIDE = 10_000_000  # reasoning-gym seeds entry i with seed + i: this keeps two seeds' entries apart
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to ask.
+
+    Attributes:
+        key: equal for two items that ask the same, whatever their wording or order.
+        facts: what fills the braces of the domain's wordings.
+        working: one line that leads to the answer, or nothing.
+        answer: the right answer.
+    """
+
+    key: str
+    facts: Mapping[str, str]
+    working: str
+    answer: str
+
+    @property
+    def reply(self) -> str:
+        return "\n".join(filter(None, (self.working, f"Answer: {self.answer}")))
+
+
+@dataclass(frozen=True)
+class Task:
+    """One domain.
+
+    Attributes:
+        dataset: the name of its reasoning-gym generator.
+        read: makes an item of an entry; None where the entry does not suit.
+        value: what an answer's text stands for; raises ValueError or ArithmeticError where it stands for nothing.
+        config: the generator's settings.
+    """
+
+    dataset: str
+    read: Callable[[Entry], Item | None]
+    value: Callable[[str], object]
+    config: Mapping[str, int] = field(default_factory=dict)
+
+    def entries(self, seed: int, num_entries: int) -> Iterator[Entry]:
+        """Entries as the generator makes them, the same for the same seed."""
+        from reasoning_gym import create_dataset  # type: ignore[import-untyped]
+
+        yield from create_dataset(self.dataset, seed=seed * _SEED_STRIDE, size=num_entries, **self.config)
+
+    def items(self, seed: int, num_items: int) -> list[Item]:
+        """Up to `num_items` items with distinct keys; fewer where the generator has no more to offer."""
+        items: dict[str, Item] = {}
+        for entry in self.entries(seed, num_items * _MAX_DRAWS):
+            if len(items) == num_items:
+                break
+            if item := self.read(entry):
+                items.setdefault(item.key, item)
+        return list(items.values())
+
+
+def verify(domain: str, item: Item | str, text: str) -> bool:
+    """Whether what follows the last "Answer:" of `text` is the answer of `item` (an item, or its answer)."""
+    answer = item if isinstance(item, str) else item.answer
+    found = _answers(text)
+    return bool(found) and _same(domain, answer, found[-1])
+
+
+def verify_composite(domains: Sequence[str], answers: Sequence[str], text: str) -> list[bool]:
+    """For each task of a composite, whether the "Answer:" at its place in `text` is right; a missing one is wrong."""
+    found = _answers(text) + [""] * len(domains)
+    return [_same(*case) for case in zip(domains, answers, found[: len(domains)], strict=True)]
+
+
+def _answers(text: str) -> list[str]:
+    return [line.strip().removesuffix(".") for line in re.findall(r"Answer:(.*)", text)]
+
+
+def _same(domain: str, answer: str, found: str) -> bool:
+    value = TASKS[domain].value
+    try:
+        return value(found) == value(answer)
+    except (ValueError, ArithmeticError):
+        return False
+
+
+def _number(text: str) -> Decimal:
+    return Decimal(text.replace(",", ""))
+
+
+def _numbers(text: str) -> list[Decimal]:
+    return [Decimal(number) for number in text.split(",")]
+
+
+def _listed(texts: Sequence[str]) -> str:
+    """'a, b and c'"""
+    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
+
+
+def _sums(first: str, signed: Sequence[str]) -> str:
+    """Each step in turn: '8', ['+18', '-4'] gives '8 + 18 = 26. 26 - 4 = 22.'"""
+    steps, total = [], int(first)
+    for term in signed:
+        steps.append(f"{total} {term[0]} {term[1:]} = {total + int(term)}.")
+        total += int(term)
+    return " ".join(steps)
+
+
+def _read_arithmetic(entry: Entry) -> Item | None:
+    expression: str = entry["metadata"]["expression"]
+    first, *rest = expression.replace("+ ", "+").replace("- ", "-").split()
+    if min(accumulate(map(int, (first, *rest)))) < 0:  # sums below zero are too hard for a model this small
+        return None
+    steps = [f"{'take away' if term[0] == '-' else 'add'} {term[1:]}" for term in rest]
+    return Item(
+        key=expression,
+        facts={
+            "expression": expression,
+            "spoken": expression.replace("+", "plus").replace("-", "minus"),
+            "first": first,
+            "steps": ", then ".join(steps),
+        },
+        working=_sums(first, rest),
+        answer=entry["answer"],
+    )
+
+
+@cache
+def _known_words() -> frozenset[str]:
+    """Words that people know, of the many in the generator's dictionary: its word ladders' and its book's."""
+    from reasoning_gym.data import read_data_file  # type: ignore[import-untyped]
+
+    ladder = {word.lower() for row in csv.reader(read_data_file("words.csv").splitlines()) for word in row}
+    book = re.findall(r"\b[a-z]+\b", read_data_file("in_the_year_2889.txt"))
+    return frozenset(ladder.union(book) - UNSUITABLE_WORDS)
+
+
+def _read_words(entry: Entry) -> Item | None:
+    word, answer = entry["metadata"]["word"], entry["answer"]
+    if word not in _known_words():
+        return None
+    return Item(
+        key=min(word, answer),  # "was" gives "saw" away
+        facts={"word": word},
+        working=f"{' '.join(word)} -> {' '.join(answer)}",
+        answer=answer,
+    )
+
+
+def _read_family(entry: Entry) -> Item:
+    story, _ = entry["question"].split("\n\n")
+    a, b, relation = entry["metadata"]["person1"], entry["metadata"]["person2"], entry["answer"]
+    if relation.endswith("in-law"):  # here reasoning-gym 0.1.25 names what the second is to the first
+        a, b = b, a
+    return Item(
+        key=story, facts={"story": story, "a": a, "b": b}, working=_kinship(story, a, b, relation), answer=relation
+    )
+
+
+def _kinship(story: str, a: str, b: str, relation: str) -> str:
+    """The links of the story that lead from `b` to `a`."""
+    spouse: dict[str, str] = {}
+    parents: dict[str, tuple[str, str]] = {}
+    couples = r"(\w+) is married to (\w+)\.(?: They have (?:a child|children) called ([\w, ]+)\.)?"
+    for one, other, children in re.findall(couples, story):
+        spouse |= {one: other, other: one}
+        parents |= dict.fromkeys(filter(None, re.split(r", | and ", children)), (one, other))
+
+    def child(young: str, old: str) -> str:
+        return f"{young} is a child of {old}."
+
+    match relation:
+        case "wife" | "husband":
+            return f"{a} is married to {b}."
+        case "mother" | "father":
+            return child(b, a)
+        case "daughter" | "son":
+            return child(a, b)
+        case "sister" | "brother":
+            return f"{a} and {b} are children of {parents[a][0]}."
+        case "grandmother" | "grandfather":
+            parent = next(parent for parent in parents[b] if a in parents.get(parent, ()))
+            return f"{child(b, parent)} {child(parent, a)}"
+        case "mother-in-law" | "father-in-law":
+            return f"{b} is married to {spouse[b]}. {child(spouse[b], a)}"
+    raise ValueError(f"no working is known for {relation!r}")
+
+
+_ORDERS = {
+    "ascending": {"direction": "from smallest to largest", "first": "smallest", "change": "increasing"},
+    "descending": {"direction": "from largest to smallest", "first": "largest", "change": "decreasing"},
+}
+
+
+def _read_sorting(entry: Entry) -> Item:
+    order: str = entry["metadata"]["direction"]
+    numbers, answer = (
+        [f"{float(number):.0f}" for number in entry["metadata"][name]]
+        for name in ("original_numbers", "sorted_numbers")
+    )
+    commas = ", ".join(numbers)
+    return Item(
+        key=", ".join(answer),
+        facts={
+            "commas": commas,
+            "spaces": " ".join(numbers),
+            "brackets": f"[{commas}]",
+            "lines": "\n".join(numbers),
+            "prose": _listed(numbers),
+            "order": order,
+            **_ORDERS[order],
+        },
+        working="",
+        answer=", ".join(answer),
+    )
+
+
+_PLURALS = {
+    "sheep": "sheep",
+    "deer": "deer",
+    "jellyfish": "jellyfish",
+    "starfish": "starfish",
+    "shrimp": "shrimp",
+    "leech": "leeches",
+    "cockroach": "cockroaches",
+    "butterfly": "butterflies",
+    "firefly": "fireflies",
+    "praying mantis": "praying mantises",
+    "woodlouse": "woodlice",
+}
+
+
+def _read_legs(entry: Entry) -> Item:
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS  # type: ignore[import-untyped]
+
+    counts: dict[str, int] = entry["metadata"]["animals"]
+    names = {animal: _PLURALS.get(animal, f"{animal}s") for animal in counts}
+    groups = [f"{count} {names[animal]}" for animal, count in counts.items()]
+    legs = [str(count * ANIMALS[animal]) for animal, count in counts.items()]
+    tally = [f"{group}: {num}." for group, num in zip(groups, legs, strict=True)]
+    return Item(
+        key=", ".join(sorted(groups)),
+        facts={
+            "prose": _listed(groups),
+            "commas": ", ".join(groups),
+            "colons": ", ".join(f"{names[animal]}: {count}" for animal, count in counts.items()),
+            "lines": "\n".join(f"- {group}" for group in groups),
+        },
+        working=" ".join([*tally, _sums(legs[0], [f"+{num}" for num in legs[1:]])]),
+        answer=entry["answer"],
+    )
+
+
+TASKS: dict[str, Task] = {
+    "arithmetic": Task(
+        "chain_sum", _read_arithmetic, _number, {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 3}
+    ),
+    "words": Task("spell_backward", _read_words, str.lower, {"min_word_len": 3, "max_word_len": 6}),
+    # From nine people on, reasoning-gym 0.1.25 gives a niece or nephew the other person's gender.
+    "family": Task("family_relationships", _read_family, str.lower, {"min_family_size": 4, "max_family_size": 8}),
+    "sorting": Task(
+        "number_sorting",
+        _read_sorting,
+        _numbers,
+        {"min_numbers": 4, "max_numbers": 6, "min_decimals": 0, "max_decimals": 0, "min_value": 1, "max_value": 99},
+    ),
+    # At least two of each: "there are 1 cat" reads badly.
+    "legs": Task(
+        "leg_counting",
+        _read_legs,
+        _number,
+        {"min_animals": 2, "max_animals": 4, "min_instances": 2, "max_instances": 8},
+    ),
+}
+
+DOMAINS: tuple[str, ...] = tuple(TASKS)

@@ -1,0 +1,108 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from molora_kernels import routed_linear, routed_linears
+
+TRAINED = ("x", "lora_a", "lora_b", "gates")
+
+
+def with_leaves(problem: Any, dtype: torch.dtype | None = None) -> Any:
+    leaves = {}
+    for name in TRAINED:
+        tensor = getattr(problem, name)
+        leaves[name] = tensor.to(dtype or tensor.dtype).clone().requires_grad_()
+    return problem.replace(**leaves)
+
+
+def gradients(problem: Any, y: torch.Tensor) -> dict[str, torch.Tensor]:
+    weights = torch.arange(y.numel(), device=y.device).reshape(y.shape).sin()
+    grads = torch.autograd.grad(y, [getattr(problem, name) for name in TRAINED], weights.to(y.dtype))
+    return dict(zip(TRAINED, grads, strict=True))
+
+
+@pytest.mark.parametrize("routes", ["uniform", "none", "duplicates"])
+def test_gradcheck(make_problem: Callable, routes: str) -> None:
+    problem = with_leaves(make_problem(4, 3, 5, 2, 2, 2, routes=routes), torch.float64)
+    plan = problem.plan
+
+    def call(x, lora_a, lora_b, gates):  # type: ignore[no-untyped-def]
+        weight, bias, scaling = problem.weight, problem.bias, problem.scaling
+        return routed_linear(x, weight, bias, lora_a, lora_b, scaling, gates, plan, impl="torch")
+
+    assert torch.autograd.gradcheck(call, [getattr(problem, name) for name in TRAINED])
+
+
+@pytest.mark.parametrize("routes", ["uniform", "zipf", "none", "duplicates"])
+@pytest.mark.parametrize("num_tokens", [0, 1, 17])
+def test_gradients_match_the_loop(
+    make_problem: Callable, solve: Callable, impl: str, routes: str, num_tokens: int
+) -> None:
+    problem = with_leaves(make_problem(num_tokens, routes=routes))
+    actual = gradients(problem, routed_linear(*problem.args, impl=impl))
+    if num_tokens == 0:
+        assert all(not grad.any() for grad in actual.values())
+        return
+    exact = with_leaves(problem.replace(**{name: getattr(problem, name).detach() for name in TRAINED}))
+    y = solve(exact)
+    weights = torch.arange(y.numel()).reshape(y.shape).sin().double()
+    leaves = [getattr(exact, name) for name in TRAINED]
+    expected = torch.autograd.grad(y, leaves, weights, allow_unused=True, materialize_grads=True)
+    for name, grad in zip(TRAINED, expected, strict=True):
+        torch.testing.assert_close(
+            actual[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_each_gradient_has_the_dtype_of_its_tensor(make_problem: Callable, impl: str) -> None:
+    problem = make_problem()
+    problem = with_leaves(problem.replace(x=problem.x.bfloat16(), lora_a=problem.lora_a.half()))
+    for name, grad in gradients(problem, routed_linear(*problem.args, impl=impl)).items():
+        assert grad.dtype == getattr(problem, name).dtype
+        assert grad.isfinite().all()
+
+
+def test_low_precision_gradients_are_close(make_problem: Callable, impl: str) -> None:
+    low = with_leaves(make_problem(48, 80, 96, rank=24, dtype=torch.bfloat16))
+    high = with_leaves(low.replace(**{name: getattr(low, name).detach().float() for name in ("x", "lora_a", "lora_b")}))
+    actual = gradients(low, routed_linear(*low.args, impl=impl))
+    expected = gradients(high, routed_linear(*high.args, impl="torch"))
+    for name in TRAINED:
+        assert (actual[name].float() - expected[name]).norm() < 6e-3 * expected[name].norm(), name
+
+
+def test_weight_bias_and_scaling_are_frozen(make_problem: Callable, impl: str) -> None:
+    problem = with_leaves(make_problem())
+    frozen = {name: getattr(problem, name).clone().requires_grad_() for name in ("weight", "bias", "scaling")}
+    problem = problem.replace(**frozen)
+    routed_linear(*problem.args, impl=impl).sum().backward()
+    assert all(tensor.grad is None for tensor in frozen.values())
+    assert all(getattr(problem, name).grad is not None for name in TRAINED)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_one_tensor_alone_may_need_a_gradient(make_problem: Callable, impl: str, name: str) -> None:
+    problem = make_problem(5)
+    everything = with_leaves(problem)
+    expected = gradients(everything, routed_linear(*everything.args, impl=impl))[name]
+    alone = problem.replace(**{name: getattr(problem, name).clone().requires_grad_()})
+    y = routed_linear(*alone.args, impl=impl)
+    weights = torch.arange(y.numel(), device=y.device).reshape(y.shape).sin()
+    torch.testing.assert_close(torch.autograd.grad(y, getattr(alone, name), weights)[0], expected)
+
+
+def test_a_selected_adapter_at_gate_zero_has_a_gate_gradient(make_problem: Callable, impl: str) -> None:
+    problem = make_problem(routes="identical", top_k=1)
+    problem.gates.zero_()
+    problem = with_leaves(problem)
+    assert gradients(problem, routed_linear(*problem.args, impl=impl))["gates"].ne(0).all()
+
+
+def test_siblings_share_the_gradient_of_their_input(make_problem: Callable, impl: str) -> None:
+    problem = with_leaves(make_problem(out_features=24, num_siblings=2))
+    actual = gradients(problem, torch.cat(routed_linears(*problem.args, out_features=[16, 8], impl=impl), dim=1))
+    exact = with_leaves(problem, torch.float64)
+    expected = gradients(exact, torch.cat(routed_linears(*exact.args, out_features=[16, 8], impl="torch"), dim=1))
+    for name in TRAINED:
+        torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-5)

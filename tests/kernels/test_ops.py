@@ -1,0 +1,160 @@
+"""What the ops refuse, and how they fit into PyTorch."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from molora_kernels import make_plan, ops, routed_linear, routed_linears
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("weight", (33, 25)),
+        ("weight", (33,)),
+        ("bias", (32,)),
+        ("lora_a", (4, 3, 24)),
+        ("lora_a", (3, 4, 24)),
+        ("lora_b", (3, 32, 3)),
+        ("lora_b", (33, 3)),
+        ("scaling", (2,)),
+        ("gates", (17, 1)),
+        ("x", (17, 2, 12)),
+        ("x", (16, 24)),
+    ],
+)
+def test_a_wrong_shape_is_named(
+    make_problem: Callable, device: torch.device, name: str, shape: tuple[int, ...]
+) -> None:
+    problem = make_problem().replace(**{name: torch.zeros(shape, device=device)})
+    blamed = "plan.ids" if name == "x" and len(shape) == 2 else name
+    with pytest.raises(ValueError, match=rf"^{blamed} must be"):
+        routed_linear(*problem.tensors, make_problem().plan)
+
+
+def test_a_plan_for_another_bank_is_refused(make_problem: Callable) -> None:
+    problem = make_problem(num_adapters=3)
+    with pytest.raises(ValueError, match=r"lora_a must be .* = \[4, 3, 24\]"):
+        routed_linear(*problem.tensors, make_plan(problem.ids, 4))
+
+
+def test_widths_must_add_up(make_problem: Callable) -> None:
+    problem = make_problem(out_features=24, num_siblings=2)
+    with pytest.raises(ValueError, match=r"weight must be \[O, I\] = \[25, 24\]"):
+        routed_linears(*problem.args, out_features=[16, 9])
+
+
+def test_another_device_is_refused(make_problem: Callable) -> None:
+    problem = make_problem()
+    with pytest.raises(ValueError, match="lora_b is on meta"):
+        routed_linear(*problem.replace(lora_b=problem.lora_b.to("meta")).args)
+
+
+def test_integer_x_is_refused(make_problem: Callable) -> None:
+    problem = make_problem()
+    with pytest.raises(ValueError, match="x must be a floating-point tensor"):
+        routed_linear(*problem.replace(x=problem.x.int()).args)
+
+
+def test_an_unknown_impl_is_refused(make_problem: Callable) -> None:
+    with pytest.raises(ValueError, match="impl must be"):
+        routed_linear(*make_problem().args, impl="cuda")
+
+
+def test_triton_without_a_place_to_run_is_refused(make_problem: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "triton_runs_on", lambda device: False)
+    with pytest.raises(ValueError, match="needs a GPU and Triton"):
+        routed_linear(*make_problem().args, impl="triton")
+
+
+def test_triton_refuses_float64(make_problem: Callable) -> None:
+    with pytest.raises(ValueError, match=r"float64|needs a GPU"):
+        routed_linear(*make_problem(dtype=torch.float64).args, impl="triton")
+
+
+def test_import_without_triton() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from molora_kernels import make_plan, routed_linear
+plan = make_plan(torch.tensor([[0], [-1]], dtype=torch.int32), 1)
+one = torch.ones
+y = routed_linear(one(2, 3), one(1, 3), None, one(1, 1, 3), one(1, 1, 1), one(1), one(2, 1), plan)
+assert y.tolist() == [[6.0], [3.0]]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": ":".join(sys.path)})
+
+
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_the_custom_op_passes_opcheck(make_problem: Callable, impl: str, needs_grad: bool) -> None:
+    if impl == "torch":
+        pytest.skip("plain torch is no custom op")
+    problem = make_problem(6, out_features=24, num_siblings=2)
+    x, weight, bias, lora_a, lora_b, scaling, gates = problem.tensors
+    leaves = [tensor.requires_grad_(needs_grad) for tensor in (x, lora_a, lora_b, gates)]
+    x, lora_a, lora_b, gates = leaves
+    plan = problem.plan
+    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, plan.order, [16, 8])
+    torch.library.opcheck(ops._routed_linears_triton, args)
+
+
+def test_plan_and_linear_compile_into_one_graph(make_problem: Callable, impl: str) -> None:
+    problem = make_problem(integers=True)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(ids: torch.Tensor) -> torch.Tensor:
+        return routed_linear(*problem.tensors, make_plan(ids, 3), impl=impl)
+
+    assert torch.equal(call(problem.ids), routed_linear(*problem.args, impl=impl))
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_a_captured_graph_follows_new_ids(make_problem: Callable, impl: str, dtype: torch.dtype, top_k: int) -> None:
+    problem = make_problem(200, 136, 264, 5, 24, top_k, dtype=dtype)
+    ids = problem.ids.clone()
+
+    def call() -> torch.Tensor:
+        return routed_linear(*problem.tensors, make_plan(ids, 5), impl=impl)
+
+    call()  # compile before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = call()
+    for routes in ("none", "zipf", "identical", "uniform"):
+        ids.copy_(make_problem(200, 136, 264, 5, 24, top_k, routes=routes, seed=1).ids)
+        graph.replay()
+        torch.testing.assert_close(y, call(), rtol=0, atol=0)
+
+
+@needs_cuda
+def test_auto_takes_triton_only_without_gradients(make_problem: Callable) -> None:
+    x, lora_a = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", requires_grad=True)
+    assert ops._choose("auto", x, lora_a) == "torch"
+    with torch.no_grad():
+        assert ops._choose("auto", x, lora_a) == "triton"
+
+
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096, 512, 1000, 8, 16, 1), (1000, 333, 515, 3, 64, 2), (600, 512, 512, 2, 130, 8)])
+def test_large_tiles_are_exact_on_integers(
+    make_problem: Callable, dtype: torch.dtype, shape: tuple[int, ...], impl: str
+) -> None:
+    problem = make_problem(*shape, dtype=torch.float32, integers=True)
+    sparse = {"x": problem.x * (torch.rand_like(problem.x) < 0.02), "lora_b": problem.lora_b.sign()}
+    problem = problem.replace(**sparse, weight=problem.weight.sign(), lora_a=problem.lora_a.sign(), bias=None)
+    problem = problem.replace(gates=problem.gates.fill_(1), scaling=problem.scaling.fill_(1))
+    double = {name: getattr(problem, name).double() for name in ("x", "weight", "lora_a", "lora_b")}
+    expected = routed_linear(*problem.replace(**double).args, impl="torch")
+    low = {name: getattr(problem, name).to(dtype) for name in double}
+    y = routed_linear(*problem.replace(**low).args, impl=impl).double()
+    exactly = expected.abs() <= 256  # beyond it bfloat16 has no place for every integer
+    assert torch.equal(y[exactly], expected[exactly])
+    torch.testing.assert_close(y, expected, rtol=1e-2, atol=0)
