@@ -213,7 +213,7 @@ def _from_hub(name: str, console: Console) -> Path:
     except Exception as error:  # the hub's client raises its HTTP library's errors, which differ between versions
         if getattr(error, "errno", None):
             raise  # the disk's
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ConnectionError(f"the hub cannot be reached ({reason})") from error
     if missing := _missing(folder):
         raise ValueError(f"{name} on the hub lacks {missing}: choose a model that is published as safetensors")

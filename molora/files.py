@@ -53,7 +53,7 @@ def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
         OSError: the folder cannot be written; `path` is then unchanged.
     """
     path = path.resolve()
-    if path.exists() and not path.is_dir():
+    if path.is_file():
         raise NotADirectoryError(f"{path} is a file, and a folder is to be written there: move it or name another path")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(path, "tmp")

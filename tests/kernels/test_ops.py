@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from molora_kernels import make_plan, ops, routed_linear, routed_linears
+from molora_kernels import backend, make_plan, ops, routed_linear, routed_linears
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -74,6 +74,11 @@ def test_triton_without_a_place_to_run_is_refused(make_problem: Callable, monkey
 def test_triton_refuses_float64(make_problem: Callable) -> None:
     with pytest.raises(ValueError, match=r"float64|needs a GPU"):
         routed_linear(*make_problem(dtype=torch.float64).args, impl="triton")
+
+
+def test_the_triton_kernels_are_tested_here(device: torch.device) -> None:
+    late = "molora_kernels was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1 for this run"
+    assert backend.triton_runs_on(device) or not backend.HAS_TRITON, late
 
 
 def test_import_without_triton() -> None:
