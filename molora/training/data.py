@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ OTHER = -1
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows, all tensors [B, L].
+    """Packed rows, tensors [B, L] but for the last.
 
     Attributes:
         input_ids, position_ids: int64; positions count from 0 within each conversation.
@@ -36,6 +37,7 @@ class Batch:
         domains: int64, index of the token's domain in the loader's list, OTHER for one that is not in it, or -100
             where none is known.
         rest: bool, whether a single adapter rests on the parts that belong to other domains.
+        rows: int64 [B], numbers of the rows, the same in every epoch.
     """
 
     input_ids: Tensor
@@ -44,6 +46,7 @@ class Batch:
     start: Tensor
     domains: Tensor
     rest: Tensor
+    rows: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
@@ -77,9 +80,10 @@ class ActivationMix:
 
 
 class PackedLoader:
-    """Endless batches of packed rows, resumable at any batch.
+    """Endless batches of packed rows (or `num_batches` of them), from number `first_batch` on.
 
-    Each epoch shuffles the conversations and packs them, first fit, into rows of `row_length` tokens.
+    The conversations are shuffled and packed once, first fit, into rows of `row_length` tokens; each epoch shuffles
+    the rows, and draws other activation points.
     """
 
     def __init__(
@@ -94,44 +98,37 @@ class PackedLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        first_batch: int = 0,
         num_batches: int | None = None,
     ) -> None:
         self.data = data
         self.domains = {name: index for index, name in enumerate(domains)}
         self.row_length, self.rows, self.pad_id = row_length, rows, pad_id
         self.mix, self.seed, self.rank, self.world_size = mix, seed, rank, world_size
-        self.num_batches = num_batches
-        self.num_served = 0
-
-    def state_dict(self) -> dict[str, int]:
-        return {"num_served": self.num_served}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.num_served = state["num_served"]
+        self.first_batch, self.num_batches = first_batch, num_batches
+        self.packed = self._pack()
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.num_batches is not None:
-            self.num_served = 0
-        epoch, packed = -1, []
-        while self.num_batches is None or self.num_served < self.num_batches:
-            first = (self.num_served * self.world_size + self.rank) * self.rows
+        epoch, order = -1, list[int]()
+        numbers = count() if self.num_batches is None else range(self.num_batches)
+        for number in numbers:
+            first = ((self.first_batch + number) * self.world_size + self.rank) * self.rows
             rows = []
             for index in range(first, first + self.rows):
-                # Every epoch has as many rows as the first, so that a row's number says its epoch.
-                wanted = index // self._rows_an_epoch()
+                wanted, place = divmod(index, len(self.packed))
                 if wanted != epoch:
-                    epoch, packed = wanted, self._pack(wanted)
-                rows.append(self._row(packed[index % self._rows_an_epoch() % len(packed)], index))
-            self.num_served += 1
+                    epoch, order = wanted, self._order(wanted)
+                rows.append(self._row(order[place], index))
             yield Batch(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
 
-    def _rows_an_epoch(self) -> int:
-        total = sum(len(example.token_ids) for example in self.data)
-        return max(1, total // self.row_length)
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(len(self.packed)))
+        random.Random(f"{self.seed}/epoch/{epoch}").shuffle(order)
+        return order
 
-    def _pack(self, epoch: int) -> list[list[Example]]:
+    def _pack(self) -> list[list[Example]]:
         order = list(self.data)
-        random.Random(f"{self.seed}/{epoch}").shuffle(order)
+        random.Random(f"{self.seed}/pack").shuffle(order)
         rows: list[list[Example]] = []
         open_rows: list[tuple[int, list[Example]]] = []  # (free tokens, row), a few at a time
         for example in order:
@@ -149,10 +146,11 @@ class PackedLoader:
                     open_rows.remove(min(open_rows, key=lambda item: item[0]))
         return rows
 
-    def _row(self, row: Sequence[Example], index: int) -> dict[str, list[int]]:
+    def _row(self, row: int, index: int) -> dict[str, Any]:
+        """Row `row` of the packed ones, as number `index` of all that are served."""
         rng = random.Random(f"{self.seed}/row/{index}")
-        out: dict[str, list[Any]] = {name: [] for name in Batch.__dataclass_fields__}
-        for example in row:
+        out: dict[str, Any] = {name: [] for name in Batch.__dataclass_fields__}
+        for example in self.packed[row]:
             length = len(example.token_ids)
             learned = [*example.learned[1:], False]
             following = [*example.token_ids[1:], IGNORE]
@@ -168,6 +166,7 @@ class PackedLoader:
         for name, value in padding.items():
             out[name] += [value] * free
         out["position_ids"] += range(free)
+        out["rows"] = row
         return out
 
 
@@ -178,6 +177,7 @@ class ChatData(L.LightningDataModule):
         train, val: a source or a list of them: a `.jsonl` file, or what `datasets.load_dataset` takes.
         row_length: tokens in a row; longer conversations are left out.
         rows: rows in a batch (of each device).
+        max_records: of each training source, only the first so many records; None takes all.
         val_batches: batches of a validation run.
         activation: shares of activation points.
         seed: of the order and of the activation points.
@@ -189,6 +189,7 @@ class ChatData(L.LightningDataModule):
         val: str | list[str] | None = None,
         row_length: int = 1024,
         rows: int = 16,
+        max_records: int | None = None,
         val_batches: int = 4,
         activation: ActivationMix = ActivationMix(),
         seed: int = 0,
@@ -196,6 +197,7 @@ class ChatData(L.LightningDataModule):
         super().__init__()
         self.sources = {"train": _as_list(train), "val": _as_list(val)}
         self.row_length, self.rows, self.val_batches = row_length, rows, val_batches
+        self.max_records = max_records
         self.activation, self.seed = activation, seed
         self.encoded: dict[str, list[Example]] = {}
         self.tokenizer: Any = None
@@ -206,17 +208,20 @@ class ChatData(L.LightningDataModule):
         self.tokenizer, self.domains = tokenizer, tuple(domains)
 
     def train_dataloader(self) -> PackedLoader:
-        return self._loader("train", None)
+        # A resumed run goes on behind the batches that were trained on, not behind those that were fetched.
+        done = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+        return self._loader("train", done, None)
 
     def val_dataloader(self) -> PackedLoader | list[Any]:
-        return self._loader("val", self.val_batches) if self.sources["val"] else []
+        return self._loader("val", 0, self.val_batches) if self.sources["val"] else []
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
-    def _loader(self, split: str, num_batches: int | None) -> PackedLoader:
+    def _loader(self, split: str, first_batch: int, num_batches: int | None) -> PackedLoader:
         if split not in self.encoded:
-            records = (record for source in self.sources[split] for record in read_records(source))
+            limit = self.max_records if split == "train" else None
+            records = (record for source in self.sources[split] for record in islice(read_records(source), limit))
             self.encoded[split] = examples(records, self.tokenizer, max_length=self.row_length)
         trainer = self.trainer
         return PackedLoader(
@@ -229,6 +234,7 @@ class ChatData(L.LightningDataModule):
             seed=self.seed,
             rank=trainer.global_rank if trainer else 0,
             world_size=trainer.world_size if trainer else 1,
+            first_batch=first_batch,
             num_batches=num_batches,
         )
 

@@ -114,7 +114,7 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     end = ids.index(tokenizer.eos_token_id, len(prompt.token_ids)) + 1
     learned = [len(prompt.token_ids) <= i < end for i in range(end)]
     turn, response = prompt.starts.get("turn", 0), prompt.starts.get("response", len(prompt.token_ids))
-    domains = _label(record, plain, full, offsets[:end], turn)
+    domains = _label(record, plain, full, offsets[:end])
     return Example(tuple(ids[:end]), tuple(learned), tuple(domains), turn, response)
 
 
@@ -123,7 +123,6 @@ def _label(
     plain: Sequence[Mapping[str, str]],
     full: str,
     offsets: Sequence[tuple[int, int]],
-    turn: int,
 ) -> list[str | None]:
     """Each token's domain. Template tokens between two texts belong to the one that follows them."""
     last_user = max(i for i, message in enumerate(plain) if message["role"] == "user")
@@ -133,7 +132,7 @@ def _label(
     for index, message in enumerate(record["messages"]):
         cursor = full.index(plain[index]["content"], cursor)
         if index == last_user:
-            turn_text = cursor
+            turn_text, turn_at = cursor, len(ends)
         for text, domain in _parts(message["content"], _own_domain(record) if index >= last_user else None):
             cursor += len(text)
             ends.append(cursor)
@@ -143,8 +142,8 @@ def _label(
     for start, end in offsets:
         while at < len(ends) - 1 and max(start, end - 1) >= ends[at]:
             at += 1
-        # The header of the user's turn comes before anything that could tell the domain.
-        labels.append(None if turn <= len(labels) and end <= turn_text else texts[at])
+        # What stands before the last turn's text comes before anything that could tell its domain.
+        labels.append(None if at == turn_at and end <= turn_text else texts[at])
     return labels
 
 

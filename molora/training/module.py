@@ -280,6 +280,8 @@ class RouterTraining(_FrozenBase):
         losses: weights of the losses.
         schedule: of the learning rate.
         dtype: of the frozen base; the router itself runs in float32.
+        keep_rows: keep the router's inputs of the training rows in host memory (H values a token), so that only the
+            first epoch runs the base. Only without the language model loss, which needs the whole model each time.
         seed: of the router's initial weights.
     """
 
@@ -296,9 +298,14 @@ class RouterTraining(_FrozenBase):
         losses: RouterLosses = RouterLosses(),
         schedule: Schedule = Schedule(),
         dtype: str = "auto",
+        keep_rows: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__(base, dtype, schedule)
+        if keep_rows and losses.lm:
+            raise ValueError("keep_rows works without the language model loss only; set losses.lm to 0.")
+        self.keep_rows = keep_rows
+        self._kept: dict[int, Tensor] = {}
         self.folders = {check_name(Path(folder).name): Path(folder) for folder in adapters}
         self.output = Path(output)
         self.bank_name = check_name(bank_name or self.output.name)
@@ -363,6 +370,19 @@ class RouterTraining(_FrozenBase):
             bank.set_router(self.router.cpu())
             shutil.copytree(bank.path, folder, dirs_exist_ok=True)
 
+    def _router_input(self, batch: Batch) -> Tensor:
+        """Base hidden states [B, L, H] at the router layer; they never change, so training rows are kept."""
+        keep = self.training and self.keep_rows
+        rows = batch.rows.tolist()
+        if not (keep and all(row in self._kept for row in rows)):
+            hidden = self.decoder.router_input(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            )
+            if keep:
+                self._kept.update(zip(rows, hidden.cpu(), strict=True))
+            return hidden
+        return torch.stack([self._kept[row] for row in rows]).to(self.device)
+
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.losses
         metrics: dict[str, Tensor] = {}
@@ -388,13 +408,3 @@ class RouterTraining(_FrozenBase):
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics
-
-    @torch.no_grad()
-    def _router_input(self, batch: Batch) -> Tensor:
-        """The base hidden states [B, L, H] that enter the router layer."""
-        decoder: Any = self.decoder.model.get_decoder()
-        out = decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, output_hidden_states=True
-        )
-        hidden: Tensor = out.hidden_states[self.router_layer]
-        return hidden

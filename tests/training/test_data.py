@@ -1,0 +1,110 @@
+"""Packed batches: nothing leaks between conversations, and batch i is the same after a resume."""
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from molora.checkpoint import load_base
+from molora.tiny import byte_tokenizer, make_tiny_base
+from molora.training.data import NEVER, OTHER, ActivationMix, PackedLoader
+from molora.training.examples import IGNORE, Example, encode
+
+TOKENIZER = byte_tokenizer()
+MIX = ActivationMix()
+
+
+def example(text: str, domain: str | None = "x") -> Example:
+    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+    return encode({"messages": messages, "domain": domain}, TOKENIZER)
+
+
+DATA = [example(f"word {i}" * (1 + i % 3), "x" if i % 2 else "y") for i in range(11)]
+
+
+def loader(mix: ActivationMix = MIX, **changes: Any) -> PackedLoader:
+    arguments = {"row_length": 512, "rows": 2, "pad_id": 0, "mix": mix, "seed": 3, **changes}
+    return PackedLoader(DATA, ["x"], **arguments)
+
+
+def test_an_epoch_serves_every_conversation_once() -> None:
+    served = loader(rows=1)
+    rows = list(islice(served, len(served.packed)))
+    firsts = sum(int((batch.position_ids == 0).sum()) for batch in rows)
+    pads = sum(int((batch.start == NEVER).any()) for batch in rows)
+    assert firsts - pads == len(DATA)
+
+
+def test_the_second_epoch_is_the_same_rows_in_another_order() -> None:
+    served = loader(rows=1)
+    numbers = [int(batch.rows[0]) for batch in islice(served, 2 * len(served.packed))]
+    first, second = numbers[: len(served.packed)], numbers[len(served.packed) :]
+    assert sorted(first) == sorted(second) == list(range(len(served.packed)))
+
+
+def test_a_resumed_loader_serves_what_an_uninterrupted_one_would_have() -> None:
+    whole = list(islice(loader(), 9))
+    after = loader(first_batch=4)
+    for ours, theirs in zip(islice(after, 5), whole[4:], strict=True):
+        for name, value in vars(ours).items():
+            assert torch.equal(value, getattr(theirs, name)), name
+
+
+def test_ranks_share_the_rows() -> None:
+    one = [int(row) for batch in islice(loader(rows=1), 6) for row in batch.rows]
+    two = [
+        [int(row) for batch in islice(loader(rows=1, rank=r, world_size=2), 3) for row in batch.rows] for r in (0, 1)
+    ]
+    assert one == [row for pair in zip(*two, strict=True) for row in pair]
+
+
+def test_targets_are_the_next_learned_ids() -> None:
+    batch = next(iter(loader()))
+    learned = batch.targets != IGNORE
+    assert learned.any()
+    following = batch.input_ids.roll(-1, dims=1)
+    assert torch.equal(batch.targets[learned], following[learned])
+    assert bool((batch.position_ids.roll(-1, dims=1)[learned] > 0).all())  # never across a conversation's end
+
+
+def test_domains_are_indices_and_others_are_told_apart_from_unknown() -> None:
+    batch = next(iter(loader()))
+    assert set(batch.domains.unique().tolist()) == {0, OTHER, IGNORE}
+
+
+@pytest.mark.parametrize(
+    ("mix", "where"), [(ActivationMix(1, 0, 0), "turn"), (ActivationMix(0, 1, 0), "response")], ids=["turn", "response"]
+)
+def test_activation_points_are_where_the_mix_says(mix: ActivationMix, where: str) -> None:
+    wanted = {getattr(each, where) for each in DATA}
+    batch = next(iter(loader(mix)))
+    assert set(batch.start[batch.start != NEVER].tolist()) <= wanted
+
+
+def test_activation_points_vary_between_epochs() -> None:
+    served = loader(ActivationMix(0, 0, 1), rows=1)
+    batches = list(islice(served, 2 * len(served.packed)))
+    number = int(batches[0].rows[0])
+    first, second = (batch for batch in batches if int(batch.rows[0]) == number)
+    assert torch.equal(first.input_ids, second.input_ids)
+    assert not torch.equal(first.start, second.start)
+
+
+def test_shares_must_add_up() -> None:
+    with pytest.raises(ValueError, match="add up to 1"):
+        ActivationMix(turn=0.5, response=0.2, between=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral"])
+def test_packed_conversations_do_not_see_each_other(architecture: str, tmp_path: Path) -> None:
+    model, _ = load_base(make_tiny_base(tmp_path / "base", seed=0, architecture=architecture), device="cpu")
+    batch = next(iter(loader(rows=1)))
+    with torch.inference_mode():
+        packed = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
+        starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
+        assert len(starts) > 3
+        for begin, end in zip(starts, starts[1:], strict=False):
+            alone = model(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0]
+            torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,103 @@
+"""From records to tokens: what is learned, and which domain each token belongs to."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from molora.tiny import byte_tokenizer
+from molora.training.examples import BASE, encode, examples, read_records
+
+TOKENIZER = byte_tokenizer()
+SINGLE = {
+    "messages": [{"role": "user", "content": "2 times a"}, {"role": "assistant", "content": "aa"}],
+    "domain": "letters",
+}
+
+
+def decode(ids: object) -> str:
+    return str(TOKENIZER.decode(ids))
+
+
+def test_only_the_answer_and_its_end_are_learned() -> None:
+    example = encode(SINGLE, TOKENIZER)
+    learned = [i for i, yes in zip(example.token_ids, example.learned, strict=True) if yes]
+    assert decode(learned) == "aa<|im_end|>"
+    assert learned[-1] == TOKENIZER.eos_token_id
+
+
+def test_turn_and_response_are_where_their_headers_begin() -> None:
+    example = encode(SINGLE, TOKENIZER)
+    assert decode(example.token_ids[example.turn :]).startswith("<|im_start|>user\n2 times a")
+    assert decode(example.token_ids[example.response :]).startswith("<|im_start|>assistant\naa")
+
+
+def test_a_single_domain_covers_the_last_turn_but_not_its_header() -> None:
+    example = encode(SINGLE, TOKENIZER)
+    header = len(TOKENIZER("<|im_start|>user\n")["input_ids"])
+    assert example.domains[example.turn : example.turn + header] == (None,) * header
+    assert set(example.domains[example.turn + header :]) == {"letters"}
+
+
+def test_history_before_the_last_turn_has_no_domain() -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}, *SINGLE["messages"]]
+    example = encode({"messages": messages, "domain": "letters"}, TOKENIZER)
+    assert set(example.domains[: example.turn]) == {None}
+
+
+def test_a_null_domain_is_base_and_a_missing_one_is_unknown() -> None:
+    assert encode({**SINGLE, "domain": None}, TOKENIZER).domains[-1] == BASE
+    assert encode({"messages": SINGLE["messages"]}, TOKENIZER).domains[-1] is None
+
+
+def test_parts_carry_their_own_domains_and_connectives_follow_the_next_part() -> None:
+    parts = [{"type": "text", "text": "one", "domain": "x"}, {"type": "text", "text": "\ntwo", "domain": None}]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}],
+        "domain": ["x", None],
+    }
+    example = encode(record, TOKENIZER)
+    answer = list(zip(decode(example.token_ids[-8:-1]), example.domains[-8:-1], strict=True))
+    assert answer == [(c, "x") for c in "one"] + [(c, BASE) for c in "\ntwo"]
+    between = example.domains[example.response]
+    assert between == "x"  # the assistant's header belongs to the part that follows it
+
+
+def test_plain_text_records() -> None:
+    example = encode({"prompt": "ab", "completion": "cd", "domain": "x"}, TOKENIZER)
+    assert decode(example.token_ids) == "abcd<|im_end|>"
+    assert example.learned == (False, False, True, True, True)
+    assert (example.turn, example.response) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"text": "x"}, "needs 'messages'"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "must end with"),
+        ({"messages": []}, "must end with"),
+    ],
+)
+def test_malformed_records_say_which_and_why(record: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"record 2: .*{message}"):
+        examples([SINGLE, record], TOKENIZER, max_length=100)
+
+
+def test_long_records_are_left_out_and_nothing_left_is_an_error() -> None:
+    with pytest.raises(ValueError, match="max_length=5"):
+        examples([SINGLE], TOKENIZER, max_length=5)
+
+
+def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(SINGLE) + "\n{broken\n")
+    with pytest.raises(ValueError, match="line 2"):
+        list(read_records(path))
+    with pytest.raises(FileNotFoundError, match="recipes"):
+        list(read_records(tmp_path / "missing.jsonl"))
+
+
+def test_any_datasets_source_is_read(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text(json.dumps(SINGLE) + "\n")
+    (record,) = read_records(tmp_path)
+    assert encode(record, TOKENIZER) == encode(SINGLE, TOKENIZER)

@@ -1,0 +1,205 @@
+"""The two training modules, end to end on a tiny random base."""
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import yaml
+
+import molora
+from molora.adapter import Adapter
+from molora.bank import Bank
+from molora.checkpoint import resolve_base
+from molora.training.cli import main
+from molora.training.data import ActivationMix, PackedLoader
+from molora.training.examples import examples, read_records
+from molora.training.module import AdapterTraining, RouterLosses, RouterTraining
+
+REPOSITORY = Path(__file__).parents[2]
+# Lightning and jsonargparse warn of their own deprecations.
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+
+
+def fit(*extra: str, config: str = "configs/tiny.yaml") -> None:
+    arguments = ["train.py", "fit", "--config", config, "--trainer.enable_progress_bar", "false", *extra]
+    with patch.object(sys, "argv", arguments):
+        main()
+
+
+def column(file: Path, name: str) -> list[float]:
+    with file.open() as lines:
+        return [float(row[name]) for row in csv.DictReader(lines) if row.get(name)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return Adapter.read(folder).tensors()
+
+
+def router_config(**changes: Any) -> str:
+    """A config that trains a router over two adapters that were never trained (their B is random too)."""
+    base = resolve_base("tiny-random/llama")
+    model, _ = molora.checkpoint.load_base(base, device="cpu")
+    linears = {
+        path: (module.out_features, module.in_features)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in path and ".layers.0." not in path
+    }
+    generator = torch.Generator().manual_seed(0)
+    for name in ("letters", "digits"):
+        adapter = molora.adapter.random_adapter(linears, rank=4, alpha=8, generator=generator)
+        adapter.write(Path("adapters") / name)
+    config = yaml.safe_load(Path("configs/tiny.yaml").read_text())
+    config["model"] = {
+        "class_path": "molora.training.RouterTraining",
+        "init_args": {
+            "adapters": ["adapters/letters", "adapters/digits"],
+            "output": "bank",
+            "base": "tiny-random/llama",
+            "router": {"hidden_dim": 32, "key_dim": 16},
+            "router_layer": 1,
+            "schedule": {"lr": 0.01, "warmup_steps": 5},
+            **changes,
+        },
+    }
+    Path("router.yaml").write_text(yaml.safe_dump(config))
+    return "router.yaml"
+
+
+def test_tiny_yaml_learns_and_writes_a_peft_folder_and_logs() -> None:
+    fit()
+    adapter = Adapter.read("runs/tiny/adapters/letters")
+    assert adapter.layers == (1, 2, 3)
+    assert adapter.config.alora_invocation_tokens is not None
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    losses = column(metrics, "train/loss")
+    assert losses[-1] < 0.5 * losses[0]
+    assert column(metrics, "val/loss")[-1] < losses[0]
+    assert list(Path("runs/tiny").rglob("events.out.tfevents*"))
+
+
+def test_a_trained_adapter_loads_in_peft() -> None:
+    peft = pytest.importorskip("peft")
+    fit("--trainer.max_steps", "3")
+    base = molora.checkpoint.load_base(resolve_base("tiny-random/llama"), device="cpu")[0]
+    config = peft.PeftConfig.from_pretrained("runs/tiny/adapters/letters")
+    assert config.alora_invocation_tokens
+    model = peft.PeftModel.from_pretrained(base, "runs/tiny/adapters/letters")
+    assert model.active_adapters == ["default"]
+
+
+def test_resuming_gives_exactly_the_uninterrupted_result() -> None:
+    fit("--trainer.max_steps", "60", "--model.init_args.output_dir", "whole")
+    fit(
+        "--ckpt_path",
+        next(str(path) for path in Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")),
+        "--model.init_args.output_dir",
+        "resumed",
+    )
+    whole, resumed = weights(Path("whole/letters")), weights(Path("resumed/letters"))
+    assert whole.keys() == resumed.keys()
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, resumed[key]), key
+
+
+def test_checkpoints_hold_only_what_is_trained() -> None:
+    fit("--trainer.max_steps", "20")
+    (path,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    state = torch.load(path, weights_only=False)["state_dict"]
+    assert state
+    assert all("lora_" in name for name in state)
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    fit("--trainer.max_steps", "5", "--model.init_args.output_dir", "plain")
+    fit(
+        "--trainer.max_steps",
+        "5",
+        "--model.init_args.output_dir",
+        "less",
+        "--model.init_args.gradient_checkpointing=true",
+    )
+    for key, tensor in weights(Path("plain/letters")).items():
+        torch.testing.assert_close(tensor, weights(Path("less/letters"))[key])
+
+
+def test_the_router_learns_the_domains_and_writes_a_bank() -> None:
+    fit(config=router_config())
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(metrics, "train/routed_right")[-1] > 0.9
+    bank = Bank.open("bank")
+    assert [entry.name for entry in bank.routable] == ["letters", "digits"]
+    m = molora.load(bank, device="cpu")
+    out = m.generate([{"role": "user", "content": "3 times a"}], max_new_tokens=3)
+    assert {name for route in out.generated_routes for name, _ in route} == {"letters"}
+
+
+def test_keeping_rows_changes_nothing() -> None:
+    fit("--trainer.max_steps", "12", config=router_config())
+    kept = Path("kept")
+    fit("--trainer.max_steps", "12", config=router_config(keep_rows=True, output=str(kept), bank_name="bank"))
+    first, second = (Bank.open(path).load_router() for path in ("bank", kept))
+    assert first is not None
+    assert second is not None
+    assert first.digest == second.digest
+
+
+def test_the_router_learns_from_the_language_model_loss_alone() -> None:
+    before = Path("adapters/letters/adapter_model.safetensors")
+    config = router_config(losses={"label": 0.0, "lm": 1.0, "balance": 0.01, "z": 0.001})
+    contents = before.read_bytes()
+    fit("--trainer.max_steps", "10", config=config)
+    state = Bank.open("bank").load_router().state_dict()  # type: ignore[union-attr]
+    untrained = RouterTraining([], "x", router=molora.RouterConfig(hidden_dim=32, key_dim=16))
+    assert any(value.abs().sum() > 0 for value in state.values())
+    assert before.read_bytes() == contents  # the adapters are frozen
+    assert untrained.losses.lm == 0
+
+
+def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
+    base = resolve_base("tiny-random/llama")
+    model, tokenizer = molora.checkpoint.load_base(base, device="cpu")
+    data = examples(read_records("configs/tiny.jsonl"), tokenizer, max_length=256)
+    batch = next(iter(PackedLoader(data, [], row_length=256, rows=2, pad_id=0, mix=ActivationMix(), seed=0)))
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    with torch.no_grad():
+        wanted = model.model(**inputs, output_hidden_states=True).hidden_states[2]
+    decoder = molora.injection.RoutedDecoder(model, [], num_slots=1, max_rank=1, router_layer=2)
+    assert torch.equal(decoder.router_input(**inputs), wanted)
+    assert torch.equal(model.model(**inputs).last_hidden_state, model.model(**inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: RouterLosses(label=0.0, lm=0.0), "above 0"),
+        (lambda: RouterTraining([], "x", losses=RouterLosses(lm=1.0), keep_rows=True), "keep_rows"),
+        (lambda: AdapterTraining("base"), "no legal name"),
+    ],
+)
+def test_wrong_settings_are_errors(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        fit("--model.init_args.rnak", "4")
+    assert "rnak" in capsys.readouterr().err
+
+
+def test_every_config_begins_with_its_command() -> None:
+    for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
+        assert path.read_text().splitlines()[0] == f"# python train.py fit --config configs/{path.name}"
+        assert json.dumps(yaml.safe_load(path.read_text()))
