@@ -6,9 +6,11 @@ nothing is counted from the end. This module knows tokenizers and chat templates
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+from jinja2 import TemplateError
 
 Policy = Literal["invocation", "response", "turn", "system"]
 Activation = Policy | int
@@ -84,8 +86,8 @@ def resolve(
         return last_occurrence(prompt.token_ids, invocation_tokens, of=of)
     if activation not in prompt.starts:
         raise ValueError(
-            f"activation {activation!r} needs chat messages{_missing(activation, prompt)}; for plain text or token ids "
-            "pass an integer token index (0 activates everything)."
+            f"activation {activation!r} needs chat messages, with a user message for 'turn', and a chat template that "
+            "shows where its messages begin; here, pass an integer token index (0 activates everything)."
         )
     return prompt.starts[activation]
 
@@ -106,10 +108,6 @@ def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: st
     )
 
 
-def _missing(policy: str, prompt: Prompt) -> str:
-    return " with a user message" if policy == "turn" and "response" in prompt.starts else ""
-
-
 def _check_message(message: Any, index: int) -> dict[str, str]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {index} is {message!r}; expected {{'role': ..., 'content': ...}}.")
@@ -128,8 +126,10 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
         raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
 
     def text_of(some: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
-        rendered = tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt)
-        return str(rendered)
+        try:
+            return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt))
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses these messages: {error}.") from error
 
     full = text_of(messages, generation_prompt=True)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -139,28 +139,41 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
         """The first token that holds text at or after `char`."""
         return next((index for index, end in enumerate(ends) if end > char), len(ends))
 
-    starts = {"system": 0}
-    body = text_of(messages)
-    if full.startswith(body):
-        starts["response"] = token_at(len(body))
-    last_user = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if last_user is not None and (char := _message_start(text_of, messages, last_user, full)) is not None:
-        starts["turn"] = token_at(char)
-    if messages[0]["role"] == "system":
-        char = len(text_of(messages[:1]))
-        starts["system"] = token_at(char)
+    starts = {}
+    for policy, find in (("system", _system_end), ("turn", _turn_start), ("response", _response_start)):
+        try:
+            char = find(text_of, messages, full)
+        except ValueError:  # the template refuses a part of the conversation by itself, so it hides the place
+            char = None
+        if char is not None:
+            starts[policy] = token_at(char)
     return Prompt(tuple(encoded["input_ids"]), starts)
 
 
-def _message_start(text_of: Any, messages: list[dict[str, str]], index: int, full: str) -> int | None:
-    """The character at which message `index`'s template header begins, or None if the template hides it."""
-    if index > 0:
-        before = text_of(messages[:index])
-        return len(before) if full.startswith(before) else None
-    # A template may put a default system message before the first one, and renders no empty list. What the message
-    # itself adds shows when a later copy of it is appended to a conversation that already began.
-    first = messages[0]
-    opening = [first, {"role": "assistant", "content": "."}]
-    added = text_of([*opening, first]).removeprefix(text_of(opening))
-    alone = text_of([first])
-    return len(alone) - len(added) if alone.endswith(added) and full.startswith(alone) else None
+# Each finds a policy's first character in the rendered conversation `full`, or None if the template hides it.
+
+
+def _system_end(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
+    if messages[0]["role"] != "system":
+        return 0
+    alone = text_of(messages[:1])
+    return len(alone) if full.startswith(alone) and messages[0]["content"].strip() in alone else None
+
+
+def _turn_start(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
+    index = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if index is None:
+        return None
+    # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
+    # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
+    user, mark = messages[index], "\ue000"
+    opening = [user, {"role": "assistant", "content": mark}]
+    after_answer = text_of(opening).rpartition(mark)[2]
+    added = text_of([*opening, user]).partition(mark)[2].removeprefix(after_answer)
+    upto = text_of(messages[: index + 1])
+    return len(upto) - len(added) if added and upto.endswith(added) and full.startswith(upto) else None
+
+
+def _response_start(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
+    body = text_of(messages)
+    return len(body) if full.startswith(body) else None

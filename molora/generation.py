@@ -6,7 +6,7 @@ policies; a request comes with its prompt ids and its routes already resolved.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -147,7 +147,7 @@ class TokenStream(Iterator[Token]):
             raise RuntimeError("the stream has no result before its last token; iterate it to the end first.")
         return self._result
 
-    def _run(self) -> Iterator[Token]:  # type: ignore[override]
+    def _run(self) -> Generator[Token, None, None]:
         request = self._request
         reuse = self._cache.take(request.token_ids, request.encoding)
         now = _Progress(list(request.token_ids), list(reuse.routes))

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora.adapter import Adapter, layer_index
@@ -121,8 +123,11 @@ class RoutedDecoder:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the routes of its own forward (non-reentrant only)."""
-        self.model.gradient_checkpointing_enable(
-            {"use_reentrant": False, "context_fn": checkpoint_context_fn(self.early_routes, self.routes)}
+        context_fn = checkpoint_context_fn(self.early_routes, self.routes)
+        # The public call goes by another name in each release, and makes the embeddings require gradients, which
+        # would send the backward pass through the base layers below the router for nothing.
+        self.model._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=context_fn)
         )
 
     def _check_fits(self, adapter: Adapter) -> None:

@@ -30,9 +30,11 @@ class RoutedLinear(nn.Module):
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.routes = routes
-        like = {"device": linear.weight.device, "dtype": dtype or linear.weight.dtype}
-        self.lora_a_ERI = nn.Parameter(torch.zeros(num_slots, max_rank, self.in_features, **like), requires_grad=False)  # type: ignore[arg-type]
-        self.lora_b_EOR = nn.Parameter(torch.zeros(num_slots, self.out_features, max_rank, **like), requires_grad=False)  # type: ignore[arg-type]
+        like = linear.weight.new_empty(0, dtype=dtype or linear.weight.dtype)
+        a_ERI = like.new_zeros(num_slots, max_rank, self.in_features)
+        b_EOR = like.new_zeros(num_slots, self.out_features, max_rank)
+        self.lora_a_ERI = nn.Parameter(a_ERI, requires_grad=False)
+        self.lora_b_EOR = nn.Parameter(b_EOR, requires_grad=False)
         self.scaling_E: Tensor
         self.register_buffer("scaling_E", torch.zeros(num_slots, device=linear.weight.device), persistent=False)
 

@@ -45,7 +45,7 @@ class MoLoRA:
     Attributes:
         model: the Hugging Face model; called directly it is the base model, and inside `routing()` it is routed.
         tokenizer: the base model's tokenizer.
-        bank: the bank it was loaded from.
+        bank: the bank it was loaded from; a change to it takes effect when it is loaded again.
         base_dir: the folder of safetensors that the base was loaded from.
         decoder: the routed linears and their routes.
         cache: keys and values kept between calls of `generate`.
@@ -129,7 +129,7 @@ class MoLoRA:
         """Like `generate`, token by token; everything is checked before this returns."""
         resolved = self._resolve_route(route)
         prompt = policies.render(self.tokenizer, messages_or_text)
-        self._check_length(prompt, max_new_tokens)
+        self._check_prompt(prompt, max_new_tokens)
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
         start = self._resolve_activation(resolved, activation, prompt)
@@ -172,23 +172,26 @@ class MoLoRA:
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T].")
         num_seqs, num_tokens = input_ids.shape
-        starts = [int(start) for start in activation_start]
-        if len(starts) != num_seqs or min(starts, default=0) < 0:
-            raise ValueError(f"activation_start is {starts}; expected {num_seqs} token indices of 0 or more.")
+        starts = _check_starts(activation_start)
+        if len(starts) != num_seqs:
+            raise ValueError(f"activation_start is {starts}; expected one index for each of {num_seqs} sequences.")
         if num_tokens > self.max_context:
             raise ValueError(f"the input has {num_tokens} tokens; the model reads at most {self.max_context}.")
-        valid = None
+        valid, lengths = None, [num_tokens] * num_seqs
         position_ids = torch.arange(num_tokens, device=device).expand(num_seqs, -1)
         if attention_mask is not None:
+            attention_mask = torch.as_tensor(attention_mask, device=device)
             if attention_mask.shape != input_ids.shape:
                 raise ValueError(
                     f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(input_ids.shape)}."
                 )
-            attention_mask = attention_mask.to(device)
             valid = attention_mask.bool()
+            lengths = valid.sum(-1).tolist()
             position_ids = (valid.long().cumsum(-1) - 1).clamp(min=0)
         resolved = self._resolve_routes(route, num_seqs)
-        someone_acts = any(not r.is_base and start < num_tokens for r, start in zip(resolved, starts, strict=True))
+        someone_acts = any(
+            not each.is_base and start < length for each, start, length in zip(resolved, starts, lengths, strict=True)
+        )
         request = self._route_request(resolved, starts, valid) if someone_acts else None
         with self.decoder.requested(request):
             out = self.model(
@@ -204,9 +207,10 @@ class MoLoRA:
             activation_start: for each sequence of the batch, the index of its first active token in real tokens.
             route: one route for all sequences, or one for each.
         """
-        resolved = self._resolve_routes(route, len(activation_start))
+        starts = _check_starts(activation_start)
+        resolved = self._resolve_routes(route, len(starts))
         someone_acts = any(not each.is_base for each in resolved)
-        with self.decoder.requested(self._route_request(resolved, activation_start) if someone_acts else None):
+        with self.decoder.requested(self._route_request(resolved, starts) if someone_acts else None):
             yield
 
     def render(self, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
@@ -246,6 +250,8 @@ class MoLoRA:
         return [self._resolve_route(each) for each in route]
 
     def _resolve_activation(self, route: ResolvedRoute, activation: Activation | None, prompt: Prompt) -> int:
+        if activation is not None:
+            policies.check_activation(activation)
         if route.is_base:
             return len(prompt.token_ids)
         if route.auto:
@@ -292,7 +298,10 @@ class MoLoRA:
         ids = configured if isinstance(configured, (list, tuple)) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
-    def _check_length(self, prompt: Prompt, max_new_tokens: int) -> None:
+    def _check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
+        vocab_size = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
+            raise ValueError(f"the prompt has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
         room = self.max_context - len(prompt.token_ids)
@@ -302,6 +311,13 @@ class MoLoRA:
                 f"the prompt has {len(prompt.token_ids)} tokens and max_new_tokens is {max_new_tokens}, but the model "
                 f"reads at most {self.max_context} tokens; {fit}."
             )
+
+
+def _check_starts(activation_start: Sequence[int]) -> list[int]:
+    starts = [int(start) for start in activation_start]
+    if min(starts, default=0) < 0:
+        raise ValueError(f"activation_start is {starts}; expected token indices of 0 or more.")
+    return starts
 
 
 def load(

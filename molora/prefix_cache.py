@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
@@ -33,7 +34,7 @@ class Encoding:
         return num_tokens if self.digest is None else min(self.start, num_tokens)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CachedSequence:
     """Keys and values [1, heads, tokens, head size] of each layer, for the first `len(token_ids)` tokens."""
 
@@ -87,32 +88,33 @@ class PrefixCache:
             if length > num_reused or best is None:
                 best, num_reused = sequence, max(length, 0)
         cache = DynamicCache()
-        if best is None or num_reused == 0:
-            return Reuse(0, self._num_reencoded(token_ids, encoding, 0), 0, (), cache)
-        self._sequences.remove(best)
-        self._sequences.append(best)
-        for layer, (keys, values) in enumerate(best.keys_values):
-            cache.update(keys[:, :, :num_reused], values[:, :, :num_reused], layer)
-        return Reuse(
-            num_reused,
-            self._num_reencoded(token_ids, encoding, num_reused),
-            max(0, min(self._base_prefix(token_ids, encoding), limit) - num_reused),
-            best.routes[:num_reused],
-            cache,
-        )
+        routes: tuple[TokenRoute, ...] = ()
+        num_base = max(num_reused, min(self._base_prefix(token_ids, encoding), limit))
+        num_known = max(num_base, min(self._known_prefix(token_ids, encoding), limit))
+        if best is not None and num_reused > 0:
+            self._sequences.remove(best)
+            self._sequences.append(best)
+            routes = best.routes[:num_reused]
+            for layer, (keys, values) in enumerate(best.keys_values):
+                cache.update(keys[:, :, :num_reused], values[:, :, :num_reused], layer)
+        return Reuse(num_reused, num_known - num_base, num_base - num_reused, routes, cache)
 
     def put(
         self, token_ids: Sequence[int], encoding: Encoding, routes: Sequence[TokenRoute], cache: DynamicCache
     ) -> None:
-        """Keep a finished sequence. `cache` holds the keys and values of its tokens (all but a last sampled one)."""
-        if self.max_sequences == 0 or not cache.layers:
+        """Keep a sequence as far as it has routes: a last sampled token has none, nor has a forward that failed.
+
+        `cache` holds the keys and values of those tokens, and of no more than a failed forward added in some layers.
+        """
+        length = len(routes)
+        if self.max_sequences == 0 or length == 0:
             return
-        length = cache.get_seq_length()
+        layers: list[Any] = cache.layers
         new = CachedSequence(
             tuple(token_ids[:length]),
             encoding,
-            tuple(routes[:length]),
-            tuple((layer.keys, layer.values) for layer in cache.layers),
+            tuple(routes),
+            tuple((layer.keys[:, :, :length], layer.values[:, :, :length]) for layer in layers),
         )
         # A sequence that the new one continues unchanged has nothing to add to it.
         self._sequences = [
@@ -132,10 +134,10 @@ class PrefixCache:
             default=0,
         )
 
-    def _num_reencoded(self, token_ids: Sequence[int], encoding: Encoding, num_reused: int) -> int:
+    def _known_prefix(self, token_ids: Sequence[int], encoding: Encoding) -> int:
+        """How many tokens this request needs as base are cached at all, as base or as active."""
         needed = encoding.base_length(len(token_ids))
-        cached = max((_common(old.token_ids, token_ids) for old in self._sequences), default=0)
-        return max(0, min(cached, needed, len(token_ids) - 1) - num_reused)
+        return max((min(_common(old.token_ids, token_ids), needed) for old in self._sequences), default=0)
 
 
 def _reusable(old: CachedSequence, token_ids: Sequence[int], encoding: Encoding) -> int:

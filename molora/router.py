@@ -57,6 +57,8 @@ class RouterConfig:
             raise ValueError("router hidden_dim and key_dim must be positive.")
         if self.kind == "token_ranges":
             _check_ranges(self.ranges)
+            if self.gate != "hard":
+                raise ValueError("router kind 'token_ranges' has no scores to make soft gates of; use gate='hard'.")
         elif self.ranges:
             raise ValueError("router field 'ranges' belongs to kind='token_ranges'.")
 
@@ -134,7 +136,8 @@ class KeyRouter(nn.Module):
         with torch.autocast(h_TH.device.type, enabled=False):
             h_TH = F.rms_norm(h_TH.float(), (h_TH.shape[-1],), eps=1e-6)
             query_TD = self.query(F.gelu(self.hidden(h_TH)))
-            return query_TD @ self.keys_CD.T * self.config.key_dim**-0.5
+            logits_TC: Tensor = query_TD @ self.keys_CD.T * self.config.key_dim**-0.5
+            return logits_TC
 
     def forward(self, h_TH: Tensor, token_ids_T: Tensor | None = None) -> Decision:
         return choose(self.scores(h_TH), self.config, straight_through=self.training)
@@ -210,10 +213,10 @@ def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = 
     if config.gate == "hard":
         columns_TK = logits_TC.argmax(-1, keepdim=True)
         probs_TK = probs_TC.gather(-1, columns_TK)
-        return Decision(columns_TK, 1.0 + probs_TK - probs_TK.detach(), logits_TC)
+        return Decision(columns_TK, 1.0 + (probs_TK - probs_TK.detach()), logits_TC)  # exactly 1: the bracket is 0
     top_k = min(config.top_k, logits_TC.shape[-1])
     # A stable sort, since topk leaves the order of ties open.
-    columns_TK = logits_TC.sort(-1, descending=True, stable=True).indices[:, :top_k]
+    columns_TK = logits_TC.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     return Decision(columns_TK, probs_TC.gather(-1, columns_TK), logits_TC)
 
 

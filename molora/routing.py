@@ -188,7 +188,9 @@ class TokenTap(nn.Module):
         return self.embedding(input_ids)
 
 
-def checkpoint_context_fn(*routes: Routes) -> Callable[[], tuple[AbstractContextManager[None], ...]]:
+def checkpoint_context_fn(
+    *routes: Routes,
+) -> Callable[[], tuple[AbstractContextManager[None], AbstractContextManager[None]]]:
     """A `context_fn` for `torch.utils.checkpoint` that restores several routes at once."""
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

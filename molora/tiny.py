@@ -12,8 +12,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from molora.checkpoint import quiet_transformers
 from molora.files import atomic_directory
+from molora.progress import quiet_transformers
 
 _AutoModel: Any = AutoModelForCausalLM  # transformers leaves these untyped
 _FastTokenizer: Any = PreTrainedTokenizerFast

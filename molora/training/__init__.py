@@ -1,6 +1,7 @@
 """Training adapters and routers with Lightning."""
 
+from molora.training.adapter import AdapterTraining
 from molora.training.data import ChatData
-from molora.training.module import AdapterTraining, RouterTraining
+from molora.training.router import RouterTraining
 
 __all__ = ["AdapterTraining", "ChatData", "RouterTraining"]

@@ -1,20 +1,13 @@
 """Random problems, and the answer that everything is held against: a float64 loop over tokens.
 
-Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen before Triton is first imported.
+Without a GPU the Triton kernels run in Triton's interpreter: `tests/conftest.py` sees to it.
 """
-
-import os
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # today's default; Triton 3.9 warns on a GPU while it is unset
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
+import torch
 from molora_kernels import Plan, make_plan
 from molora_kernels.backend import triton_runs_on
 from torch import Tensor

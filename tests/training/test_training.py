@@ -15,10 +15,11 @@ import molora
 from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.checkpoint import resolve_base
+from molora.training.adapter import AdapterTraining
 from molora.training.cli import main
 from molora.training.data import ActivationMix, PackedLoader
 from molora.training.examples import examples, read_records
-from molora.training.module import AdapterTraining, RouterLosses, RouterTraining
+from molora.training.router import RouterLosses, RouterTraining
 
 REPOSITORY = Path(__file__).parents[2]
 # Lightning and jsonargparse warn of their own deprecations.

@@ -59,7 +59,7 @@ class Task:
 
     def entries(self, seed: int, num_entries: int) -> Iterator[Entry]:
         """Entries as the generator makes them, the same for the same seed."""
-        from reasoning_gym import create_dataset  # type: ignore[import-untyped]
+        from reasoning_gym import create_dataset
 
         yield from create_dataset(self.dataset, seed=seed * _SEED_STRIDE, size=num_entries, **self.config)
 
@@ -143,7 +143,7 @@ def _read_arithmetic(entry: Entry) -> Item | None:
 @cache
 def _known_words() -> frozenset[str]:
     """Words that people know, of the many in the generator's dictionary: its word ladders' and its book's."""
-    from reasoning_gym.data import read_data_file  # type: ignore[import-untyped]
+    from reasoning_gym.data import read_data_file
 
     ladder = {word.lower() for row in csv.reader(read_data_file("words.csv").splitlines()) for word in row}
     book = re.findall(r"\b[a-z]+\b", read_data_file("in_the_year_2889.txt"))
@@ -246,7 +246,7 @@ _PLURALS = {
 
 
 def _read_legs(entry: Entry) -> Item:
-    from reasoning_gym.arithmetic.leg_counting import ANIMALS  # type: ignore[import-untyped]
+    from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
     counts: dict[str, int] = entry["metadata"]["animals"]
     names = {animal: _PLURALS.get(animal, f"{animal}s") for animal in counts}

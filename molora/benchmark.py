@@ -1,0 +1,134 @@
+"""`molora bench`: how fast each route prefills and decodes, next to the base model in the same run.
+
+Ratios are what carries over to another day; the absolute figures belong to the machine and its load. The routes take
+turns within each repeat, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from molora.model import MoLoRA
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of one route; the ratios are to base, and above 1 where the route is faster (prefill) or slower."""
+
+    route: str
+    prefill_tokens_per_s: float
+    prefill_ratio: float
+    decode_ms_per_token: float
+    decode_ratio: float
+
+
+def measure(model: MoLoRA, *, repeats: int, num_prompt_tokens: int, num_new_tokens: int) -> list[Speed]:
+    """Time the forwards of base, each adapter and the router (where there is one), active from the first token.
+
+    Sampling and the reading of routes are not timed.
+
+    Raises:
+        ValueError: the prompt and the new tokens exceed the model's context.
+    """
+    if num_prompt_tokens + num_new_tokens > model.max_context:
+        raise ValueError(
+            f"{num_prompt_tokens} prompt tokens and {num_new_tokens} new ones exceed the model's context of "
+            f"{model.max_context} tokens; ask for fewer."
+        )
+    text_ids: list[int] = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    num_tokens = num_prompt_tokens + num_new_tokens
+    ids = torch.tensor([(text_ids * (num_tokens // len(text_ids) + 1))[:num_tokens]], device=model.decoder.device)
+    routes = ["base", *(entry.name for entry in model.bank.adapters), *(["auto"] if model.bank.has_router else [])]
+    prefill_s: dict[str, list[float]] = {route: [] for route in routes}
+    decode_s: dict[str, list[float]] = {route: [] for route in routes}
+    for repeat in range(-1, repeats):  # one more, untimed, to warm up
+        for route in routes:
+            prefill, decode = _time(model, route, ids, num_prompt_tokens)
+            if repeat >= 0:
+                prefill_s[route].append(prefill)
+                decode_s[route].append(decode)
+    prefills = {route: statistics.median(times) for route, times in prefill_s.items()}
+    decodes = {route: statistics.median(times) / num_new_tokens for route, times in decode_s.items()}
+    return [
+        Speed(
+            route,
+            num_prompt_tokens / prefills[route],
+            prefills["base"] / prefills[route],
+            decodes[route] * 1e3,
+            decodes[route] / decodes["base"],
+        )
+        for route in routes
+    ]
+
+
+@torch.inference_mode()
+def _time(model: MoLoRA, route: str, ids: torch.Tensor, num_prompt_tokens: int) -> tuple[float, float]:
+    """Seconds to prefill the prompt, and then to feed the remaining tokens one at a time."""
+    cache = DynamicCache()
+    # A base request takes no part in routing at all, as in `generate`.
+    with nullcontext() if route == "base" else model.routing([0], route):
+        start_s = _now(ids)
+        model.model(input_ids=ids[:, :num_prompt_tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        middle_s = _now(ids)
+        for index in range(num_prompt_tokens, ids.shape[1]):
+            model.model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
+        return middle_s - start_s, _now(ids) - middle_s
+
+
+def _now(ids: torch.Tensor) -> float:
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return time.perf_counter()
+
+
+def report(model: MoLoRA, rows: list[Speed]) -> dict[str, Any]:
+    """The figures and what they were measured on."""
+    device = model.decoder.device
+    return {
+        "command": shlex.join(["molora", *sys.argv[1:]]),
+        "bank": model.bank.name,
+        "base": model.bank.config.base.name,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "num_threads": torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: _version(name) for name in ("molora", "torch", "transformers", "triton")},
+        },
+        "commit": _commit(),
+        "routes": [asdict(row) for row in rows],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout; None where MoLoRA was installed from a wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "-C", root, "describe", "--always", "--dirty"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() or None

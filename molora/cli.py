@@ -1,0 +1,395 @@
+"""The command line: `molora demo`, `generate`, `bench` and `bank`.
+
+Nothing heavy is imported before a command runs, so that `molora --help` answers at once. What a user can get wrong
+ends in one line on standard error and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Column, Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+from molora.display import Palette, RoutedWriter, joined, make_console, one_line
+
+if TYPE_CHECKING:
+    from molora.activation import Activation
+    from molora.bank import Bank
+    from molora.model import MoLoRA, Route
+
+# What the checks of bad input raise; anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, OSError, ModuleNotFoundError)
+
+
+class _OneLineErrors(TyperGroup):
+    """Turns errors that a user can cause into one line and exit status 2."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # whoever read our output has gone; typer knows what to do
+        except USER_ERRORS as error:
+            _complain("error", "bold red", error)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_OneLineErrors,
+    help="Per-token routing over a bank of activated LoRA adapters, on one frozen base model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+bank_app = typer.Typer(help="Look into a bank, and add or remove its adapters.", no_args_is_help=True)
+app.add_typer(bank_app, name="bank")
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's folder; the demo's if none is given.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="The base model, a folder or a hub name; the bank's own if none is given.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="Such as cpu or cuda:0; a GPU if there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto is bfloat16 on a GPU and float32 on a CPU.")]
+BankArgument = Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from molora import __version__
+
+        typer.echo(f"molora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def demo(
+    bank: BankOption = None, base: BaseOption = None, device: DeviceOption = None, dtype: DtypeOption = Dtype.auto
+) -> None:
+    """A conversation that shows the point: one base cache, and adapters that change inside an answer."""
+    from molora.demo import run
+
+    run(_load(bank, base, device, dtype), make_console())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="A user's message; with --text, plain text to go on from.")],
+    bank: BankOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    route: Annotated[
+        str, typer.Option(help="auto (the router), base, an adapter's name, or a blend such as sums=0.7,words=0.3.")
+    ] = "auto",
+    activation: Annotated[
+        str | None,
+        typer.Option(help="Where adapters begin to act: a policy or a token index; the bank's policy if none."),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="The answer's length at most, in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int | None, typer.Option(help="Makes a draw at a temperature above 0 repeatable.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Read the prompt as plain text, not as a chat message.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print token ids, routes and counts as JSON.")] = False,
+) -> None:
+    """Answer one prompt; each token is coloured by the adapter that produced it."""
+    if text and system is not None:
+        raise ValueError("--system needs a chat message, and --text is plain text; leave one of them out.")
+    chosen, start = parse_route(route), parse_activation(activation)
+    model = _load(bank, base, device, dtype)
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    stream = model.stream(
+        prompt if text else messages,
+        route=chosen,
+        activation=start,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+    )
+    console = make_console()
+    palette = Palette([entry.name for entry in model.bank.adapters])
+    writer = RoutedWriter(console, palette)
+    with stream:
+        for token in stream:
+            if not as_json:
+                writer.push(token.text, token.route)
+        out = stream.result
+    if as_json:
+        typer.echo(json.dumps(asdict(out)))
+        return
+    writer.end()
+    produced: dict[str, int] = {}
+    for pairs in out.generated_routes:
+        for name in [name for name, _ in pairs] or ["base"]:
+            produced[name] = produced.get(name, 0) + 1
+    counts = joined(f"{name} {count}" for name, count in produced.items())
+    console.print()
+    console.print(
+        Text(f"{out.num_prompt_tokens} prompt tokens, {out.num_generated_tokens} written: {counts}", "dim"),
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def bench(
+    bank: BankOption = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each route; the medians are shown.")] = 5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens to prefill.")] = 256,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    out: Annotated[Path | None, typer.Option(help="Also write the figures and the circumstances to this JSON.")] = None,
+) -> None:
+    """Prefill and decode speed of each route, as ratios to the base model's in the same run."""
+    from molora.benchmark import measure, report
+
+    model = _load(bank, base, device, dtype)
+    rows = measure(model, repeats=repeats, num_prompt_tokens=prompt_tokens, num_new_tokens=new_tokens)
+    titles = ("prefill tokens/s", "x base", "decode ms/token", "x base")
+    table = Table("route", *(Column(title, justify="right") for title in titles))
+    for row in rows:
+        prefill, decode = f"{row.prefill_tokens_per_s:.0f}", f"{row.decode_ms_per_token:.2f}"
+        table.add_row(row.route, prefill, f"{row.prefill_ratio:.2f}", decode, f"{row.decode_ratio:.2f}")
+    _print_table(table)
+    if out is not None:
+        from molora.files import write_atomic
+
+        write_atomic(out, json.dumps(report(model, rows), indent=2) + "\n")
+
+
+@bank_app.command("list")
+def list_adapters(folder: BankArgument) -> None:
+    """The adapters of a bank, one a line."""
+    bank = _open(folder)
+    titles = ("adapter", "rank", "layers", "routable", "activation", "digest", "size")
+    table = Table(*titles, box=None, pad_edge=False)
+    for entry in bank.adapters:
+        adapter = bank.load_adapter(entry.name)
+        table.add_row(
+            Text(entry.name),
+            str(adapter.max_rank),
+            _ranges(sorted(adapter.layers)),
+            "yes" if entry.routable else "no",
+            str(entry.activation),
+            _short(entry.digest),
+            _size(bank.adapter_folder(entry.name)),
+        )
+    _print_table(table)
+
+
+@bank_app.command()
+def add(
+    folder: BankArgument,
+    adapter: Annotated[Path, typer.Argument(metavar="PEFT_FOLDER", help="A LoRA or aLoRA folder as PEFT writes it.")],
+    name: Annotated[str | None, typer.Option(help="How requests name it; the folder's name if none is given.")] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="Its policy or token index; if none, invocation where it has such tokens, else 0."),
+    ] = None,
+    routable: Annotated[
+        bool | None, typer.Option("--routable/--explicit-only", help="Whether the router may pick it.")
+    ] = None,
+) -> None:
+    """Copy a PEFT adapter into a bank."""
+    bank = _open(folder)
+    entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable)
+    kind = "routable" if entry.routable else "explicit routes only"
+    typer.echo(f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}")
+
+
+@bank_app.command()
+def remove(folder: BankArgument, name: Annotated[str, typer.Argument(help="The adapter's name.")]) -> None:
+    """Drop an adapter, and its key in the router, from a bank."""
+    _open(folder).remove(name)
+    typer.echo(f"removed {name} from {folder}")
+
+
+@bank_app.command()
+def inspect(folder: BankArgument, name: Annotated[str | None, typer.Argument(help="One adapter only.")] = None) -> None:
+    """All that a bank, or one of its adapters, says of itself."""
+    bank = _open(folder)
+    table = Table(Column(no_wrap=True), Column(overflow="fold"), box=None, show_header=False, pad_edge=False)
+    for key, value in _adapter_details(bank, name) if name is not None else _bank_details(bank):
+        table.add_row(Text(key, "bold"), Text(value))
+    _print_table(table)
+
+
+def parse_route(text: str) -> Route:
+    """`auto`, `base` or a name as it is; `a=0.5,b=0.5` as weights."""
+    if "=" not in text:
+        return text
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = (piece.strip() for piece in part.partition("="))
+        try:
+            number = float(weight)
+        except ValueError:
+            raise ValueError(
+                f"route {text!r}: {part!r} is no NAME=WEIGHT; write it as in sums=0.7,words=0.3."
+            ) from None
+        if name in weights:
+            raise ValueError(f"route {text!r} names {name!r} twice.")
+        weights[name] = number
+    return weights
+
+
+def parse_activation(text: str | None) -> Activation | None:
+    """A policy's name, or a token index in digits."""
+    if text is None:
+        return None
+    from molora.activation import check_activation
+
+    return check_activation(int(text) if text.isascii() and text.isdigit() else text)
+
+
+def _load(bank: Path | None, base: str | None, device: str | None, dtype: Dtype) -> MoLoRA:
+    """Load a bank and its base, saying on standard error what takes long or is not as it should be."""
+    from molora.demo import demo_bank_path
+
+    folder = demo_bank_path() if bank is None else bank
+    _check_folder(folder)
+    console = make_console(stderr=True)
+    with console.status("Loading PyTorch and Transformers"):
+        import molora
+        from molora.checkpoint import resolve_base
+    opened = molora.Bank.open(folder)
+    _check_device(device)
+    base_dir = resolve_base(base or opened.config.base.name, console=console)
+    with warnings.catch_warnings(record=True) as caught, console.status("Loading the base model and the bank"):
+        warnings.simplefilter("always", UserWarning)
+        model = molora.load(opened, base=base_dir, device=device, dtype=dtype.value)
+    for warning in caught:
+        _complain("warning", "bold yellow", warning.message)
+    return model
+
+
+def _open(folder: Path) -> Bank:
+    _check_folder(folder)
+    from molora.bank import Bank
+
+    return Bank.open(folder)
+
+
+def _check_folder(folder: Path) -> None:
+    """Say at once what the imports would say seconds later."""
+    if not (folder / "molora.json").is_file():
+        raise FileNotFoundError(f"{folder} is not a bank: it has no molora.json.")
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown; expected one such as cpu or cuda:0.") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device!r}: PyTorch finds no GPU here; leave --device out, or use cpu.")
+
+
+def _complain(word: str, style: str, what: BaseException | str) -> None:
+    message = Text.assemble((f"{word}: ", style), one_line(what))
+    make_console(stderr=True).print(message, soft_wrap=True)
+
+
+def _print_table(table: Table) -> None:
+    console = make_console()
+    if not console.is_terminal:
+        console.width = 200  # nothing needs to be cut to fit a file
+    console.print(table)
+
+
+def _bank_details(bank: Bank) -> list[tuple[str, str]]:
+    config = bank.config
+    details = [
+        ("bank", f"{config.name} (format {config.format_version})"),
+        ("folder", str(bank.path)),
+        ("base", config.base.name),
+        ("base digest", config.base.digest),
+        ("router layer", str(config.router_layer)),
+        ("maximum rank", str(config.max_rank)),
+        ("activation", str(config.activation)),
+    ]
+    if config.router is None:
+        details.append(("router", "none"))
+    else:
+        details += [(f"router {key}", str(value)) for key, value in config.router.config.to_json().items()]
+        details.append(("router digest", config.router.digest))
+        details.append(("router columns", joined(["base", *(entry.name for entry in bank.routable)])))
+    for entry in bank.adapters:
+        details.append(("", ""))
+        details += _adapter_details(bank, entry.name)
+    return details
+
+
+def _adapter_details(bank: Bank, name: str) -> list[tuple[str, str]]:
+    entry = bank[name]
+    adapter = bank.load_adapter(name)
+    config = adapter.config
+    targets = config.target_modules
+    details = [
+        ("adapter", entry.name),
+        ("digest", entry.digest),
+        ("folder", str(bank.adapter_folder(name))),
+        ("size", _size(bank.adapter_folder(name))),
+        ("routable", "yes" if entry.routable else "no, explicit routes only"),
+        ("activation", str(entry.activation)),
+        ("rank", str(adapter.max_rank)),
+        ("alpha", f"{config.lora_alpha:g}" + (" (rsLoRA)" if config.use_rslora else "")),
+        ("layers", _ranges(sorted(adapter.layers))),
+        ("modules", f"{len(adapter.weights)}: {targets if isinstance(targets, str) else joined(sorted(targets))}"),
+        ("made for", config.base_model_name_or_path or "not said"),
+    ]
+    if config.alora_invocation_tokens:
+        details.append(("invocation tokens", joined(config.alora_invocation_tokens)))
+    return details
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0, 8-29` for 0, 8, 9, ..., 29."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return joined("-".join(map(str, run)) for run in runs) or "none"
+
+
+def _short(digest: str) -> str:
+    return digest.rpartition(":")[2][:12]
+
+
+def _size(folder: Path) -> str:
+    num_bytes = sum(file.stat().st_size for file in folder.iterdir())
+    return f"{num_bytes / 1e6:.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:.1f} kB"

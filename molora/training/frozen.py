@@ -1,0 +1,97 @@
+"""What both training modules share: a frozen base, packed batches, a schedule, and small checkpoints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from molora.checkpoint import load_base, resolve_base
+from molora.injection import RoutedDecoder
+from molora.training.data import Batch, ChatData
+from molora.training.examples import IGNORE
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW with linear warmup, then a cosine down to a tenth.
+
+    Args:
+        lr: peak learning rate.
+        warmup_steps: optimizer steps until the peak.
+        weight_decay: decoupled, on everything trained.
+    """
+
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+
+    def factor(self, step: int, num_steps: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+class FrozenBase(L.LightningModule):
+    """What both modules share: a frozen base, packed batches, a schedule, and small checkpoints."""
+
+    decoder: RoutedDecoder
+
+    def __init__(self, base: str, dtype: str, schedule: Schedule) -> None:
+        super().__init__()
+        self.base, self.dtype_name, self.schedule = base, dtype, schedule
+        self.strict_loading = False
+        self.model: nn.Module
+        self.tokenizer: Any = None
+        self.base_dir = Path()
+
+    def load_base(self) -> None:
+        self.base_dir = resolve_base(self.base)
+        model, self.tokenizer = load_base(self.base_dir, device=self.device, dtype=self.dtype_name)
+        self.model = model
+
+    def prepare_data_module(self, domains: Sequence[str]) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, ChatData):
+            data.prepare(self.tokenizer, domains)
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def configure_optimizers(self) -> Any:
+        schedule = self.schedule
+        optimizer = torch.optim.AdamW(
+            self.trained().values(), lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+        )
+        num_steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, num_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        names = self.trained()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+
+    def forward_hidden(self, batch: Batch) -> Tensor:
+        """Last hidden states [B, L, H] of packed rows."""
+        decoder: Any = self.decoder.model.get_decoder()
+        hidden: Tensor = decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        return hidden
+
+    def lm_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean cross entropy over the learned tokens, which alone reach the head, and the share predicted right."""
+        learned = targets != IGNORE
+        logits_NV = self.decoder.model.get_output_embeddings()(hidden[learned]).float()
+        targets_N = targets[learned]
+        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum") / max(1, targets_N.numel())
+        accuracy = (logits_NV.argmax(-1) == targets_N).float().mean()
+        return loss, accuracy

@@ -1,0 +1,177 @@
+"""Tiny random base models and banks whose adapters are strong enough to change greedy answers.
+
+Without a GPU the Triton kernels run in Triton's interpreter. That is decided before Triton is first imported, which
+is here, whichever folder of tests is collected first.
+"""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # today's default; Triton 3.9 warns on a GPU while it is unset
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import molora
+from molora import Adapter, Bank, BaseInfo, KeyRouter, MoLoRA, RouterConfig
+from molora.adapter import random_adapter
+from molora.checkpoint import load_base
+from molora.digest import base_digest
+from molora.router import Router
+from molora.tiny import make_tiny_base
+
+torch.set_num_threads(1)  # nothing here is large enough to share, and many threads wait for each other
+
+HIDDEN_SIZE = 64
+ROUTER_LAYER = 1
+KEYS = RouterConfig(hidden_dim=32, key_dim=16)
+
+
+def make_key_router(config: RouterConfig = KEYS, *, num_columns: int = 3, seed: int = 0) -> KeyRouter:
+    """Random keys, and no biases, so that every column is taken by some token."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router = KeyRouter(config, HIDDEN_SIZE, num_columns)
+    with torch.no_grad():
+        router.hidden.bias.zero_()
+        router.query.bias.zero_()
+    return router.eval()
+
+
+@pytest.fixture(scope="session")
+def key_router() -> Callable[..., KeyRouter]:
+    return make_key_router
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a tiny base of an architecture, made once. Every id of its vocabulary decodes to something."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def of(architecture: str = "llama", **overrides: Any) -> Path:
+        key = (architecture, *sorted(overrides.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("base") / "tiny"
+            made[key] = make_tiny_base(
+                folder, seed=0, architecture=architecture, vocab_size=259, max_position_embeddings=1024, **overrides
+            )
+        return made[key]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def base_model(base_dir: Callable[..., Path]) -> Callable[..., Any]:
+    """A fresh Hugging Face model, as it comes."""
+
+    def of(architecture: str = "llama", **overrides: Any) -> Any:
+        return load_base(base_dir(architecture, **overrides), device="cpu", dtype="float32")[0]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def linear_shapes(base_model: Callable[..., Any]) -> Callable[..., dict[str, tuple[int, int]]]:
+    """The decoder's linears from a layer on: (out, in) features by module path."""
+    modules = {
+        name: (module.out_features, module.in_features)
+        for name, module in base_model().named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+
+    def of(*, first_layer: int = ROUTER_LAYER, last_layer: int = 99, ends: Sequence[str] = ("",)) -> dict[str, Any]:
+        return {
+            name: shape
+            for name, shape in modules.items()
+            if first_layer <= int(name.split(".")[2]) <= last_layer and name.endswith(tuple(ends))
+        }
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def make_adapter(linear_shapes: Callable[..., dict[str, tuple[int, int]]]) -> Callable[..., Adapter]:
+    """An adapter that changes answers: random weights of std 0.2 at alpha 64."""
+
+    def make(*, seed: int = 0, rank: int = 4, alpha: float = 64, std: float = 0.2, **where: Any) -> Adapter:
+        generator = torch.Generator().manual_seed(seed)
+        return random_adapter(linear_shapes(**where), rank=rank, alpha=alpha, generator=generator, std=std)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_bank(base_dir: Callable[..., Path], make_adapter: Callable[..., Adapter]) -> Callable[..., Bank]:
+    """A bank of the adapters "x" and "y" (and others, if given), and a router if given."""
+
+    def make(
+        folder: Path,
+        *,
+        architecture: str = "llama",
+        adapters: dict[str, Adapter] | None = None,
+        router: Router | None = None,
+        **overrides: Any,
+    ) -> Bank:
+        base = base_dir(architecture, **overrides)
+        info = BaseInfo(str(base), base_digest(base))
+        bank = Bank.create(folder / "bank", name="tiny", base=info, router_layer=ROUTER_LAYER, max_rank=8)
+        if adapters is None:
+            adapters = {"x": make_adapter(seed=1), "y": make_adapter(seed=2)}
+        for name, adapter in adapters.items():
+            adapter.write(folder / "adapters" / name)
+            bank.add(folder / "adapters" / name, activation="turn")
+        if router is not None:
+            bank.set_router(router)
+        return bank
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def _loaded() -> dict[Any, MoLoRA]:
+    return {}
+
+
+@pytest.fixture
+def load_model(
+    make_bank: Callable[..., Bank], tmp_path_factory: pytest.TempPathFactory, _loaded: dict[Any, MoLoRA]
+) -> Iterator[Callable[..., MoLoRA]]:
+    """A model with adapters "x" and "y" and a router; loaded once for each configuration, its cache emptied."""
+
+    def load(architecture: str = "llama", *, router: RouterConfig = KEYS, **overrides: Any) -> MoLoRA:
+        key = (architecture, router, *sorted(overrides.items()))
+        if key not in _loaded:
+            keys = make_key_router(router) if router.kind == "keys" else molora.TokenRangeRouter(router, ["x", "y"])
+            folder = tmp_path_factory.mktemp("model")
+            bank = make_bank(folder, architecture=architecture, router=keys, **overrides)
+            _loaded[key] = molora.load(bank, device="cpu", dtype="float32")
+        model = _loaded[key]
+        model.cache.clear()
+        return model
+
+    yield load
+    for model in _loaded.values():
+        assert model.decoder.routes.request is None, "a test left its routes behind"
+        model.model.eval()
+
+
+@pytest.fixture
+def m(load_model: Callable[..., MoLoRA]) -> MoLoRA:
+    """The Llama-shaped one."""
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def random_ids() -> Callable[..., list[int]]:
+    """Random token ids without special ones."""
+
+    def draw(length: int, *, seed: int = 0) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(3, 259, (length,), generator=generator).tolist()
+
+    return draw

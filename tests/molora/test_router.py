@@ -1,0 +1,153 @@
+import math
+
+import pytest
+import torch
+
+from molora import KeyRouter, RouterConfig, TokenRangeRouter
+from molora.router import choose
+
+LOGITS_TC = torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 5.0], [0.0, 4.0, 4.0], [2.0, 2.0, 2.0]])
+RANGES = ((10, 20, "x"), (30, 31, "y"), (20, 25, "y"))
+
+
+class TestHard:
+    def test_the_largest_score_at_gate_one_and_ties_go_to_the_lowest_column(self):
+        for straight_through in (False, True):
+            decision = choose(LOGITS_TC, RouterConfig(), straight_through=straight_through)
+            assert decision.columns_TK.tolist() == [[1], [0], [1], [0]]
+            assert torch.equal(decision.gates_TK, torch.ones(4, 1)), "exactly 1"
+            assert decision.gates_TK.dtype == torch.float32
+            assert decision.logits_TC is LOGITS_TC
+
+    def test_straight_through_gates_are_one_for_any_scores(self):
+        logits_TC = torch.randn(4096, 5) * 3
+        assert torch.equal(choose(logits_TC, RouterConfig(), straight_through=True).gates_TK, torch.ones(4096, 1))
+
+    def test_straight_through_carries_the_gradient_of_the_probability(self):
+        logits_TC = LOGITS_TC.clone().requires_grad_()
+        weights = torch.tensor([1.0, -2.0, 3.0, 0.5])
+        config = RouterConfig(temperature=2.0)
+        (choose(logits_TC, config, straight_through=True).gates_TK[:, 0] * weights).sum().backward()
+        got = logits_TC.grad
+        logits_TC.grad = None
+        probs_TC = (logits_TC / 2.0).softmax(-1)
+        (probs_TC[torch.arange(4), [1, 0, 1, 0]] * weights).sum().backward()
+        assert torch.allclose(got, logits_TC.grad)
+        assert got.abs().sum() > 0
+
+    def test_a_router_in_training_is_straight_through(self, key_router):
+        router = key_router()
+        h_TH = torch.randn(20, 64)
+        quiet = router(h_TH)
+        assert not quiet.gates_TK.requires_grad
+        trained = router.train()(h_TH)
+        assert trained.gates_TK.requires_grad
+        assert torch.equal(trained.gates_TK, quiet.gates_TK)
+        assert torch.equal(trained.columns_TK, quiet.columns_TK)
+
+
+class TestSoft:
+    def test_gates_are_probabilities_of_all_columns_and_not_renormalized(self):
+        decision = choose(LOGITS_TC, RouterConfig(gate="soft", top_k=2))
+        assert decision.columns_TK.tolist() == [[1, 2], [0, 2], [1, 2], [0, 1]]
+        total = math.exp(1) + math.exp(3) + math.exp(2)
+        assert decision.gates_TK[0].tolist() == pytest.approx([math.exp(3) / total, math.exp(2) / total])
+        assert decision.gates_TK[3].tolist() == pytest.approx([1 / 3, 1 / 3])
+
+    def test_the_temperature_changes_gates_and_never_the_order(self):
+        warm, cold = (choose(LOGITS_TC, RouterConfig(gate="soft", top_k=3, temperature=t)) for t in (10.0, 0.1))
+        assert torch.equal(warm.columns_TK, cold.columns_TK)
+        assert warm.gates_TK[0].tolist() == pytest.approx((LOGITS_TC[0] / 10).softmax(-1)[[1, 2, 0]].tolist())
+        assert cold.gates_TK[0, 0] > 0.99
+
+    def test_more_than_all_columns_is_all_columns(self):
+        decision = choose(LOGITS_TC, RouterConfig(gate="soft", top_k=8))
+        assert decision.columns_TK.shape == (4, 3)
+        assert torch.allclose(decision.gates_TK.sum(-1), torch.ones(4))
+
+
+class TestKeyRouter:
+    def test_the_formula(self, key_router):
+        router, h_TH = key_router(), torch.randn(7, 64)
+        normed = h_TH.double() / (h_TH.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        hidden = torch.nn.functional.gelu(normed @ router.hidden.weight.double().T)
+        expected = hidden @ router.query.weight.double().T @ router.keys_CD.double().T / 4
+        assert torch.allclose(router.scores(h_TH).double(), expected, atol=1e-5)
+
+    def test_scores_are_float32_under_autocast_and_for_bfloat16(self, key_router):
+        router, h_TH = key_router(), torch.randn(7, 64).bfloat16()
+        scores = router.scores(h_TH)
+        assert scores.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(router.scores(h_TH), scores)
+
+    def test_columns_come_and_go_and_other_scores_stay(self, key_router):
+        router, h_TH = key_router(), torch.randn(7, 64)
+        scores = router.scores(h_TH)
+        router.append_key(torch.ones(16))
+        assert torch.allclose(router.scores(h_TH)[:, :3], scores, atol=1e-6)
+        router.remove_column(1)
+        assert torch.allclose(router.scores(h_TH)[:, :2], scores[:, [0, 2]], atol=1e-6)
+        for column in (0, 3, -1):
+            with pytest.raises(ValueError, match=f"column {column} is no adapter's; expected 1 to 2"):
+                router.remove_column(column)
+
+    def test_the_digest_is_of_weights_and_configuration(self, key_router):
+        configs = [RouterConfig(hidden_dim=32, key_dim=16, **change) for change in ({}, {"temperature": 2.0})]
+        soft = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+        routers = [*(key_router(config) for config in configs), key_router(soft), key_router(seed=1)]
+        assert len({router.digest for router in routers}) == 4
+        assert key_router().digest == routers[0].digest
+
+
+class TestTokenRanges:
+    @pytest.fixture
+    def router(self) -> TokenRangeRouter:
+        return TokenRangeRouter(RouterConfig(kind="token_ranges", ranges=RANGES), ["y", "x"])
+
+    def test_ids_are_routed_by_their_range(self, router):
+        ids = torch.tensor([0, 9, 10, 19, 20, 24, 25, 29, 30, 31, 999])
+        decision = router(torch.zeros(11, 4), ids)
+        assert decision.columns_TK[:, 0].tolist() == [0, 0, 2, 2, 1, 1, 0, 0, 1, 0, 0]
+        assert torch.equal(decision.gates_TK, torch.ones(11, 1))
+        assert decision.logits_TC is None
+        assert router.num_columns == 3
+
+    def test_it_needs_token_ids(self, router):
+        with pytest.raises(ValueError, match="needs token ids: call the model with input_ids"):
+            router(torch.zeros(1, 4), None)
+
+    def test_a_range_for_an_unknown_adapter(self):
+        with pytest.raises(ValueError, match=r"ranges name \['y'\], but the routable adapters are \['x'\]"):
+            TokenRangeRouter(RouterConfig(kind="token_ranges", ranges=RANGES), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "dice"}, "kind 'dice' is unknown"),
+        ({"gate": "firm"}, "gate 'firm' is unknown"),
+        ({"top_k": 2}, "top_k=2 with gate='hard': hard gates are top-1"),
+        ({"top_k": 0, "gate": "soft"}, "top_k=0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"key_dim": 0}, "hidden_dim and key_dim must be positive"),
+        ({"ranges": RANGES}, "'ranges' belongs to kind='token_ranges'"),
+        ({"kind": "token_ranges"}, "needs at least one range"),
+        ({"kind": "token_ranges", "ranges": ((5, 5, "x"),)}, r"range \[5, 5\) of 'x' is empty"),
+        ({"kind": "token_ranges", "ranges": ((5, 9, "x"), (8, 10, "y"))}, r"range \[8, 10\) of 'y' .* overlaps"),
+        ({"kind": "token_ranges", "ranges": ((-1, 9, "x"),)}, r"range \[-1, 9\) of 'x' .* negative"),
+        ({"kind": "token_ranges", "ranges": RANGES, "gate": "soft"}, "no scores to make soft gates of"),
+    ],
+)
+def test_configurations_that_are_wrong(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**fields)
+
+
+def test_a_configuration_survives_json():
+    config = RouterConfig(kind="token_ranges", ranges=RANGES)
+    assert RouterConfig.from_json({**config.to_json(), "ranges": [list(each) for each in RANGES]}) == config
+    with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
+        RouterConfig.from_json({"colour": "red"})
+    assert isinstance(KeyRouter(RouterConfig(), 8, 2).digest, str)
