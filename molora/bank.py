@@ -325,11 +325,7 @@ class Bank:
                 f"adapter {name!r} has rank {adapter.max_rank}; the bank's slots hold at most {self.config.max_rank}. "
                 "Make a bank with a larger max_rank."
             )
-        made_for = adapter.config.base_model_name_or_path
-        if made_for and Path(made_for).name != Path(self.config.base.name).name:
-            raise ValueError(
-                f"adapter {name!r} was made for the base model {made_for!r}; this bank's is {self.config.base.name!r}."
-            )
+        check_base_name(name, adapter, self.config.base.name)
 
     def _check_routable(
         self, name: str, adapter: Adapter, routable: bool | None, router: Router | None, key: Tensor | None
@@ -386,6 +382,13 @@ def check_name(name: str) -> str:
             f"{' or '.join(sorted(RESERVED_NAMES))}."
         )
     return name
+
+
+def check_base_name(name: str, adapter: Adapter, base: str) -> None:
+    """Raise ValueError if an adapter says that it was made for another base model than `base`."""
+    made_for = adapter.config.base_model_name_or_path
+    if made_for and Path(made_for).name != Path(base).name:
+        raise ValueError(f"adapter {name!r} was made for the base model {made_for!r}; this bank's is {base!r}.")
 
 
 def _build(cls: Any, raw: dict[str, Any]) -> Any:

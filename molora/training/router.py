@@ -18,7 +18,7 @@ from torch import Tensor
 
 from molora.activation import Activation
 from molora.adapter import Adapter
-from molora.bank import Bank, BaseInfo, check_name
+from molora.bank import Bank, BaseInfo, check_base_name, check_name
 from molora.digest import base_digest
 from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters
@@ -103,6 +103,8 @@ class RouterTraining(FrozenBase):
             return
         self.load_base()
         adapters = {name: Adapter.read(folder) for name, folder in self.folders.items()}
+        for name, adapter in adapters.items():
+            check_base_name(name, adapter, self.base)  # now, and not when the bank is written
         modules = check_adapters(self.model, adapters)
         self.max_rank = self.max_rank or max(adapter.max_rank for adapter in adapters.values())
         with torch.random.fork_rng(devices=[]):
