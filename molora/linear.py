@@ -32,7 +32,8 @@ class RoutedLinear(nn.Module):
         self.routes = routes
         like = linear.weight.new_empty(0, dtype=dtype or linear.weight.dtype)
         a_ERI = like.new_zeros(num_slots, max_rank, self.in_features)
-        b_EOR = like.new_zeros(num_slots, self.out_features, max_rank)
+        # Stored by rows of O, as the torch implementation reads it; the other way it would copy B on every call.
+        b_EOR = like.new_zeros(self.out_features, num_slots, max_rank).transpose(0, 1)
         self.lora_a_ERI = nn.Parameter(a_ERI, requires_grad=False)
         self.lora_b_EOR = nn.Parameter(b_EOR, requires_grad=False)
         self.scaling_E: Tensor
