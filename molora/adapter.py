@@ -95,6 +95,8 @@ class AdapterConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
     alora_invocation_tokens: list[int] | None = None
 
     @classmethod
@@ -122,6 +124,8 @@ class AdapterConfig:
             rank_pattern=raw.get("rank_pattern") or {},
             alpha_pattern=raw.get("alpha_pattern") or {},
             layers_to_transform=raw.get("layers_to_transform"),
+            layers_pattern=raw.get("layers_pattern"),
+            exclude_modules=raw.get("exclude_modules"),
             alora_invocation_tokens=raw.get("alora_invocation_tokens"),
         )
 
@@ -132,8 +136,10 @@ class AdapterConfig:
             "alpha_pattern": dict(self.alpha_pattern),
             "base_model_name_or_path": self.base_model_name_or_path,
             "bias": "none",
+            "exclude_modules": self.exclude_modules,
             "fan_in_fan_out": False,
             "inference_mode": True,
+            "layers_pattern": self.layers_pattern,
             "layers_to_transform": self.layers_to_transform,
             "lora_alpha": self.lora_alpha,
             "lora_dropout": 0.0,
@@ -190,6 +196,8 @@ class Adapter:
             if set(pair) != {"A", "B"}:
                 raise ValueError(f"{source}: module {module!r} has lora_{next(iter(pair))} but not its partner.")
             a_RI, b_OR = pair["A"], pair["B"]
+            if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
+                raise ValueError(f"{source}: module {module!r} has weights that are infinite or not a number.")
             rank = config.rank_of(module)
             if a_RI.ndim != 2 or b_OR.ndim != 2 or a_RI.shape[0] != rank or b_OR.shape[1] != rank:
                 raise ValueError(

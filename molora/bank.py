@@ -35,6 +35,7 @@ BANK_FILE = "molora.json"
 ROUTER_FILE = "router.safetensors"
 RESERVED_NAMES = frozenset({"auto", "base"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 @dataclass(frozen=True)
@@ -354,9 +355,7 @@ class Bank:
         entry = None if router is None else RouterEntry(router.config, router.digest)
         config = replace(config, router=entry)
         with atomic_directory(self.path) as folder:
-            for kept in self.path.iterdir():
-                if kept.name not in (BANK_FILE, ROUTER_FILE, "adapters"):  # a card, a license, ...
-                    (shutil.copytree if kept.is_dir() else shutil.copy2)(kept, folder / kept.name)
+            copy_other_files(self.path, folder)
             for adapter in config.adapters:
                 target = folder / "adapters" / adapter.name
                 if added is not None and adapter.name == added[0]:
@@ -385,10 +384,20 @@ def check_name(name: str) -> str:
 
 
 def check_base_name(name: str, adapter: Adapter, base: str) -> None:
-    """Raise ValueError if an adapter says that it was made for another base model than `base`."""
-    made_for = adapter.config.base_model_name_or_path
-    if made_for and Path(made_for).name != Path(base).name:
+    """Raise ValueError if an adapter names another base model on the hub than `base`.
+
+    A local path says nothing of what it holds, so where either is one, the shapes have to tell.
+    """
+    made_for = adapter.config.base_model_name_or_path or ""
+    if _HUB_NAME.match(made_for) and _HUB_NAME.match(base) and made_for != base:
         raise ValueError(f"adapter {name!r} was made for the base model {made_for!r}; this bank's is {base!r}.")
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy what lies in a bank's folder and is not the bank's own: a card, a license, results."""
+    for path in source.iterdir() if source.is_dir() else ():
+        if path.name not in (BANK_FILE, ROUTER_FILE, "adapters"):
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, target / path.name)
 
 
 def _build(cls: Any, raw: dict[str, Any]) -> Any:

@@ -223,7 +223,8 @@ def sample(logits_V: Tensor, temperature: float, generator: torch.Generator | No
     """The next token: the most likely one at temperature 0 (ties: the lowest id), else a draw."""
     if temperature == 0:
         return int(logits_V.argmax())
-    probs_V = torch.softmax(logits_V.float() / temperature, -1)
+    logits_V = logits_V.double()
+    probs_V = torch.softmax((logits_V - logits_V.max()) / temperature, -1)  # no overflow at tiny temperatures
     return int(torch.multinomial(probs_V, 1, generator=generator))
 
 

@@ -20,6 +20,8 @@ from molora.linear import RoutedLinear
 from molora.router import Router, TokenRangeRouter
 from molora.routing import Impl, RouteRequest, RouterInput, Routes, RoutingLayer, TokenTap, checkpoint_context_fn
 
+ATTENTION_KINDS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
+
 
 class RoutedDecoder:
     """A causal language model whose linears have adapter slots, and the routes that they obey.
@@ -146,8 +148,14 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: the architecture has none, or mixes in layers whose state cannot be routed safely.
     """
-    config: Any = model.config
-    num_layers = config.get_text_config(decoder=True).num_hidden_layers
+    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    num_layers = config.num_hidden_layers
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
+    if unknown := sorted(kinds - ATTENTION_KINDS):
+        raise ValueError(
+            f"{type(model).__name__} has layers of kind {', '.join(unknown)}; their state runs on from token to token, "
+            "so packed conversations would leak into each other. Only attention layers are supported."
+        )
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             plain = (layer.layer if isinstance(layer, RoutingLayer) else layer for layer in module)

@@ -66,6 +66,10 @@ class RoutedLinear(nn.Module):
             self.lora_a_ERI[slot, : weights.rank].copy_(weights.a_RI)
             self.lora_b_EOR[slot, :, : weights.rank].copy_(weights.b_OR)
             self.scaling_E[slot] = weights.scaling
+            if not (torch.isfinite(self.lora_a_ERI[slot]).all() and torch.isfinite(self.lora_b_EOR[slot]).all()):
+                raise ValueError(
+                    f"the adapter's weights overflow {self.lora_a_ERI.dtype}; load it in bfloat16 or float32."
+                )
 
     def get_slot(self, slot: int, rank: int) -> LoraWeights:
         """The pair in a slot, as copies on the CPU without the padding."""

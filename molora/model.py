@@ -22,6 +22,7 @@ from molora.injection import RoutedDecoder, check_adapters, gates_tensor, slots_
 from molora.prefix_cache import Encoding, PrefixCache, TokenRoute
 from molora.routing import Impl, RouteRequest
 
+MAX_WEIGHT = 1e6
 Route = str | Mapping[str, float]
 """`"auto"` (the router), `"base"`, an adapter's name, or `{name: weight, ...}`, a weighted blend."""
 
@@ -54,7 +55,7 @@ class MoLoRA:
     def __init__(self, model: Any, tokenizer: Any, bank: Bank, base_dir: Path, *, impl: Impl = "auto") -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.bank = bank
+        self.bank = Bank(bank.path, bank.config)  # as it is now: a later change to `bank` is not loaded here
         self.base_dir = base_dir
         self.cache = PrefixCache()
         adapters = {entry.name: bank.load_adapter(entry.name) for entry in bank.adapters}
@@ -234,9 +235,9 @@ class MoLoRA:
         if isinstance(route, str):
             return ResolvedRoute(False, (self.bank[route].name,), (1.0,))
         if isinstance(route, Mapping) and route:
+            if not all(abs(weight) <= MAX_WEIGHT for weight in route.values()):
+                raise ValueError(f"route {dict(route)!r} has a weight beyond {MAX_WEIGHT:g}, or not a number.")
             weights = tuple(float(weight) for weight in route.values())
-            if not all(abs(weight) < float("inf") for weight in weights):
-                raise ValueError(f"route {dict(route)!r} has a weight that is not finite.")
             return ResolvedRoute(False, tuple(self.bank[name].name for name in route), weights)
         raise ValueError(
             f"route {route!r} is unknown; expected 'auto', 'base', an adapter's name, or {{name: weight}}."

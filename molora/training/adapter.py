@@ -97,7 +97,7 @@ class AdapterTraining(FrozenBase):
 
     def setup(self, stage: str) -> None:
         self.configure_model()
-        self.prepare_data_module([self.name])
+        self.prepare_data_module([self.name], labels_needed=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, accuracy = self._loss(batch)

@@ -10,7 +10,7 @@ Legend: B rows, L tokens a row.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -80,7 +80,7 @@ class ActivationMix:
 
 
 class PackedLoader:
-    """Endless batches of packed rows (or `num_batches` of them), from number `first_batch` on.
+    """Endless batches of packed rows (or `num_batches` of them), from number `first_batch()` on.
 
     The conversations are shuffled and packed once, first fit, into rows of `row_length` tokens; each epoch shuffles
     the rows, and draws other activation points.
@@ -98,7 +98,7 @@ class PackedLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        first_batch: int = 0,
+        first_batch: Callable[[], int] = lambda: 0,
         num_batches: int | None = None,
     ) -> None:
         self.data = data
@@ -109,10 +109,11 @@ class PackedLoader:
         self.packed = self._pack()
 
     def __iter__(self) -> Iterator[Batch]:
+        begin = self.first_batch()
         epoch, order = -1, list[int]()
         numbers = count() if self.num_batches is None else range(self.num_batches)
         for number in numbers:
-            first = ((self.first_batch + number) * self.world_size + self.rank) * self.rows
+            first = ((begin + number) * self.world_size + self.rank) * self.rows
             rows = []
             for index in range(first, first + self.rows):
                 wanted, place = divmod(index, len(self.packed))
@@ -202,27 +203,35 @@ class ChatData(L.LightningDataModule):
         self.encoded: dict[str, list[Example]] = {}
         self.tokenizer: Any = None
         self.domains: tuple[str, ...] = ()
+        self.labels_needed = False
 
-    def prepare(self, tokenizer: Any, domains: Sequence[str]) -> None:
+    def prepare(self, tokenizer: Any, domains: Sequence[str], *, labels_needed: bool) -> None:
         """Called by the training module, which knows the tokenizer and what the domains' indices mean."""
-        self.tokenizer, self.domains = tokenizer, tuple(domains)
+        self.tokenizer, self.domains, self.labels_needed = tokenizer, tuple(domains), labels_needed
 
     def train_dataloader(self) -> PackedLoader:
-        # A resumed run goes on behind the batches that were trained on, not behind those that were fetched.
-        done = self.trainer.global_step * self.trainer.accumulate_grad_batches if self.trainer else 0
+        trainer = self.trainer
+        if trainer and trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
+            raise ValueError("training batches have no end: set trainer.max_steps, or an integer limit_train_batches.")
+
+        def done() -> int:
+            # A resumed run, or the next epoch, goes on behind what was trained on, not behind what was fetched.
+            return trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+
         return self._loader("train", done, None)
 
     def val_dataloader(self) -> PackedLoader | list[Any]:
-        return self._loader("val", 0, self.val_batches) if self.sources["val"] else []
+        return self._loader("val", lambda: 0, self.val_batches) if self.sources["val"] else []
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
-    def _loader(self, split: str, first_batch: int, num_batches: int | None) -> PackedLoader:
+    def _loader(self, split: str, first_batch: Callable[[], int], num_batches: int | None) -> PackedLoader:
         if split not in self.encoded:
             limit = self.max_records if split == "train" else None
             records = (record for source in self.sources[split] for record in islice(read_records(source), limit))
             self.encoded[split] = examples(records, self.tokenizer, max_length=self.row_length)
+            self._check_domains(split)
         trainer = self.trainer
         return PackedLoader(
             self.encoded[split],
@@ -237,6 +246,22 @@ class ChatData(L.LightningDataModule):
             first_batch=first_batch,
             num_batches=num_batches,
         )
+
+    def _check_domains(self, split: str) -> None:
+        """Raise ValueError if nothing in the data is for those that are trained."""
+        found = {
+            domain
+            for example in self.encoded[split]
+            for domain, learned in zip(example.domains, example.learned, strict=True)
+            if learned
+        }
+        wanted = {*self.domains, *([] if self.labels_needed else [None])}
+        if found.isdisjoint(wanted):
+            named = sorted(domain for domain in found if domain is not None)
+            raise ValueError(
+                f"no record of {self.sources[split]} has a domain among {list(self.domains)}; the data's domains are "
+                f"{named or 'not given'}. Name the adapters after their domains."
+            )
 
 
 def _as_list(sources: str | list[str] | None) -> list[str]:

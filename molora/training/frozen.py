@@ -58,10 +58,10 @@ class FrozenBase(L.LightningModule):
         model, self.tokenizer = load_base(self.base_dir, device=self.device, dtype=self.dtype_name)
         self.model = model
 
-    def prepare_data_module(self, domains: Sequence[str]) -> None:
+    def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ChatData):
-            data.prepare(self.tokenizer, domains)
+            data.prepare(self.tokenizer, domains, labels_needed=labels_needed)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

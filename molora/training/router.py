@@ -5,6 +5,7 @@ Legend: N tokens, C router columns.
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from molora.activation import Activation
 from molora.adapter import Adapter
-from molora.bank import Bank, BaseInfo, check_base_name, check_name
+from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, copy_other_files
 from molora.digest import base_digest
 from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters
@@ -94,6 +95,8 @@ class RouterTraining(FrozenBase):
         self._kept: dict[int, Tensor] = {}
         self.folders = {check_name(Path(folder).name): Path(folder) for folder in adapters}
         self.output = Path(output)
+        if self.output.exists() and any(self.output.iterdir()) and not (self.output / BANK_FILE).is_file():
+            raise ValueError(f"output {self.output} exists and is no bank; name another folder, or empty it first.")
         self.bank_name = check_name(bank_name or self.output.name)
         self.router_config, self.router_layer = router, router_layer
         self.max_rank, self.activation, self.losses, self.seed = max_rank, activation, losses, seed
@@ -127,7 +130,9 @@ class RouterTraining(FrozenBase):
 
     def setup(self, stage: str) -> None:
         self.configure_model()
-        self.prepare_data_module([BASE, *self.folders])  # a domain's index is its adapter's column
+        self.prepare_data_module(
+            [BASE, *self.folders], labels_needed=self.losses.lm == 0
+        )  # a domain's index is its adapter's column
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, metrics = self._loss(batch)
@@ -156,7 +161,8 @@ class RouterTraining(FrozenBase):
             )
             for name, path in self.folders.items():
                 bank.add(path, name=name, activation=self.activation, routable=True)
-            bank.set_router(self.router.cpu())
+            bank.set_router(copy.deepcopy(self.router).cpu())
+            copy_other_files(self.output, folder)
             shutil.copytree(bank.path, folder, dirs_exist_ok=True)
 
     def _router_input(self, batch: Batch) -> Tensor:

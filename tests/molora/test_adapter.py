@@ -161,3 +161,11 @@ def test_layer_index():
     assert layer_index("transformer.h.3.attn.c_attn") == 3
     with pytest.raises(ValueError, match="'lm_head' is outside the decoder layers"):
         layer_index("lm_head")
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    config = AdapterConfig(r=1, lora_alpha=1, target_modules=["q_proj"])
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora"
+    tensors = {f"{key}_A.weight": torch.ones(1, 2), f"{key}_B.weight": torch.tensor([[torch.nan]])}
+    with pytest.raises(ValueError, match="q_proj"):
+        Adapter.from_tensors(config, tensors)

@@ -95,3 +95,13 @@ def test_attributes_of_a_wrapped_layer_are_its_own(load_model):
 def test_a_tapped_embedding_is_still_an_embedding(load_model, base_model):
     m = load_model(router=RouterConfig(kind="token_ranges", ranges=((3, 90, "x"), (90, 170, "y"))))
     assert torch.equal(m.model.get_input_embeddings().weight, base_model().get_input_embeddings().weight)
+
+
+def test_layers_with_recurrent_state_are_refused_by_kind() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Lfm2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="conv"):
+        find_layers(transformers.Lfm2ForCausalLM(config))

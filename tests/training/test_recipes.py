@@ -5,7 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from itertools import pairwise
+from difflib import SequenceMatcher
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,13 @@ from reasoning_gym import get_score_answer_fn  # type: ignore[import-untyped]
 
 from molora.training.recipes import DOMAINS, TASKS, Message, Record, build, num_files, verify, verify_composite, write
 from molora.training.recipes.__main__ import main
+from molora.training.recipes.choices import Choices, Split
 from molora.training.recipes.documents import MAX_BODY_WORDS, documents
-from molora.training.recipes.wordings import DOCUMENT_WORDINGS, EVERYDAY, SURFACE_FORMS, WORDINGS
+from molora.training.recipes.everyday import EVERYDAY
+from molora.training.recipes.passages import MAX_ANSWER_WORDS, MAX_WORDS, MIN_WORDS, passages
+from molora.training.recipes.readings import DOCUMENT_WORDINGS, PASSAGE_WORDINGS
+from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
+from molora.training.recipes.wordings import WORDINGS
 
 NUM_TRAIN = 60
 Files = dict[str, list[Record]]
@@ -30,6 +36,25 @@ def text_of(message: Message) -> str:
     return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
+def split_of(name: str) -> Split:
+    return "held out" if name.startswith("heldout") else "val" if name.startswith("val") else "train"
+
+
+def is_framed(question: str) -> bool:
+    return question.endswith(tuple(f"{gap}{closer}" for closer in CLOSERS for gap in " \n")) or question.startswith(
+        tuple(f"{opener}{gap}" for opener in OPENERS for gap in " \n")
+    )
+
+
+def templates(choices: Choices[str], split: Split) -> list[str]:
+    return [choices[index] for index in choices.indices(split)]
+
+
+def forms(split: Split) -> list[str]:
+    chosen = [SURFACE_FORMS[index] for index in SURFACE_FORMS.indices(split)]
+    return [form.intro + form.gap.join(form.marks) for form in chosen]
+
+
 def singles(records: list[Record]) -> list[Record]:
     return [record for record in records if record["kind"] == "single"]
 
@@ -39,6 +64,7 @@ def test_counts(files: Files) -> None:
     assert len(files["heldout.jsonl"]) == 1000
     assert len(files["heldout_composite.jsonl"]) == 500
     assert len(files["heldout_base.jsonl"]) == 200
+    assert len(files["heldout_prose.jsonl"]) == 240
     for domain in DOMAINS:
         assert len(files[f"val_{domain}.jsonl"]) == 200
         train = files[f"train_{domain}.jsonl"]
@@ -122,24 +148,133 @@ def test_held_out_documents_are_not_trained_on(files: Files) -> None:
     assert held_out.isdisjoint(train)
 
 
+def test_held_out_passages_are_not_trained_on(files: Files) -> None:
+    held_out = {one for passage in passages(held_out=True) for one in passage.sentences if len(one.split()) > 5}
+    train = {one for passage in passages(held_out=False) for one in passage.sentences}
+    assert len(held_out) >= 30
+    assert not held_out & train
+    for name, records in files.items():
+        texts = "\n".join(text_of(message) for record in records for message in record["messages"])
+        assert any(one in texts for one in held_out) == (name == "heldout_prose.jsonl"), name
+        assert any(one in texts for one in train) == name.startswith("train"), name
+
+
 def test_held_out_wordings_are_absent_from_training(files: Files) -> None:
     for choices in (*WORDINGS.values(), DOCUMENT_WORDINGS):
-        assert len(choices.training) >= 12
         assert len(choices.held_out) >= 5
-        assert len({*choices.training, *choices.held_out}) == len(choices)
-    assert not set(SURFACE_FORMS.training) & set(SURFACE_FORMS.held_out)
+    assert len(SURFACE_FORMS.held_out) >= 5
+    first_passage = len(DOCUMENT_WORDINGS) + sum(len(each.questions) for each in EVERYDAY)
+    starts = accumulate(map(len, PASSAGE_WORDINGS.values()), initial=first_passage)
+    of_passages: dict[Split, set[int]] = {"train": set(), "val": set(), "held out": set()}
+    for start, choices in zip(starts, PASSAGE_WORDINGS.values(), strict=False):
+        for split, indices in of_passages.items():
+            indices.update(start + index for index in choices.indices(split))
     for name, records in files.items():
+        split = split_of(name)
         for record in records:
             if record["kind"] == "single":
-                indices = WORDINGS[str(record["domain"])].indices(held_out=name.startswith("heldout"))
+                allowed = set(WORDINGS[str(record["domain"])].indices(split))
             elif record["kind"] == "composite":
-                indices = SURFACE_FORMS.indices(held_out=name.startswith("heldout"))
-            elif record["wording"] < len(DOCUMENT_WORDINGS):
-                indices = DOCUMENT_WORDINGS.indices(held_out=name.startswith("heldout"))
+                allowed = set(SURFACE_FORMS.indices(split))
             else:
-                everyday = sum(len(each.questions) for each in EVERYDAY)
-                indices = range(len(DOCUMENT_WORDINGS), len(DOCUMENT_WORDINGS) + everyday)
-            assert record["wording"] in indices, name
+                allowed = {*DOCUMENT_WORDINGS.indices(split), *of_passages[split]}
+                if split == "train":
+                    allowed.update(range(len(DOCUMENT_WORDINGS), first_passage))
+            assert record["wording"] in allowed, name
+
+
+def test_training_has_many_wordings() -> None:
+    for choices in WORDINGS.values():
+        assert len(choices.indices("train")) >= 45
+    for many in (SURFACE_FORMS.indices("train"), DOCUMENT_WORDINGS.indices("train")):
+        assert len(many) >= 30
+    assert len(EVERYDAY) >= 12
+    assert len(set(OPENERS)) >= 25
+    assert len(set(CLOSERS)) >= 15
+    assert len({SURFACE_FORMS[index] for index in range(len(SURFACE_FORMS))}) == len(SURFACE_FORMS)
+
+
+@pytest.mark.parametrize("choices", [*WORDINGS.values(), DOCUMENT_WORDINGS, *PASSAGE_WORDINGS.values()])
+def test_no_training_wording_is_nearly_a_held_out_one(choices: Choices[str]) -> None:
+    train, held_out = templates(choices, "train"), templates(choices, "held out")
+    assert len({*train, *held_out}) == len(choices)
+    assert not [pair for one in train for other in held_out if ratio(*(pair := (one, other))) >= 0.9]
+
+
+def test_no_training_surface_form_is_nearly_a_held_out_one() -> None:
+    pairs = [(one, other) for one in forms("train") for other in forms("held out")]
+    assert not [pair for pair in pairs if ratio(*pair) >= 0.9]
+
+
+def ratio(one: str, other: str) -> float:
+    return SequenceMatcher(None, one.lower(), other.lower(), autojunk=False).ratio()
+
+
+def test_added_wordings_leave_the_indices_of_files_alone() -> None:
+    choices = Choices(("a", "b"), ("c",), ("d", "e"))
+    assert [choices[index] for index in range(len(choices))] == ["a", "b", "c", "d", "e"]
+    assert choices.indices("train") == [0, 1, 3, 4]
+    assert choices.indices("val") == [0, 1]
+    assert choices.indices("held out") == [2]
+
+
+def test_openers_and_closers_stand_in_training_only(files: Files) -> None:
+    held_out = "\n".join(
+        text.lower()
+        for texts in (
+            forms("held out"),
+            *(templates(each, "held out") for each in (*WORDINGS.values(), DOCUMENT_WORDINGS)),
+            *(templates(each, "held out") for each in PASSAGE_WORDINGS.values()),
+        )
+        for text in texts
+    )
+    for frame in (*OPENERS, *CLOSERS):
+        assert not re.search(rf"(?<!\w){re.escape(frame.lower())}(?!\w)", held_out), frame
+    for name, records in files.items():
+        tasks = [record for record in records if record["kind"] != "base"]
+        share = sum(is_framed(text_of(record["messages"][-2])) for record in tasks) / max(len(tasks), 1)
+        assert 0.2 < share < 0.6 if name.startswith("train") else share == 0, name
+
+
+def test_histories_and_readings_are_of_both_kinds(files: Files) -> None:
+    train = {one for passage in passages(held_out=False) for one in passage.sentences if len(one.split()) > 5}
+    router = files["train_router.jsonl"]
+    tasks = [r for name in files if name.startswith("train") for r in files[name] if len(r["messages"]) == 4]
+    is_prose = [any(one in text_of(record["messages"][0]) for one in train) for record in tasks]
+    assert 0.35 < sum(is_prose) / len(is_prose) < 0.65
+    assert any(one in text_of(record["messages"][-2]) for record in router for one in train if record["kind"] == "base")
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_passages_end_with_sentences_and_answer_what_is_asked(held_out: bool) -> None:
+    found = passages(held_out=held_out)
+    assert len({passage.text for passage in found}) == len(found) > 50
+    for passage in found:
+        text = passage.text
+        assert MIN_WORDS <= len(text.split()) <= MAX_WORDS
+        assert re.search(r"""[.!?]["']?$""", text)
+        assert not text.endswith(("Mr.", "Mrs.", "Dr."))
+        for asked in passage.asked:
+            assert asked.kind in PASSAGE_WORDINGS
+            assert len(asked.answer.split()) <= MAX_ANSWER_WORDS
+            match asked.kind:
+                case "first sentence":
+                    assert text.startswith(asked.answer)
+                case "last sentence":
+                    assert text.endswith(asked.answer)
+                case "continuation":
+                    assert text.count(asked.cue) == 1
+                    assert asked.answer.replace("...", asked.cue, 1) in text
+                case "number of words":
+                    num_words = int(re.findall(r"\d+", asked.answer)[0])
+                    assert " ".join(text.split()[:num_words]) == passage.sentences[0]
+
+
+def test_everyday_questions_fit_all_their_pairs() -> None:
+    for kind in EVERYDAY:
+        assert len(kind.pairs) == len(dict(kind.pairs)) >= 5
+        assert all("{x}" in question for question in kind.questions)
+        assert "{y}" in kind.answer
 
 
 def test_parts_follow_the_tasks_and_end_with_their_answers(files: Files) -> None:

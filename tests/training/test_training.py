@@ -204,3 +204,38 @@ def test_every_config_begins_with_its_command() -> None:
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
         assert path.read_text().splitlines()[0] == f"# python train.py fit --config configs/{path.name}"
         assert json.dumps(yaml.safe_load(path.read_text()))
+
+
+def test_data_without_the_trained_domain_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"domain among \['sums'\].*'letters'"):
+        fit("--model.init_args.name", "sums")
+
+
+def test_a_folder_that_is_no_bank_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    with pytest.raises(ValueError, match="is no bank"):
+        RouterTraining([], str(tmp_path / "precious"))
+
+
+def test_a_bank_that_is_replaced_keeps_its_card() -> None:
+    config = router_config()
+    Path("bank").mkdir()
+    Path("bank/molora.json").write_text("{}")
+    Path("bank/README.md").write_text("card")
+    fit("--trainer.max_steps", "2", config=config)
+    assert Bank.open("bank").has_router
+    assert Path("bank/README.md").read_text() == "card"
+
+
+def test_training_without_an_end_is_an_error() -> None:
+    with pytest.raises(ValueError, match="max_steps"):
+        fit("--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
+
+
+def test_epochs_of_limited_batches_go_on_where_the_last_one_stopped() -> None:
+    fit("--trainer.max_steps", "6", "--model.init_args.output_dir", "whole")
+    limits = ["--trainer.limit_train_batches", "2", "--trainer.max_epochs", "3", "--trainer.val_check_interval", "2"]
+    fit("--trainer.max_steps", "6", *limits, "--model.init_args.output_dir", "parts")
+    for key, tensor in weights(Path("whole/letters")).items():
+        assert torch.equal(tensor, weights(Path("parts/letters"))[key]), key

@@ -3,7 +3,8 @@
 python -m molora.training.recipes --out data/ --seed 0 --num-train 30000
 """
 
-from molora.training.recipes.build import Message, Part, Record, Summary, build, num_files, write
+from molora.training.recipes.build import Summary, build, num_files, write
+from molora.training.recipes.conversations import Message, Part, Record
 from molora.training.recipes.tasks import DOMAINS, TASKS, Item, Task, verify, verify_composite
 
 __all__ = [

@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m molora.training.recipes", description="Rebuild the demo's data.")
     parser.add_argument("--out", type=Path, required=True, help="the folder to write to")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal bytes (default: 0)")
-    parser.add_argument("--num-train", type=int, default=30000, help="training records an adapter (default: 8000)")
+    parser.add_argument("--num-train", type=int, default=30000, help="training records an adapter (default: 30000)")
     options = parser.parse_args(arguments)
 
     console = Console()

@@ -1,4 +1,4 @@
-"""From items, documents and wordings to the demo's files of conversations.
+"""The demo's files: which conversations go into each, and what they are made of.
 
 One seed gives one set of bytes, for one version of Python and of reasoning-gym. `build` makes the records, `write`
 puts them on disk; neither knows of tokenizers, models or masks.
@@ -7,61 +7,30 @@ puts them on disk; neither knows of tokenizers, models or masks.
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Iterator
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
 from random import Random
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 from molora.files import write_atomic
-from molora.training.recipes.documents import Document, documents
+from molora.training.recipes.conversations import Material, Record
+from molora.training.recipes.documents import documents
+from molora.training.recipes.passages import passages
 from molora.training.recipes.tasks import DOMAINS, TASKS, Item
-from molora.training.recipes.wordings import DOCUMENT_WORDINGS, EVERYDAY, SURFACE_FORMS, WORDINGS
 
 NUM_VAL = 200  # records in each val_<domain>.jsonl
 NUM_HELD_OUT = 200  # single items a domain in heldout.jsonl
 NUM_HELD_OUT_COMPOSITES = 500
 NUM_HELD_OUT_DOCUMENTS = 200
+NUM_HELD_OUT_PROSE = 40  # single items a domain, and questions about passages, in heldout_prose.jsonl
 
 COMPOSITE_SHARE = 0.3  # of an adapter's training records
 HISTORY_SHARE = 0.3  # of all task records in training
-THREE_TASKS_SHARE = 0.2  # of composites
 EVERYDAY_SHARE = 0.25  # of base records in training
-MAX_HISTORY_WORDS = 50  # of a document in a history, so that conversations stay short
 
 _RESERVED = 450  # items a domain for each of the validation and the held-out files
-
-
-class Part(TypedDict):
-    """A piece of a message; `domain` None is the base model's."""
-
-    type: Literal["text"]
-    text: str
-    domain: str | None
-
-
-class Message(TypedDict):
-    """A turn. A plain string's domain is its record's; the parts of a list concatenate to the turn's text."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
-
-
-class Record(TypedDict):
-    """A line of a file: a conversation whose last two messages are the question and its answer.
-
-    `wording` counts through the domain's wordings (single), the surface forms (composite), or the documents'
-    wordings and then the everyday questions (base). `domain` and `answer` are lists, in order, for a composite.
-    """
-
-    messages: list[Message]
-    domain: str | list[str] | None
-    answer: str | list[str]
-    wording: int
-    kind: Literal["single", "composite", "base"]
 
 
 class Summary(TypedDict):
@@ -76,112 +45,9 @@ class Summary(TypedDict):
     files: dict[str, dict[str, Any]]
 
 
-@dataclass
-class Material:
-    """What one split may use, and the chance by which it picks.
-
-    Attributes:
-        held_out: use the wordings and surface forms that training never shows.
-    """
-
-    rng: Random
-    items: Mapping[str, Iterator[Item]]
-    documents: Sequence[Document]
-    held_out: bool = False
-
-    @cached_property
-    def short_documents(self) -> list[Document]:
-        """Those that may stand in a history."""
-        return [document for document in self.documents if document.num_words <= MAX_HISTORY_WORDS]
-
-    def single(self, domain: str, *, history: bool) -> Record:
-        """One task as one question."""
-        item = next(self.items[domain])
-        wording = self.rng.choice(WORDINGS[domain].indices(held_out=self.held_out))
-        question = WORDINGS[domain][wording].format_map(item.facts)
-        return Record(
-            messages=[*self._history(history), *_exchange(question, item.reply)],
-            domain=domain,
-            answer=item.answer,
-            wording=wording,
-            kind="single",
-        )
-
-    def composite(self, domains: Sequence[str], *, history: bool) -> Record:
-        """Two or three tasks in one message, answered in order in one reply."""
-        wording = self.rng.choice(SURFACE_FORMS.indices(held_out=self.held_out))
-        form = SURFACE_FORMS[wording]
-        items = [next(self.items[domain]) for domain in domains]
-        questions: list[Part] = []
-        replies: list[Part] = []
-        for place, (domain, item) in enumerate(zip(domains, items, strict=True)):
-            mark = form.marks[place]
-            template = self._inline_wording(domain)
-            if form.lower and mark:
-                template = _lower_first(template)
-            gap = form.gap if place else form.intro.format(count=("two", "three")[len(domains) - 2])
-            reply_gap = form.gap.replace(" ", "\n") if place else ""
-            questions.append(_part(gap + mark + template.format_map(item.facts), domain))
-            replies.append(_part(reply_gap + form.reply_marks[place] + item.reply, domain))
-        return Record(
-            messages=[*self._history(history), *_exchange(questions, replies)],
-            domain=list(domains),
-            answer=[item.answer for item in items],
-            wording=wording,
-            kind="composite",
-        )
-
-    def document(self, document: Document) -> Record:
-        """A question about a document, which is the base model's business."""
-        wording, question = self._ask(document)
-        return Record(
-            messages=_exchange(question, document.summary),
-            domain=None,
-            answer=document.summary,
-            wording=wording,
-            kind="base",
-        )
-
-    def everyday(self) -> Record:
-        """A plain question without a document, for the base model too."""
-        kind = self.rng.choice(EVERYDAY)
-        x, y = self.rng.choice(kind.pairs)
-        question = self.rng.choice(kind.questions)
-        wording = len(DOCUMENT_WORDINGS) + [one for each in EVERYDAY for one in each.questions].index(question)
-        answer = kind.answer.format(x=x, y=y)
-        return Record(
-            messages=_exchange(question.format(x=x), answer), domain=None, answer=answer, wording=wording, kind="base"
-        )
-
-    def domains(self, include: str | None = None) -> list[str]:
-        """Two or three different domains in any order, `include` among them."""
-        num_domains = 3 if self.rng.random() < THREE_TASKS_SHARE else 2
-        chosen = [include] if include else []
-        others = [domain for domain in DOMAINS if domain != include]
-        chosen += self.rng.sample(others, num_domains - len(chosen))
-        self.rng.shuffle(chosen)
-        return chosen
-
-    def _history(self, wanted: bool) -> list[Message]:
-        if not wanted:
-            return []
-        document = self.rng.choice(self.short_documents)
-        _, question = self._ask(document)
-        return _exchange([_part(question, None)], [_part(document.summary, None)])
-
-    def _ask(self, document: Document) -> tuple[int, str]:
-        wording = self.rng.choice(DOCUMENT_WORDINGS.indices(held_out=self.held_out))
-        return wording, DOCUMENT_WORDINGS[wording].format(module=document.module, body=document.body)
-
-    def _inline_wording(self, domain: str) -> str:
-        """A wording that stays on one line, whatever its facts."""
-        wordings = [WORDINGS[domain][index] for index in WORDINGS[domain].indices(held_out=self.held_out)]
-        return self.rng.choice([wording for wording in wordings if "\n" not in wording and "{lines}" not in wording])
-
-
 def num_files() -> int:
     """How many files `build` makes."""
-    return 2 * len(DOMAINS) + 4
+    return 2 * len(DOMAINS) + 5
 
 
 def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
@@ -206,13 +72,15 @@ def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
         raise ValueError("too few docstrings found: the sources of Python's standard library must be installed")
     items = {domain: task.items(seed, 2 * _RESERVED + num_train) for domain, task in TASKS.items()}
 
-    def material(name: str, start: int, stop: int | None, texts: Sequence[Document], held_out: bool) -> Material:
-        endless = {domain: cycle(items[domain][start:stop]) for domain in DOMAINS}
-        return Material(Random(f"{name} {seed}"), endless, texts, held_out)
+    def endless(start: int, stop: int | None) -> dict[str, Iterator[Item]]:
+        return {domain: cycle(items[domain][start:stop]) for domain in DOMAINS}
 
-    held_out = material("held out", 0, _RESERVED, held_out_texts, True)
-    val = material("val", _RESERVED, 2 * _RESERVED, texts, False)
-    train = material("train", 2 * _RESERVED, None, texts, False)
+    held_out = Material(Random(f"held out {seed}"), "held out", endless(0, _RESERVED), held_out_texts)
+    prose = Material(
+        Random(f"held out prose {seed}"), "held out", endless(0, _RESERVED), passages=passages(held_out=True)
+    )
+    val = Material(Random(f"val {seed}"), "val", endless(_RESERVED, 2 * _RESERVED), texts)
+    train = Material(Random(f"train {seed}"), "train", endless(2 * _RESERVED, None), texts, passages(held_out=False))
     yield (
         "heldout.jsonl",
         [held_out.single(domain, history=bool(turn % 2)) for turn in range(NUM_HELD_OUT) for domain in DOMAINS],
@@ -222,6 +90,11 @@ def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
         [held_out.composite(held_out.domains(), history=False) for _ in range(NUM_HELD_OUT_COMPOSITES)],
     )
     yield "heldout_base.jsonl", [held_out.document(text) for text in held_out_texts]
+    yield (
+        "heldout_prose.jsonl",
+        [prose.single(domain, history=True) for _ in range(NUM_HELD_OUT_PROSE) for domain in DOMAINS]
+        + [prose.reading() for _ in range(NUM_HELD_OUT_PROSE)],
+    )
     for domain in DOMAINS:
         yield f"val_{domain}.jsonl", _singles(val, domain, NUM_VAL)
     for domain in DOMAINS:
@@ -269,9 +142,7 @@ def _composites(material: Material, num_records: int, include: str | None = None
 def _base(material: Material, num_records: int) -> list[Record]:
     num_everyday = round(EVERYDAY_SHARE * num_records)
     everyday = [material.everyday() for _ in range(num_everyday)]
-    return everyday + [
-        material.document(material.rng.choice(material.documents)) for _ in range(num_records - num_everyday)
-    ]
+    return everyday + [material.reading() for _ in range(num_records - num_everyday)]
 
 
 def _by_chance(material: Material) -> bool:
@@ -282,16 +153,3 @@ def _shuffled(rng: Random, *groups: list[Record]) -> list[Record]:
     records = [record for group in groups for record in group]
     rng.shuffle(records)
     return records
-
-
-def _part(text: str, domain: str | None) -> Part:
-    return Part(type="text", text=text, domain=domain)
-
-
-def _exchange(question: str | list[Part], answer: str | list[Part]) -> list[Message]:
-    return [Message(role="user", content=question), Message(role="assistant", content=answer)]
-
-
-def _lower_first(template: str) -> str:
-    """Lower the first letter, but not that of "I" or of a fact."""
-    return template if template.startswith(("{", "I ")) else template[0].lower() + template[1:]

@@ -168,7 +168,10 @@ def _read_family(entry: Entry) -> Item:
     if relation.endswith("in-law"):  # here reasoning-gym 0.1.25 names what the second is to the first
         a, b = b, a
     return Item(
-        key=story, facts={"story": story, "a": a, "b": b}, working=_kinship(story, a, b, relation), answer=relation
+        key=story,
+        facts={"story": story, "lines": story.replace(". ", ".\n"), "a": a, "b": b},
+        working=_kinship(story, a, b, relation),
+        answer=relation,
     )
 
 
@@ -202,8 +205,18 @@ def _kinship(story: str, a: str, b: str, relation: str) -> str:
 
 
 _ORDERS = {
-    "ascending": {"direction": "from smallest to largest", "first": "smallest", "change": "increasing"},
-    "descending": {"direction": "from largest to smallest", "first": "largest", "change": "decreasing"},
+    "ascending": {
+        "direction": "from smallest to largest",
+        "first": "smallest",
+        "last": "largest",
+        "change": "increasing",
+    },
+    "descending": {
+        "direction": "from largest to smallest",
+        "first": "largest",
+        "last": "smallest",
+        "change": "decreasing",
+    },
 }
 
 
@@ -220,7 +233,9 @@ def _read_sorting(entry: Entry) -> Item:
             "commas": commas,
             "spaces": " ".join(numbers),
             "brackets": f"[{commas}]",
+            "semicolons": "; ".join(numbers),
             "lines": "\n".join(numbers),
+            "bullets": "\n".join(f"- {number}" for number in numbers),
             "prose": _listed(numbers),
             "order": order,
             **_ORDERS[order],
@@ -258,6 +273,7 @@ def _read_legs(entry: Entry) -> Item:
         facts={
             "prose": _listed(groups),
             "commas": ", ".join(groups),
+            "plus": " + ".join(groups),
             "colons": ", ".join(f"{names[animal]}: {count}" for animal, count in counts.items()),
             "lines": "\n".join(f"- {group}" for group in groups),
         },

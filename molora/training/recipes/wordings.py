@@ -1,52 +1,11 @@
-"""The words of the demo's data: how questions are put, and which of the ways training never shows.
+"""How each domain's questions are put, and which of the ways training never shows.
 
-Plain data. What fills the braces is in `tasks` and `documents`; how wordings become conversations is in `build`.
+Plain data. What fills the braces is in `tasks`; how wordings become conversations is in `conversations`.
 """
 
 import codecs
-from dataclasses import dataclass
-from typing import Generic, TypeVar
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Choices(Generic[T]):
-    """Ways to say one thing. An index counts through `training` first, then `held_out`."""
-
-    training: tuple[T, ...]
-    held_out: tuple[T, ...]
-
-    def __len__(self) -> int:
-        return len(self.training) + len(self.held_out)
-
-    def __getitem__(self, index: int) -> T:
-        return (self.training + self.held_out)[index]
-
-    def indices(self, *, held_out: bool) -> range:
-        """The indices of one of the two halves."""
-        num_training = len(self.training)
-        return range(num_training, num_training + len(self.held_out)) if held_out else range(num_training)
-
-
-@dataclass(frozen=True)
-class SurfaceForm:
-    """How several tasks share one message, and their answers the reply.
-
-    Attributes:
-        marks: what opens the first, second and third task.
-        reply_marks: what opens their answers.
-        intro: text before the first task; `{count}` becomes "two" or "three".
-        gap: what stands between two tasks; in the reply it is a line break where this is a space.
-        lower: tasks continue the mark's sentence, in lower case.
-    """
-
-    marks: tuple[str, str, str]
-    reply_marks: tuple[str, str, str]
-    intro: str = ""
-    gap: str = "\n"
-    lower: bool = False
-
+from molora.training.recipes.choices import Choices
 
 WORDINGS: dict[str, Choices[str]] = {
     "arithmetic": Choices(
@@ -76,6 +35,42 @@ WORDINGS: dict[str, Choices[str]] = {
             "Give me the number that {expression} makes, if you would.",
             "Sorry to bother you, but what would I get if I typed {expression} into a calculator?",
         ),
+        more=(
+            "what's {expression}",
+            "{expression}",
+            "{expression} equals what?",
+            "how much is {expression}",
+            "Kindly determine the value of {expression}.",
+            "Would you be so kind as to compute {spoken}?",
+            "I have {first}. I {steps}. How many is that now?",
+            "Work this out: {spoken}.",
+            "Add and subtract as needed: {expression}.",
+            "The till shows {expression}. What is the total?",
+            "Homework, question 3: {expression} = ___",
+            "Fill in the blank: {expression} = __",
+            "Take the number {first}; {steps}. Report the result.",
+            "A counter reads {first}; {steps}. What does it read now?",
+            "My son says he cannot solve {expression}. What should he get?",
+            "Can you check my arithmetic? I want the value of {spoken}.",
+            "{spoken}. Total?",
+            "hey can u calculate {expression}",
+            "Simplify {expression} to a single number.",
+            "Give the result: {expression}.",
+            "If the starting value is {first} and I {steps}, what is the final value?",
+            "What would be the outcome of {expression}?",
+            "Tell me what {spoken} is.",
+            "Expression: {expression}\nValue:",
+            "I was told to {steps}, starting from {first}. What is left at the end?",
+            "Mental arithmetic time. What is {spoken}?",
+            "Determine: {expression}.",
+            "{expression}, please.",
+            "For my accounts I need the sum {expression}. Could you do it?",
+            "Let x = {expression}. What is x?",
+            "What does {spoken} make?",
+            "We began the day with {first} in stock; {steps}. How many do we have?",
+            "I always get this wrong: {expression}. What is it really?",
+            "waht is {spoken}?",
+        ),
     ),
     "words": Choices(
         training=(
@@ -101,6 +96,42 @@ WORDINGS: dict[str, Choices[str]] = {
             "Could you spell {word} the other way round?",
             "Here is a word, {word}. How does it read from its end to its beginning?",
             "Show me '{word}' with its letters in the opposite order, thanks.",
+        ),
+        more=(
+            "spell {word} backwards",
+            "{word} backwards?",
+            'Reverse "{word}".',
+            "What does {word} become when it is reversed?",
+            'Kindly provide the reversed spelling of the word "{word}".',
+            "Would you mind spelling {word} in reverse for me?",
+            "If I hold the word {word} up to a mirror, so that its letters run the other direction, what do I read?",
+            'Reverse the string "{word}".',
+            "Input: {word}\nOutput: the same letters, reversed.",
+            'Which string do you get by reversing "{word}"?',
+            "My teacher asked us to write {word} backwards. What is the answer?",
+            "whats {word} spelt backwards",
+            "I need the reverse of a word. The word is '{word}'.",
+            "Letters of {word}, back to front, please.",
+            "For a puzzle I have to reverse the letters in {word}. What comes out?",
+            'Swap the letter order of "{word}" so that the last one becomes the first.',
+            "Print {word} in reverse.",
+            "Secret code: every word is written in reverse. How do I write {word}?",
+            "Can you tell me what {word} looks like backwards?",
+            "Begin with the final letter: how is {word} written then?",
+            'Backwards, what is "{word}"?',
+            "Please invert the spelling of {word}.",
+            "Word to reverse: {word}",
+            "How would '{word}' be written from right to left?",
+            'Reading backwards, the sign that says "{word}" says what?',
+            "I typed {word}, but I wanted its letters reversed. What should it say?",
+            "can you pls reverse the word {word} for me",
+            'Mirror the word "{word}" letter for letter.',
+            "Determine the backward spelling of {word}.",
+            "In a game I must say {word} in reverse. What do I say?",
+            "What is the reversal of the word {word}?",
+            "Let us play: I say {word}, you spell it in reverse.",
+            '"{word}": reverse it.',
+            "revrese the letters in {word} please",
         ),
     ),
     "family": Choices(
@@ -128,6 +159,42 @@ WORDINGS: dict[str, Choices[str]] = {
             '{story} When {b} introduces {a}, what is the missing word in "this is my ___"?',
             "Someone asked me what {a} is to {b} and I could not say. {story} Can you?",
         ),
+        more=(
+            "{story} {a} is which relative of {b}?",
+            "{story} what is {a} to {b}",
+            "{story} how are they related, i.e. what is {a} to {b}?",
+            "Question: what is the relation of {a} to {b}? Facts: {story}",
+            "{story} Name the family relationship that {a} has to {b}.",
+            "Use the facts below to say what {a} is to {b}.\n\n{story}",
+            "Facts:\n{lines}\n\nWhat is {a} to {b}?",
+            "{lines}\nHow is {a} related to {b}?",
+            "Consider this household. {story} Kindly state how {a} is related to {b}.",
+            "{story} If {b} talks about {a}, is that a mother, a son, a sister or what?",
+            "I met a family at a wedding. {story} Remind me, what is {a} to {b}?",
+            "{story} {a} is the ___ of {b}. Fill in the blank.",
+            "Fill in the missing word: {a} is the ___ of {b}. {story}",
+            "Tell me the relationship between {a} and {b}, that is, what {a} is to {b}. {story}",
+            "My neighbours are a large family. {story} I wonder what {a} is to {b}.",
+            "{story} Determine {a}'s relation to {b}.",
+            "Puzzle: {story} What is {a} to {b}?",
+            "{story} Is there a word for what {a} is to {b}?",
+            "can you work out what {a} is to {b}? {story}",
+            "{story}\n\nRelation of {a} to {b}?",
+            "{story}\n\nNow say how {a} is related to {b}.",
+            "For a novel I made up these characters. {story} What is {a} to {b}?",
+            "Which relation does {a} have to {b}, given this? {story}",
+            "{story} What would {b} call {a} as a relative?",
+            "Study this family carefully. {story} Then answer: how is {a} related to {b}?",
+            "I got confused by these names. {story} How exactly is {a} related to {b}?",
+            "{b} has a relative called {a}. {story} What kind of relative is {a}?",
+            "Suppose the following is true. {story} What relation is {a} to {b}?",
+            "{story} Think about {a} and {b}: the first is the second's what?",
+            "Genealogy question. {story} State the relation of {a} to {b}.",
+            "{story} Please tell me what {a} is for {b} in family terms.",
+            'It says here: "{story}" So what is {a} to {b}?',
+            "In the family described next, {a} is what to {b}? {story}",
+            "{story} whats the relation of {a} to {b}?",
+        ),
     ),
     "sorting": Choices(
         training=(
@@ -153,6 +220,42 @@ WORDINGS: dict[str, Choices[str]] = {
             "In which order do {prose} go if the {first} comes first?",
             "Put this list straight, {direction} please: {spaces}",
             "These numbers came out of a hat: {commas}. Read them back to me {direction}.",
+        ),
+        more=(
+            "sort {commas} {direction}",
+            "{commas} in {order} order",
+            "{commas} - sort {order}, please.",
+            "Sort {prose} so that the {first} is first and the {last} is last.",
+            "Kindly arrange the values {commas} in {order} order.",
+            "Would you put {prose} into {change} order for me?",
+            "Numbers to sort: {semicolons}. Order: {order}.",
+            "Sort the list {brackets}; I want {order} order.",
+            "Take {prose} and write them {direction}.",
+            "The scores were {commas}. List them {direction}.",
+            "Our house numbers are {prose}. Sort them, {first} first.",
+            "Sort this column {direction}:\n{lines}",
+            "Please sort these items in {order} order:\n{bullets}",
+            "{bullets}\n\nCan you sort these {direction}?",
+            "{lines}\n\nPut the numbers above in {change} order.",
+            "Input: {brackets}\nSort: {order}\nOutput:",
+            "Given the numbers {semicolons}, give them back in {change} order.",
+            "What is the {order} order of {commas}?",
+            "i need {spaces} sorted {direction}",
+            "Could you rearrange {commas}, {first} to {last}?",
+            "From {first} to {last}, what are the numbers {prose}?",
+            "Sorted {direction}, {brackets} becomes what?",
+            "My cards show {prose}. How should I hold them, {first} card on the left?",
+            "The class measured {commas}. Write the results in {change} order.",
+            "Which order is right for {prose} if we go {direction}?",
+            "Reorder: {commas} ({order}).",
+            "Organise the following values {direction}: {semicolons}.",
+            "These are the ages at our table: {commas}. Put them in {order} order.",
+            "Make this list go {direction}: {commas}.",
+            "Sort, {order}: {brackets}.",
+            "Start with the {first} and end with the {last}: {prose}.",
+            "Someone mixed up my tickets, numbers {prose}. What is their {change} order?",
+            "pls order {commas}, {first} first",
+            "List in {change} order: {semicolons}",
         ),
     ),
     "legs": Choices(
@@ -180,133 +283,44 @@ WORDINGS: dict[str, Choices[str]] = {
             "Given {colons}, what do all the legs add up to?",
             "In my notebook I listed {prose}. What is the combined number of legs?",
         ),
+        more=(
+            "how many legs do {prose} have",
+            "{commas} - how many legs?",
+            "{plus} = how many legs?",
+            "Legs of {prose}, all together?",
+            "Kindly determine the total number of legs among {prose}.",
+            "Would you count the legs of {prose} for me?",
+            "A farmer keeps {prose}. How many legs is that?",
+            "In the barn there are {prose}. What is the number of legs in the barn?",
+            "The captain lets {prose} on board. How many legs walk in?",
+            "Every animal needs a sock on each leg. I have {prose}. How many socks do I need?",
+            "Compute the leg total: {commas}.",
+            "Total legs of {plus}?",
+            "Inventory: {colons}. Sum of legs?",
+            "Here are my animals:\n{lines}\nHow many legs do they have altogether?",
+            "{lines}\n\nHow many legs is that in total?",
+            "Animals:\n{lines}\nLegs:",
+            "Leg counting: {prose}. What is the total?",
+            "Imagine {prose} in a field. How many legs are on the grass?",
+            "I see {prose}. Count their legs.",
+            "What is the sum of all legs if you have {prose}?",
+            "A puzzle for you: {prose} sit in a circle. How many legs do they have?",
+            "We filmed {prose}. How many legs are in the film?",
+            "can u count the legs of {commas}",
+            "Please tell me the total legs for this group: {colons}.",
+            "For a school project: how many legs have {prose} got?",
+            "Given a collection of {prose}, calculate how many legs there are.",
+            "The vet examined {prose} today. How many legs did the vet look at?",
+            "How many legs are there among {commas}?",
+            "If {prose} line up, how many legs touch the floor?",
+            "Number of legs on {prose}, please.",
+            "I own {prose}. Their legs add up to how many?",
+            "Count every leg: {plus}.",
+            "Together, {prose} have how many legs?",
+            "hwo many legs have {prose} in all?",
+        ),
     ),
 }
-
-DOCUMENT_WORDINGS: Choices[str] = Choices(
-    training=(
-        "Summarise this documentation in one sentence.\n\n{body}",
-        "{body}\n\nSummarise the text above in one sentence.",
-        "What is this passage about?\n\n{body}",
-        "Please explain in a few words what this describes:\n\n{body}",
-        "I found this in the documentation of Python's {module}. What does it describe?\n\n{body}",
-        "{body}\n\nIn short, what does this do?",
-        "Give me a short summary: {body}",
-        'Here is a note from the {module} package: "{body}" What is its purpose?',
-        "Can you sum this up for me?\n\n{body}",
-        "Read the following and say what it is for.\n\n{body}",
-        "{body}\n\nWhat would be a good first line for this docstring?",
-        "Write a one-line description of what is documented here.\n\n{body}",
-    ),
-    held_out=(
-        "A colleague sent me this about Python's {module}. What is the gist of it?\n\n{body}",
-        "{body}\n\nTell me the main point of this text.",
-        "Boil this down to a single sentence, please:\n\n{body}",
-        "I am new to Python. What is being documented here?\n\n{body}",
-        "Condense the next paragraph.\n\n{body}",
-    ),
-)
-
-_NUMBERS = ("1. ", "2. ", "3. ")
-_PARENTHESES = ("1) ", "2) ", "3) ")
-_LETTERS = ("(a) ", "(b) ", "(c) ")
-_BULLETS = ("- ", "- ", "- ")
-_STARS = ("* ", "* ", "* ")
-_NONE = ("", "", "")
-_QUESTIONS = ("Question 1: ", "Question 2: ", "Question 3: ")
-_EXERCISES = ("The first exercise: ", "The next exercise: ", "The last exercise: ")
-
-SURFACE_FORMS: Choices[SurfaceForm] = Choices(
-    training=(
-        SurfaceForm(_NUMBERS, _NUMBERS),
-        SurfaceForm(_NUMBERS, _NUMBERS, intro="Please answer these {count} questions.\n"),
-        SurfaceForm(_PARENTHESES, _PARENTHESES, intro="I have {count} things to ask:\n"),
-        SurfaceForm(_BULLETS, _BULLETS),
-        SurfaceForm(_STARS, _STARS, intro="Could you help me with the following?\n\n"),
-        SurfaceForm(("First, ", "Then, ", "Finally, "), ("First: ", "Then: ", "Finally: "), gap=" ", lower=True),
-        SurfaceForm(("", "Also, ", "And lastly, "), _NONE, gap=" ", lower=True),
-        SurfaceForm(_NONE, _NONE),
-        SurfaceForm(_NONE, _NONE, gap="\n\n"),
-        SurfaceForm(_LETTERS, _LETTERS),
-        SurfaceForm(_QUESTIONS, _QUESTIONS, gap="\n\n"),
-        SurfaceForm(("A. ", "B. ", "C. "), ("A. ", "B. ", "C. "), intro="Here are {count} small tasks.\n"),
-    ),
-    held_out=(
-        SurfaceForm(("i. ", "ii. ", "iii. "), ("i. ", "ii. ", "iii. "), intro="Got {count} quick ones for you:\n"),
-        SurfaceForm(("Q1: ", "Q2: ", "Q3: "), ("A1: ", "A2: ", "A3: ")),
-        SurfaceForm(("To start with, ", "After that, ", "And to finish, "), _NONE, gap=" ", lower=True),
-        SurfaceForm(("[1] ", "[2] ", "[3] "), ("[1] ", "[2] ", "[3] "), gap="\n\n"),
-        SurfaceForm(_EXERCISES, _EXERCISES),
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Everyday:
-    """Plain questions that no adapter answers: every question fits every pair, and so does the answer."""
-
-    questions: tuple[str, ...]
-    answer: str
-    pairs: tuple[tuple[str, str], ...]
-
-
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    return tuple((x, y) for x, y in (pair.split(": ") for pair in text.split("; ")))
-
-
-# Near the adapters' subjects on purpose (numbers, animals, words): the router must not go by the subject alone.
-EVERYDAY: tuple[Everyday, ...] = (
-    Everyday(
-        ("What is the capital of {x}?", "Which city is the capital of {x}?", "Name the capital of {x}, please."),
-        "The capital of {x} is {y}.",
-        _pairs(
-            "France: Paris; Italy: Rome; Japan: Tokyo; Egypt: Cairo; Peru: Lima; Norway: Oslo; Spain: Madrid; Greece: "
-            "Athens; Kenya: Nairobi; Cuba: Havana; Canada: Ottawa; Poland: Warsaw; Chile: Santiago; Ireland: Dublin; "
-            "Portugal: Lisbon; Thailand: Bangkok; Austria: Vienna; Hungary: Budapest; Finland: Helsinki; Iceland: "
-            "Reykjavik"
-        ),
-    ),
-    Everyday(
-        ("What do you call a young {x}?", "What is a baby {x} called?", "Do you know the word for a young {x}?"),
-        "A young {x} is called a {y}.",
-        _pairs(
-            "dog: puppy; cat: kitten; cow: calf; sheep: lamb; duck: duckling; horse: foal; pig: piglet; deer: fawn; "
-            "lion: cub; goose: gosling; frog: tadpole; swan: cygnet; goat: kid; chicken: chick; kangaroo: joey"
-        ),
-    ),
-    Everyday(
-        ("What is the opposite of {x}?", "Give me a word that means the opposite of {x}.", "Opposite of {x}?"),
-        "The opposite of {x} is {y}.",
-        _pairs(
-            "hot: cold; big: small; early: late; full: empty; open: closed; fast: slow; heavy: light; near: far; "
-            "strong: weak; dark: bright; happy: sad; wet: dry; old: young; loud: quiet; rich: poor"
-        ),
-    ),
-    Everyday(
-        ("How many {x}?", "Can you remind me how many {x}?", "I keep forgetting: how many {x}?"),
-        "There are {y}.",
-        _pairs(
-            "days are there in a week: seven days in a week; months are there in a year: twelve months in a year; "
-            "hours are there in a day: twenty-four hours in a day; minutes are there in an hour: sixty minutes in an "
-            "hour; letters are there in the English alphabet: twenty-six letters in the English alphabet; players are "
-            "there in a football team: eleven players in a football team; strings are there on a violin: four strings "
-            "on a violin; continents are there: seven continents; planets are there in the solar system: eight "
-            "planets in the solar system; sides are there in a hexagon: six sides in a hexagon; keys are there on a "
-            "full-size piano: eighty-eight keys on a full-size piano; cards are there in a standard deck: fifty-two "
-            "cards in a standard deck"
-        ),
-    ),
-    Everyday(
-        ("Who wrote {x}?", "Who is the author of {x}?", "Tell me who wrote {x}."),
-        "{y} wrote {x}.",
-        _pairs(
-            "Hamlet: William Shakespeare; Emma: Jane Austen; Dracula: Bram Stoker; Oliver Twist: Charles Dickens; War "
-            "and Peace: Leo Tolstoy; Moby-Dick: Herman Melville; Frankenstein: Mary Shelley; Jane Eyre: Charlotte "
-            "Brontë; Ulysses: James Joyce; Don Quixote: Miguel de Cervantes; Peter Pan: J. M. Barrie; Walden: Henry "
-            "David Thoreau"
-        ),
-    ),
-)
 
 # Dictionary words that a demo should not ask about, in rot13 so that the page can be read.
 UNSUITABLE_WORDS: frozenset[str] = frozenset(

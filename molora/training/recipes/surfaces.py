@@ -1,0 +1,151 @@
+"""How several tasks share a message, and what may stand before and after a question. Plain data."""
+
+from dataclasses import dataclass
+
+from molora.training.recipes.choices import Choices
+
+
+@dataclass(frozen=True)
+class SurfaceForm:
+    """How several tasks share one message, and their answers the reply.
+
+    Attributes:
+        marks: what opens the first, second and third task.
+        reply_marks: what opens their answers.
+        intro: text before the first task; `{count}` becomes "two" or "three".
+        gap: what stands between two tasks; in the reply it is a line break where this is a space.
+        lower: tasks continue the mark's sentence, in lower case.
+    """
+
+    marks: tuple[str, str, str]
+    reply_marks: tuple[str, str, str]
+    intro: str = ""
+    gap: str = "\n"
+    lower: bool = False
+
+
+_NUMBERS = ("1. ", "2. ", "3. ")
+_PARENTHESES = ("1) ", "2) ", "3) ")
+_LETTERS = ("(a) ", "(b) ", "(c) ")
+_BULLETS = ("- ", "- ", "- ")
+_STARS = ("* ", "* ", "* ")
+_NONE = ("", "", "")
+_QUESTIONS = ("Question 1: ", "Question 2: ", "Question 3: ")
+_EXERCISES = ("The first exercise: ", "The next exercise: ", "The last exercise: ")
+
+SURFACE_FORMS: Choices[SurfaceForm] = Choices(
+    training=(
+        SurfaceForm(_NUMBERS, _NUMBERS),
+        SurfaceForm(_NUMBERS, _NUMBERS, intro="Please answer these {count} questions.\n"),
+        SurfaceForm(_PARENTHESES, _PARENTHESES, intro="I have {count} things to ask:\n"),
+        SurfaceForm(_BULLETS, _BULLETS),
+        SurfaceForm(_STARS, _STARS, intro="Could you help me with the following?\n\n"),
+        SurfaceForm(("First, ", "Then, ", "Finally, "), ("First: ", "Then: ", "Finally: "), gap=" ", lower=True),
+        SurfaceForm(("", "Also, ", "And lastly, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(_NONE, _NONE),
+        SurfaceForm(_NONE, _NONE, gap="\n\n"),
+        SurfaceForm(_LETTERS, _LETTERS),
+        SurfaceForm(_QUESTIONS, _QUESTIONS, gap="\n\n"),
+        SurfaceForm(("A. ", "B. ", "C. "), ("A. ", "B. ", "C. "), intro="Here are {count} small tasks.\n"),
+    ),
+    held_out=(
+        SurfaceForm(("i. ", "ii. ", "iii. "), ("i. ", "ii. ", "iii. "), intro="Got {count} quick ones for you:\n"),
+        SurfaceForm(("Q1: ", "Q2: ", "Q3: "), ("A1: ", "A2: ", "A3: ")),
+        SurfaceForm(("To start with, ", "After that, ", "And to finish, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("[1] ", "[2] ", "[3] "), ("[1] ", "[2] ", "[3] "), gap="\n\n"),
+        SurfaceForm(_EXERCISES, _EXERCISES),
+    ),
+    more=(
+        SurfaceForm(_PARENTHESES, _PARENTHESES),
+        SurfaceForm(_BULLETS, _NONE, intro="Here is what I need:\n"),
+        SurfaceForm(_STARS, _STARS),
+        SurfaceForm(_NUMBERS, _NUMBERS, intro="My list for today:\n\n", gap="\n\n"),
+        SurfaceForm(("1: ", "2: ", "3: "), ("1: ", "2: ", "3: ")),
+        SurfaceForm(("#1 ", "#2 ", "#3 "), ("#1 ", "#2 ", "#3 "), intro="Please do all {count} of these.\n"),
+        SurfaceForm(("a) ", "b) ", "c) "), ("a) ", "b) ", "c) "), intro="Answer each part.\n"),
+        SurfaceForm(("a. ", "b. ", "c. "), ("a. ", "b. ", "c. "), gap="\n\n"),
+        SurfaceForm(("(1) ", "(2) ", "(3) "), ("(1) ", "(2) ", "(3) "), gap=" "),
+        SurfaceForm(("Task 1: ", "Task 2: ", "Task 3: "), ("Task 1: ", "Task 2: ", "Task 3: ")),
+        SurfaceForm(("Part A: ", "Part B: ", "Part C: "), ("Part A: ", "Part B: ", "Part C: "), gap="\n\n"),
+        SurfaceForm(("Problem 1. ", "Problem 2. ", "Problem 3. "), _NUMBERS, gap="\n\n"),
+        SurfaceForm(("One: ", "Two: ", "Three: "), ("One: ", "Two: ", "Three: ")),
+        SurfaceForm(("• ", "• ", "• "), ("• ", "• ", "• "), intro="Could you look at these?\n"),
+        SurfaceForm(("+ ", "+ ", "+ "), _NONE),
+        SurfaceForm(("> ", "> ", "> "), _NONE, intro="Reply to these {count}, please:\n"),
+        SurfaceForm(("", "Next, ", "Last, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("", "Another thing: ", "One more: "), _NONE, gap="\n"),
+        SurfaceForm(("", "And ", "And "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("", "PS: ", "PPS: "), _NONE, gap="\n\n"),
+        SurfaceForm(("", "When that is done: ", "Then this: "), _NONE, gap=" "),
+        SurfaceForm(("Firstly, ", "Secondly, ", "Thirdly, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(
+            ("First of all, ", "Second, ", "Third, "), ("First: ", "Second: ", "Third: "), gap="\n", lower=True
+        ),
+        SurfaceForm(_NONE, _NONE, intro="I have {count} unrelated questions.\n\n", gap="\n\n"),
+        SurfaceForm(_NONE, _NUMBERS, intro="Help me with {count} things, and number your answers.\n"),
+        SurfaceForm(_NUMBERS, _NONE, intro="No need to number the answers.\n"),
+        SurfaceForm(("Step 1: ", "Step 2: ", "Step 3: "), ("Step 1: ", "Step 2: ", "Step 3: "), gap="\n"),
+    ),
+)
+
+# In training only, at a question's start and end: a router must not take them for a task's.
+OPENERS: tuple[str, ...] = (
+    "Hi there!",
+    "Hi!",
+    "Hello.",
+    "Hello there,",
+    "Hey,",
+    "Hey!",
+    "hi",
+    "Good morning!",
+    "Good evening.",
+    "Dear assistant,",
+    "Quick question:",
+    "A small question.",
+    "I have a question.",
+    "Question for you:",
+    "Can you help me?",
+    "I need some help.",
+    "Please help me with this.",
+    "Help!",
+    "One more thing.",
+    "Okay, next one.",
+    "Right, here goes.",
+    "So,",
+    "Let's try this.",
+    "Here's something different:",
+    "Now for something else.",
+    "Thanks for that.",
+    "Great, thank you!",
+    "Excuse me,",
+    "I hope you are well.",
+    "Just curious:",
+    "This one is for my homework.",
+    "Something came up at work.",
+    "I am stuck.",
+    "Could I ask you something?",
+)
+
+CLOSERS: tuple[str, ...] = (
+    "Thanks in advance.",
+    "No rush.",
+    "Thanks!",
+    "Many thanks!",
+    "Thank you very much.",
+    "Cheers!",
+    "I appreciate it.",
+    "Much appreciated.",
+    "Take your time.",
+    "I am curious.",
+    "That would help me a lot.",
+    "Just the answer will do.",
+    "I'd like to be sure.",
+    "It is for school.",
+    "Let me know.",
+    "Have a nice day!",
+    "I forgot how to do this.",
+    "Best wishes.",
+    "Please be careful.",
+    "I can't do it myself.",
+    "thx",
+)

