@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -150,8 +149,3 @@ def _reusable(old: CachedSequence, token_ids: Sequence[int], encoding: Encoding)
 def _common(first: Sequence[int], second: Sequence[int]) -> int:
     length = min(len(first), len(second))
     return next((i for i in range(length) if first[i] != second[i]), length)
-
-
-def count_switches(routes: Sequence[TokenRoute]) -> int:
-    """How often the acting adapters change from one token to the next."""
-    return sum(before != after for before, after in pairwise([name for name, _ in route] for route in routes))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from molora.prefix_cache import Encoding, PrefixCache, count_switches
+from molora.prefix_cache import Encoding, PrefixCache
 
 BASE = Encoding(0, None)
 X4, X6, Y4 = Encoding(4, "x"), Encoding(6, "x"), Encoding(4, "y")
@@ -128,8 +128,3 @@ def test_a_forward_that_failed_leaves_no_trace():
     first_layer_only.update(torch.zeros(1, 1, 3, 1), torch.zeros(1, 1, 3, 1), 0)
     store.put(IDS[:3], BASE, [], first_layer_only)
     assert len(store) == 0
-
-
-def test_switches_are_counted_by_name():
-    assert count_switches([]) == 0
-    assert count_switches([[], [("x", 1.0)], [("x", 0.5)], [("y", 1.0)], [], []]) == 3
