@@ -110,7 +110,7 @@ def report(model: MoLoRA, rows: list[Speed]) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: _version(name) for name in ("molora", "torch", "transformers", "triton")},
         },
-        "commit": _commit(),
+        "commit": source_commit(),
         "routes": [asdict(row) for row in rows],
     }
 
@@ -122,7 +122,7 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _commit() -> str | None:
+def source_commit() -> str | None:
     """The commit of a source checkout; None where MoLoRA was installed from a wheel."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():

@@ -18,7 +18,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from molora.adapter import Adapter, layer_index
 from molora.linear import RoutedLinear
 from molora.router import Router, TokenRangeRouter
-from molora.routing import Impl, RouteRequest, RouterInput, Routes, RoutingLayer, TokenTap, checkpoint_context_fn
+from molora.routing import (
+    NO_ADAPTER,
+    Impl,
+    RouteRequest,
+    RouterInput,
+    Routes,
+    RoutingLayer,
+    TokenTap,
+    checkpoint_context_fn,
+)
 
 ATTENTION_KINDS = frozenset({"attention", "full_attention", "sliding_attention", "chunked_attention"})
 
@@ -227,13 +236,14 @@ def _check_router(router: Router | None, column_slots: Sequence[int] | None, mod
 
 def slots_tensor(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Rows of slots of unequal length as int32 [B, 1, K], padded with -1."""
-    width = max((len(row) for row in rows), default=1) or 1
-    padded = [[*row, *[-1] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.int32, device=device)[:, None]
+    return torch.tensor(_padded(rows, NO_ADAPTER), dtype=torch.int32, device=device)[:, None]
 
 
 def gates_tensor(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
     """Rows of gates of unequal length as float32 [B, 1, K], padded with 0."""
+    return torch.tensor(_padded(rows, 0.0), dtype=torch.float32, device=device)[:, None]
+
+
+def _padded(rows: Sequence[Sequence[float]], value: float) -> list[list[float]]:
     width = max((len(row) for row in rows), default=1) or 1
-    padded = [[*row, *[0.0] * (width - len(row))] for row in rows]
-    return torch.tensor(padded, dtype=torch.float32, device=device)[:, None]
+    return [[*row, *[value] * (width - len(row))] for row in rows]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import uvicorn
 
 import molora
+from molora.display import one_line
 from molora.serving.app import create_app
 
 
@@ -48,7 +49,3 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

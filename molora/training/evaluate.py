@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import molora
+from molora.benchmark import source_commit
 from molora.files import write_atomic
 from molora.model import MoLoRA, Route
 from molora.training.examples import content_text, read_records
@@ -118,13 +118,14 @@ def main(arguments: list[str] | None = None) -> None:
     names = [entry.name for entry in m.bank.adapters]
     composite = any(len(question.domains) > 1 for question in questions)
     ways = args.ways or ["base", *names, *([] if composite else ["given"]), "auto"]
+    measured_with = environment(m)  # before the run: a checkout may move on while it lasts
     figures = {
         "command": " ".join(["python -m molora.training.evaluate", *(arguments or sys.argv[1:])]),
         "data": args.data,
         "num_items": len(questions),
         "results": evaluate(m, questions, ways, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size),
         "bank": {"name": m.bank.name, "router": None if m.bank.config.router is None else m.bank.config.router.digest},
-        "environment": environment(m),
+        "environment": measured_with,
     }
     write_atomic(args.out, json.dumps(figures, indent=2) + "\n")
 
@@ -134,7 +135,6 @@ def environment(m: MoLoRA) -> dict[str, str]:
     import transformers
 
     device = m.decoder.device
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(m.model.dtype).removeprefix("torch."),
@@ -142,7 +142,7 @@ def environment(m: MoLoRA) -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "molora": molora.__version__,
-        "commit": git.stdout.strip() or "unknown",
+        "commit": source_commit() or "unknown",
     }
 
 
