@@ -79,13 +79,12 @@ def answer(
 
 def evaluate(
     m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96, batch_size: int = 250
-) -> dict[str, Any]:
-    """Accuracy of each way to route, over all questions and by domain.
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Accuracy of each way to route, over all questions and by domain, one way after another.
 
     Args:
         ways: "base", "auto", "given" (each question's own adapter; single-domain questions only), or an adapter's name.
     """
-    results: dict[str, Any] = {}
     for way in ways:
         routes: list[Route] = [question.domains[0] if way == "given" else way for question in questions]
         texts = answer(m, questions, routes, max_new_tokens=max_new_tokens, batch_size=batch_size)
@@ -95,9 +94,7 @@ def evaluate(
             total[domain] += 1
             right[domain] += question.is_right(text)
         by_domain = {domain: right[domain] / total[domain] for domain in sorted(total)}
-        results[way] = {"accuracy": right.total() / total.total(), "by_domain": by_domain}
-        print(f"{way:>12}  {right.total() / total.total():.3f}  {by_domain}", flush=True)
-    return results
+        yield way, {"accuracy": right.total() / total.total(), "by_domain": by_domain}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -119,15 +116,18 @@ def main(arguments: list[str] | None = None) -> None:
     composite = any(len(question.domains) > 1 for question in questions)
     ways = args.ways or ["base", *names, *([] if composite else ["given"]), "auto"]
     measured_with = environment(m)  # before the run: a checkout may move on while it lasts
-    figures = {
+    figures: dict[str, Any] = {
         "command": " ".join(["python -m molora.training.evaluate", *(arguments or sys.argv[1:])]),
         "data": args.data,
         "num_items": len(questions),
-        "results": evaluate(m, questions, ways, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size),
         "bank": {"name": m.bank.name, "router": None if m.bank.config.router is None else m.bank.config.router.digest},
         "environment": measured_with,
+        "results": {},
     }
-    write_atomic(args.out, json.dumps(figures, indent=2) + "\n")
+    for way, figure in evaluate(m, questions, ways, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size):
+        print(f"{way:>12}  {figure['accuracy']:.3f}  {figure['by_domain']}", flush=True)
+        figures["results"][way] = figure
+        write_atomic(args.out, json.dumps(figures, indent=2) + "\n")  # a long run that breaks off keeps what it has
 
 
 def environment(m: MoLoRA) -> dict[str, str]:
