@@ -24,8 +24,8 @@ class AdapterTraining(FrozenBase):
     """Trains one activated LoRA in layers from the router layer on, and writes it as a PEFT folder.
 
     The adapter acts on a conversation from an activation point that the data module varies. In a conversation whose
-    parts have domains, it learns only its own parts; on those of others it acts or rests, at random, as it will when
-    a router shares the conversation among several adapters.
+    parts have domains, it learns only its own parts; on those of others, and here and there on its own question, it
+    acts or rests at random, as it will when a router shares the conversation among several adapters.
 
     Args:
         name: the adapter's name, and the domain of the data that it learns.
@@ -143,9 +143,8 @@ class AdapterTraining(FrozenBase):
         return ids
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        foreign = batch.domains == OTHER
-        slots = torch.where(foreign & batch.rest, NO_ADAPTER, 0).to(torch.int32)[..., None]
+        slots = torch.where(batch.rest, NO_ADAPTER, 0).to(torch.int32)[..., None]
         request = RouteRequest(batch.start, slots=slots, gates=torch.ones_like(slots, dtype=torch.float32))
         with self.decoder.requested(request):
             hidden = self.forward_hidden(batch)
-        return self.lm_loss(hidden, torch.where(foreign, IGNORE, batch.targets))
+        return self.lm_loss(hidden, torch.where(batch.domains == OTHER, IGNORE, batch.targets))

@@ -24,6 +24,7 @@ from molora.training.examples import IGNORE, Example, examples, read_records
 
 NEVER = 1 << 30  # an activation start that no position reaches
 OTHER = -1
+MAX_STRAY_CHANCE = 0.5
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Batch:
         start: int64, the position from which the token's conversation is active.
         domains: int64, index of the token's domain in the loader's list, OTHER for one that is not in it, or -100
             where none is known.
-        rest: bool, whether a single adapter rests on the parts that belong to other domains.
+        rest: bool, whether an adapter that is trained alone rests on the token.
         rows: int64 [B], numbers of the rows, the same in every epoch.
     """
 
@@ -57,16 +58,22 @@ class ActivationMix:
     """Where training activates each conversation, so that an adapter works wherever it is activated.
 
     `turn`, `response` and `between` are the shares of conversations activated at the last user turn, at the
-    generation prompt, and at a token drawn uniformly between the two; they add up to 1. `others_rest` is the share in
-    which an adapter that is trained alone rests on the parts of other domains, as if a router had sent them elsewhere.
+    generation prompt, and at a token drawn uniformly between the two; they add up to 1.
+
+    An adapter that is trained alone also rests where a router may send tokens elsewhere: on the parts of other domains
+    in the share `others_rest` of the conversations, and in the share `strays` on single tokens between the turn's start
+    and the response, each with a chance drawn for the conversation between 0 and `MAX_STRAY_CHANCE`.
     """
 
     turn: float = 0.6
     response: float = 0.2
     between: float = 0.2
     others_rest: float = 0.5
+    strays: float = 0.5
 
     def __post_init__(self) -> None:
+        if not (0 <= self.others_rest <= 1 and 0 <= self.strays <= 1):
+            raise ValueError(f"activation shares {self} must be between 0 and 1.")
         if min(self.turn, self.response, self.between) < 0 or abs(self.turn + self.response + self.between - 1) > 1e-6:
             raise ValueError(f"activation shares {self} must be 0 or more and add up to 1.")
 
@@ -77,6 +84,16 @@ class ActivationMix:
         if share < self.turn + self.response:
             return example.response
         return rng.randint(example.turn, example.response)
+
+    def draw_rest(self, example: Example, foreign: Sequence[bool], rng: random.Random) -> list[bool]:
+        """For each token, whether the adapter rests on it; `foreign` marks the parts of other domains."""
+        others_rest = rng.random() < self.others_rest
+        chance = rng.uniform(0, MAX_STRAY_CHANCE) if rng.random() < self.strays else 0.0
+        rest = [others_rest and other for other in foreign]
+        if chance:
+            for i in range(example.turn, example.response):
+                rest[i] = rest[i] or rng.random() < chance
+        return rest
 
 
 class PackedLoader:
@@ -159,8 +176,9 @@ class PackedLoader:
             out["position_ids"] += range(length)
             out["targets"] += [i if yes else IGNORE for i, yes in zip(following, learned, strict=True)]
             out["start"] += [self.mix.draw(example, rng)] * length
-            out["domains"] += [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
-            out["rest"] += [rng.random() < self.mix.others_rest] * length
+            domains = [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
+            out["domains"] += domains
+            out["rest"] += self.mix.draw_rest(example, [domain == OTHER for domain in domains], rng)
         # Padding is one more conversation, of which nothing is learned.
         free = self.row_length - len(out["input_ids"])
         padding = {"input_ids": self.pad_id, "targets": IGNORE, "start": NEVER, "domains": IGNORE, "rest": False}
