@@ -111,6 +111,9 @@ def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: st
 def _check_message(message: Any, index: int) -> dict[str, str]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {index} is {message!r}; expected {{'role': ..., 'content': ...}}.")
+    unknown = sorted(str(key) for key in set(message) - {"role", "content"} if message[key] is not None)
+    if unknown:
+        raise ValueError(f"message {index} ({message['role']}) has {unknown}; only role and content are supported.")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
         if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
@@ -166,7 +169,8 @@ def _turn_start(text_of: Callable[..., str], messages: list[dict[str, str]], ful
         return None
     # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
     # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
-    user, mark = messages[index], "\ue000"
+    user = messages[index]
+    mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in user["content"])
     opening = [user, {"role": "assistant", "content": mark}]
     after_answer = text_of(opening).rpartition(mark)[2]
     added = text_of([*opening, user]).partition(mark)[2].removeprefix(after_answer)

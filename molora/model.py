@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from molora.prefix_cache import Encoding, PrefixCache, TokenRoute
 from molora.routing import Impl, RouteRequest
 
 MAX_WEIGHT = 1e6
+DEFAULT_MAX_NEW_TOKENS = 512
 Route = str | Mapping[str, float]
 """`"auto"` (the router), `"base"`, an adapter's name, or `{name: weight, ...}`, a weighted blend."""
 
@@ -86,7 +88,7 @@ class MoLoRA:
         *,
         route: Route = "auto",
         activation: Activation | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> Generation:
@@ -97,7 +99,8 @@ class MoLoRA:
             route: who acts on the active tokens: the router, base, an adapter, or a weighted blend.
             activation: where adapters may begin to act: a policy or an absolute token index; None takes the policy
                 that the route was trained with.
-            max_new_tokens: the answer's length at most, in tokens.
+            max_new_tokens: the answer's length at most, in tokens; None is `DEFAULT_MAX_NEW_TOKENS`, or as many as the
+                model's context has room for.
             temperature: 0 is greedy.
             seed: makes a draw at a temperature above 0 repeatable.
 
@@ -123,16 +126,18 @@ class MoLoRA:
         *,
         route: Route = "auto",
         activation: Activation | None = None,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
     ) -> TokenStream:
         """Like `generate`, token by token; everything is checked before this returns."""
         resolved = self._resolve_route(route)
         prompt = policies.render(self.tokenizer, messages_or_text)
-        self._check_prompt(prompt, max_new_tokens)
+        max_new_tokens = self._check_lengths(prompt, max_new_tokens)
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
+        if seed is not None and not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, 0 or more.")
         start = self._resolve_activation(resolved, activation, prompt)
         request = GenerationRequest(
             prompt.token_ids,
@@ -170,8 +175,9 @@ class MoLoRA:
         """
         device = self.decoder.device
         input_ids = torch.as_tensor(input_ids, device=device)
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T].")
+        if input_ids.ndim != 2 or 0 in input_ids.shape:
+            raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T], with a token at least.")
+        self._check_ids(input_ids.min().item(), input_ids.max().item())
         num_seqs, num_tokens = input_ids.shape
         starts = _check_starts(activation_start)
         if len(starts) != num_seqs:
@@ -299,23 +305,33 @@ class MoLoRA:
         ids = configured if isinstance(configured, (list, tuple)) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
-    def _check_prompt(self, prompt: Prompt, max_new_tokens: int) -> None:
+    def _check_ids(self, least: float, largest: float) -> None:
         vocab_size = int(self.model.config.get_text_config(decoder=True).vocab_size)
-        if not 0 <= min(prompt.token_ids) <= max(prompt.token_ids) < vocab_size:
+        if not 0 <= least <= largest < vocab_size:
             raise ValueError(f"the prompt has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+
+    def _check_lengths(self, prompt: Prompt, max_new_tokens: int | None) -> int:
+        """Returns how many tokens may be generated."""
+        self._check_ids(min(prompt.token_ids), max(prompt.token_ids))
         room = self.max_context - len(prompt.token_ids)
+        if max_new_tokens is None:
+            max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 1 or more.")
         if max_new_tokens > room:
-            fit = f"set max_new_tokens to {room} or less" if room > 0 else "shorten the conversation"
+            fit = f"at most {room} new ones fit" if room > 0 else "shorten the conversation"
             raise ValueError(
-                f"the prompt has {len(prompt.token_ids)} tokens and max_new_tokens is {max_new_tokens}, but the model "
-                f"reads at most {self.max_context} tokens; {fit}."
+                f"the prompt has {len(prompt.token_ids)} tokens and {max_new_tokens} new ones may follow, but the "
+                f"model reads at most {self.max_context} tokens; {fit}."
             )
+        return max_new_tokens
 
 
 def _check_starts(activation_start: Sequence[int]) -> list[int]:
-    starts = [int(start) for start in activation_start]
+    try:
+        starts = [operator.index(start) for start in activation_start]
+    except TypeError:
+        raise ValueError(f"activation_start is {activation_start!r}; expected a sequence of token indices.") from None
     if min(starts, default=0) < 0:
         raise ValueError(f"activation_start is {starts}; expected token indices of 0 or more.")
     return starts

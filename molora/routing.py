@@ -139,6 +139,11 @@ class RoutingLayer(nn.Module):
     def decide(self, request: RouteRequest, hidden_states: Tensor, positions: Tensor) -> RouteRecord:
         """Choose slots and gates for hidden states [B, T, H] at positions [B or 1, T]."""
         num_seqs, num_tokens, _ = hidden_states.shape
+        if len(request.start) != num_seqs:
+            raise ValueError(
+                f"this batch has {num_seqs} sequences, but activation starts and routes were given for "
+                f"{len(request.start)}; give one of each for every sequence of the batch."
+            )
         active = (positions >= request.start).expand(num_seqs, num_tokens)
         if request.valid is not None:
             active = active & request.valid

@@ -25,8 +25,6 @@ from pydantic_core import PydanticCustomError
 from molora.activation import Policy
 from molora.generation import FinishReason
 
-DEFAULT_MAX_TOKENS = 512
-
 Gates = list[tuple[str, float]]
 """The adapters that acted on one token, by name, and their gates; empty where the base model ran alone."""
 
@@ -134,7 +132,8 @@ class ChatRequest(_RequestPart):
     """The body of `POST /v1/chat/completions`.
 
     Two defaults differ from OpenAI's: `temperature` is 0 (greedy, so that answers repeat), and an answer ends after
-    `DEFAULT_MAX_TOKENS` tokens unless `max_completion_tokens` (or its older name `max_tokens`) says otherwise.
+    512 tokens, or where the model's context is full, unless `max_completion_tokens` (or its older
+    name `max_tokens`) says otherwise.
     """
 
     neutral = {
@@ -186,8 +185,8 @@ class ChatRequest(_RequestPart):
         return self
 
     @property
-    def max_new_tokens(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or DEFAULT_MAX_TOKENS
+    def max_new_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
 
     @property
     def include_usage(self) -> bool:

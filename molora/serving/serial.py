@@ -51,7 +51,7 @@ class TextModel(Protocol):
         *,
         route: str | dict[str, float],
         activation: Activation | None,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         temperature: float,
         seed: int | None,
     ) -> TokenIterator:
@@ -67,7 +67,7 @@ class TextRequest:
     messages: list[dict[str, str]]
     route: str | dict[str, float]
     activation: Activation | None
-    max_new_tokens: int
+    max_new_tokens: int | None
     temperature: float
     seed: int | None
 

@@ -135,7 +135,7 @@ class AdapterTraining(FrozenBase):
         """The header of a user message: its last occurrence is where PEFT, like the policy `turn`, activates."""
         if self.tokenizer.chat_template is None:
             return None
-        text = "x"
+        text = "molora"
         prompt = render(self.tokenizer, [{"role": "user", "content": text}])
         start = prompt.starts.get("turn", 0)
         header = self.tokenizer.decode(prompt.token_ids[start:]).split(text)[0]

@@ -12,6 +12,7 @@ the parts of one answer that different adapters should write.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,11 +131,12 @@ def _label(
     texts: list[str | None] = []  # its domain
     cursor = 0
     for index, message in enumerate(record["messages"]):
-        cursor = full.index(plain[index]["content"], cursor)
+        start, end = _find(plain[index]["content"], full, cursor)
         if index == last_user:
-            turn_text, turn_at = cursor, len(ends)
+            turn_text, turn_at = start, len(ends)
+        cursor = start
         for text, domain in _parts(message["content"], _own_domain(record) if index >= last_user else None):
-            cursor += len(text)
+            cursor = min(cursor + len(text), end)
             ends.append(cursor)
             texts.append(domain)
     labels: list[str | None] = []
@@ -145,6 +147,19 @@ def _label(
         # What stands before the last turn's text comes before anything that could tell its domain.
         labels.append(None if at == turn_at and end <= turn_text else texts[at])
     return labels
+
+
+def _find(content: str, full: str, cursor: int) -> tuple[int, int]:
+    """Where a message's content begins and ends in the rendered conversation.
+
+    A template may strip it; then the beginning is where the missing white space would have begun.
+    """
+    if (start := full.find(content, cursor)) >= 0:
+        return start, start + len(content)
+    kept = content.strip()
+    if (start := full.find(kept, cursor)) < 0:
+        raise ValueError(f"the chat template changes the message {content!r}; cannot train on it.")
+    return start - content.index(kept), start + len(kept)
 
 
 def _own_domain(record: Mapping[str, Any]) -> str | None:
@@ -164,8 +179,12 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
 
     Raises:
         ValueError: nothing is left, or a record is malformed; the message gives its number.
+
+    Warns:
+        UserWarning: records were left out.
     """
     out = []
+    number = 0
     for number, record in enumerate(records, 1):
         try:
             example = encode(record, tokenizer)
@@ -175,4 +194,9 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
             out.append(example)
     if not out:
         raise ValueError(f"no record fits into max_length={max_length} tokens.")
+    if number > len(out):
+        warnings.warn(
+            f"{number - len(out)} of {number} records are longer than {max_length} tokens and were left out.",
+            stacklevel=2,
+        )
     return out

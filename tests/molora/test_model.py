@@ -24,6 +24,20 @@ def no_forward(m, monkeypatch) -> None:
     monkeypatch.setattr(m.model, "forward", fail)
 
 
+def test_a_batch_needs_a_start_for_each_sequence(m):
+    ids = torch.tensor([[5, 6], [7, 8]])
+    with (
+        m.routing([0], "x"),
+        pytest.raises(ValueError, match="2 sequences, but activation starts and routes were given"),
+    ):
+        m.model(ids)
+
+
+def test_an_answer_without_a_given_length_ends_where_the_context_is_full(m):
+    out = m.generate("x" * 1021, activation=0)
+    assert (out.num_generated_tokens, out.finish_reason) == (3, "length")
+
+
 @pytest.mark.usefixtures("no_forward")
 class TestBadInput:
     def test_the_trap_works(self, m):
@@ -49,16 +63,19 @@ class TestBadInput:
             (USER, {"activation": "invocation", "route": "x"}, "adapter 'x' has no alora_invocation_tokens"),
             ("text", {}, "activation 'turn' needs chat messages"),
             ("text", {"activation": "response", "route": "x"}, "activation 'response' needs chat messages"),
-            (USER, {"max_new_tokens": 0}, "max_new_tokens is 0; expected 1 or more"),
+            (USER, {"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number, 1 or more"),
             (USER, {"temperature": -0.1}, "temperature is -0.1; expected 0"),
             (USER, {"temperature": math.nan}, "temperature is nan"),
             (USER, {"temperature": math.inf}, "temperature is inf"),
             ([5, 259], {"activation": 0}, "token ids outside the model's vocabulary of 0 to 258"),
             ([5, -1], {"activation": 0}, "token ids outside the model's vocabulary"),
+            (USER, {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
+            (USER, {"seed": 1 << 64}, "seed is 18446744073709551616"),
+            ([{**USER[0], "tool_calls": [1]}], {}, r"message 0 \(user\) has \['tool_calls'\]"),
             (
                 "x" * 1000,
                 {"activation": 0, "max_new_tokens": 25},
-                "reads at most 1024 tokens; set max_new_tokens to 24",
+                "reads at most 1024 tokens; at most 24 new ones fit",
             ),
             ("x" * 1024, {"activation": 0}, "reads at most 1024 tokens; shorten the conversation"),
         ],
@@ -84,6 +101,9 @@ class TestBadInput:
                 r"attention_mask has shape \(1, 3\); expected \(1, 2\)",
             ),
             (([[5] * 1025], [0]), {}, "the input has 1025 tokens; the model reads at most 1024"),
+            (([[5, 6]], [0.5]), {}, r"activation_start is \[0.5\]; expected a sequence of token indices"),
+            (([[5, 259]], [0]), {}, "token ids outside the model's vocabulary of 0 to 258"),
+            (([[]], [0]), {}, r"input_ids has shape \(1, 0\)"),
         ],
     )
     def test_logits(self, m, args, options, message):

@@ -79,13 +79,13 @@ class FakeModel:
     log: list[str] = field(default_factory=list)
     closed: threading.Event = field(default_factory=threading.Event)
 
-    def stream(self, messages: list[dict[str, str]], /, *, max_new_tokens: int, **options: Any) -> FakeIterator:
+    def stream(self, messages: list[dict[str, str]], /, *, max_new_tokens: int | None, **options: Any) -> FakeIterator:
         text = " ".join(message["content"] for message in messages)
         if len(text) > 1000:
             raise ValueError("the prompt has 1001 tokens and the context holds 1000")
         self.log.append(f"start {text}")
         self.calls.append({"messages": messages, "max_new_tokens": max_new_tokens, **options})
-        return FakeIterator(self, len(text.split()), max_new_tokens)
+        return FakeIterator(self, len(text.split()), max_new_tokens or len(self.words) + 1)
 
 
 @pytest.fixture

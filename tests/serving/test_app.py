@@ -9,7 +9,6 @@ import pytest
 from fastapi import FastAPI
 
 from molora.serving.app import create_app
-from molora.serving.protocol import DEFAULT_MAX_TOKENS
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
 BODY = {"model": "demo", "messages": MESSAGES}
@@ -159,7 +158,7 @@ def test_the_model_names_the_route(app, model, name, route):
             "messages": MESSAGES,
             "route": route,
             "activation": None,
-            "max_new_tokens": DEFAULT_MAX_TOKENS,
+            "max_new_tokens": None,
             "temperature": 0.0,
             "seed": None,
         }

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from molora.serving.protocol import DEFAULT_MAX_TOKENS, ChatRequest
+from molora.serving.protocol import ChatRequest
 
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -11,7 +11,7 @@ BODY = {"model": "demo", "messages": [{"role": "user", "content": "hi"}]}
 def test_defaults_are_greedy_and_bounded():
     request = ChatRequest.model_validate(BODY)
     assert (request.temperature, request.seed, request.stream) == (0.0, None, False)
-    assert request.max_new_tokens == DEFAULT_MAX_TOKENS
+    assert request.max_new_tokens is None
     assert not request.include_usage
     assert (request.molora.route, request.molora.activation) == (None, None)
 

@@ -92,6 +92,29 @@ def test_activation_points_vary_between_epochs() -> None:
     assert not torch.equal(first.start, second.start)
 
 
+def test_an_adapter_rests_where_the_mix_says() -> None:
+    def rest(**shares: float) -> torch.Tensor:
+        return next(iter(loader(ActivationMix(**shares)))).rest
+
+    batch = next(iter(loader()))
+    foreign = batch.domains == OTHER
+    ends = {len(each.token_ids): each for each in DATA}
+    assert not rest(others_rest=0, strays=0).any()
+    assert torch.equal(rest(others_rest=1, strays=0), foreign)
+    strays = rest(others_rest=0, strays=1)
+    assert 0.01 < strays.float().mean() < 0.5
+    for row, column in strays.nonzero().tolist():  # only between the turn's start and the response
+        begin = column - int(batch.position_ids[row, column])
+        following = (batch.position_ids[row, begin + 1 :] == 0).nonzero()
+        length = int(following[0]) + 1 if len(following) else batch.input_ids.shape[1] - begin
+        assert ends[length].turn <= column - begin < ends[length].response
+
+
+def test_shares_are_shares() -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        ActivationMix(strays=1.5)
+
+
 def test_shares_must_add_up() -> None:
     with pytest.raises(ValueError, match="add up to 1"):
         ActivationMix(turn=0.5, response=0.2, between=0.1)

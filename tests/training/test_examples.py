@@ -63,6 +63,18 @@ def test_parts_carry_their_own_domains_and_connectives_follow_the_next_part() ->
     assert between == "x"  # the assistant's header belongs to the part that follows it
 
 
+def test_a_template_that_strips_messages_keeps_the_parts_apart() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "(message['content'] | trim) +")
+    assert " x " not in tokenizer.apply_chat_template([{"role": "user", "content": " x "}], tokenize=False)
+    parts = [{"type": "text", "text": " \n one", "domain": "x"}, {"type": "text", "text": "\ntwo  ", "domain": None}]
+    record = {"messages": [{"role": "user", "content": "  hi "}, {"role": "assistant", "content": parts}]}
+    example = encode(record, tokenizer)
+    learned = [(i, d) for i, d, yes in zip(example.token_ids, example.domains, example.learned, strict=True) if yes]
+    assert decode([i for i, _ in learned]) == "one\ntwo<|im_end|>"
+    assert [d for _, d in learned] == ["x"] * 3 + [BASE] * 5
+
+
 def test_plain_text_records() -> None:
     example = encode({"prompt": "ab", "completion": "cd", "domain": "x"}, TOKENIZER)
     assert decode(example.token_ids) == "abcd<|im_end|>"
@@ -86,6 +98,9 @@ def test_malformed_records_say_which_and_why(record: dict[str, object], message:
 def test_long_records_are_left_out_and_nothing_left_is_an_error() -> None:
     with pytest.raises(ValueError, match="max_length=5"):
         examples([SINGLE], TOKENIZER, max_length=5)
+    long = {"prompt": "a" * 200, "completion": "b"}
+    with pytest.warns(UserWarning, match="1 of 2 records are longer than 150 tokens"):
+        assert examples([SINGLE, long], TOKENIZER, max_length=150) == [encode(SINGLE, TOKENIZER)]
 
 
 def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
