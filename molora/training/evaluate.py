@@ -78,7 +78,7 @@ def answer(
 
 
 def evaluate(
-    m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96, batch_size: int = 250
+    m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96, batch_size: int = 500
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy of each way to route, over all questions and by domain, one way after another.
 
@@ -105,13 +105,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, type=Path, help="where the figures are written, as JSON")
     parser.add_argument("--ways", nargs="+", help="ways to route; all of them if not given")
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=250)
+    parser.add_argument("--batch-size", type=int, default=500)
     parser.add_argument("--limit", type=int, help="only the first so many items")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(arguments)
     m = molora.load(args.bank, base=args.base, device=args.device, dtype=args.dtype)
-    questions = [Question.from_record(record) for record in read_records(args.data)][: args.limit]
+    # What no adapter answers has no verifier either.
+    verified = [record for record in read_records(args.data) if record["domain"] is not None][: args.limit]
+    questions = [Question.from_record(record) for record in verified]
     names = [entry.name for entry in m.bank.adapters]
     composite = any(len(question.domains) > 1 for question in questions)
     ways = args.ways or ["base", *names, *([] if composite else ["given"]), "auto"]
