@@ -82,19 +82,23 @@ def evaluate(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy of each way to route, over all questions and by domain, one way after another.
 
+    `by_item` has a digit for each question, 1 where its answer is right, so that ways can be compared in pairs.
+
     Args:
         ways: "base", "auto", "given" (each question's own adapter; single-domain questions only), or an adapter's name.
     """
     for way in ways:
         routes: list[Route] = [question.domains[0] if way == "given" else way for question in questions]
         texts = answer(m, questions, routes, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        is_right = [question.is_right(text) for question, text in zip(questions, texts, strict=True)]
         right, total = Counter[str](), Counter[str]()
-        for question, text in zip(questions, texts, strict=True):
-            domain = "+".join(question.domains) if len(question.domains) == 1 else "composite"
+        for question, yes in zip(questions, is_right, strict=True):
+            domain = question.domains[0] if len(question.domains) == 1 else "composite"
             total[domain] += 1
-            right[domain] += question.is_right(text)
+            right[domain] += yes
         by_domain = {domain: right[domain] / total[domain] for domain in sorted(total)}
-        yield way, {"accuracy": right.total() / total.total(), "by_domain": by_domain}
+        by_item = "".join(str(int(yes)) for yes in is_right)
+        yield way, {"accuracy": right.total() / total.total(), "by_domain": by_domain, "by_item": by_item}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -45,7 +45,11 @@ def test_accuracy_is_the_share_of_verified_answers(m: MoLoRA, monkeypatch: pytes
     monkeypatch.setattr(evaluation, "answer", fake)
     figures = dict(evaluate(m, QUESTIONS, ["given", "base"]))
     assert asked == [["words", "legs", "words"], ["base"] * 3]
-    assert figures["given"] == {"accuracy": pytest.approx(2 / 3), "by_domain": {"legs": 1.0, "words": 0.5}}
+    assert figures["given"] == {
+        "accuracy": pytest.approx(2 / 3),
+        "by_domain": {"legs": 1.0, "words": 0.5},
+        "by_item": "110",
+    }
 
 
 def test_the_command_keeps_what_it_has_measured(m: MoLoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
