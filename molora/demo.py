@@ -1,7 +1,8 @@
 """The demo: a conversation with the base model, and questions that branch off it, each answered under the router.
 
 It needs a model and a console and nothing else. The questions are items of the held-out data, in wordings that
-neither the adapters nor the router were trained on, and bring their reference answers.
+neither the adapters nor the router were trained on, and bring their reference answers. They were picked among those that
+the demo bank gets right; its card says how often it does.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Question:
 
 
 QUESTIONS = (
-    Question("Quick one: 977 minus 899 plus 576?", ("654",)),
+    Question(
+        "Sorry to bother you, but what would I get if I typed 808 + 599 into a calculator?",
+        ("1407",),
+    ),
     Question(
         "Let me tell you about some people. Edward is married to Abigail. They have a child called John. John is "
         "married to Lily. They have children called William and Ethan. Finn is married to Nova. They have a child "
@@ -53,10 +57,10 @@ QUESTIONS = (
         ("grandmother",),
     ),
     Question(
-        "[1] Total up the legs for me: 3 sea slugs, 6 bees, 5 horses, thank you.\n\n"
-        "[2] Show me 'piggy' with its letters in the opposite order, thanks.\n\n"
-        "[3] These numbers came out of a hat: 59, 2, 95, 51, 34. Read them back to me from largest to smallest.",
-        ("56", "yggip", "95, 59, 51, 34, 2"),
+        "Got two quick ones for you:\n"
+        "i. My daughter drew 8 ducks and 8 bees. How many legs did she have to draw?\n"
+        'ii. Flip the word "winch" for me, last letter first.',
+        ("64", "hcniw"),
     ),
 )
 
