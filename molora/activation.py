@@ -40,7 +40,7 @@ def check_activation(value: object) -> Activation:
     """
     if isinstance(value, str) and value in POLICIES:
         return value  # type: ignore[return-value]
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63:
         return value
     raise ValueError(f"activation {value!r} is unknown; expected one of {', '.join(POLICIES)}, or a token index.")
 
@@ -60,7 +60,7 @@ def render(tokenizer: Any, messages_or_text: Messages | str | Sequence[int]) -> 
         raise ValueError("the message list is empty; pass at least one {'role': ..., 'content': ...}.")
     if all(isinstance(item, int) for item in items):
         return Prompt(tuple(int(item) for item in items), {"system": 0})  # type: ignore[call-overload]
-    return _render_messages(tokenizer, [_check_message(item, index) for index, item in enumerate(items)])
+    return _render_messages(tokenizer, [check_message(item, index) for index, item in enumerate(items)])
 
 
 def resolve(
@@ -108,15 +108,23 @@ def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: st
     )
 
 
-def _check_message(message: Any, index: int) -> dict[str, str]:
+def check_message(message: Any, index: int) -> dict[str, str]:
+    """A message's role and text.
+
+    Raises:
+        ValueError: it has no role or no text, or says more than a chat template is given here.
+    """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {index} is {message!r}; expected {{'role': ..., 'content': ...}}.")
-    unknown = sorted(str(key) for key in set(message) - {"role", "content"} if message[key] is not None)
+    unknown = sorted(str(key) for key in set(message) - {"role", "content"} if message[key] not in (None, []))
     if unknown:
         raise ValueError(f"message {index} ({message['role']}) has {unknown}; only role and content are supported.")
     content = message.get("content")
     if isinstance(content, (list, tuple)):
-        if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+        if not all(
+            isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+            for part in content
+        ):
             raise ValueError(f"message {index}: only text parts {{'type': 'text', 'text': ...}} are supported.")
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
@@ -170,7 +178,9 @@ def _turn_start(text_of: Callable[..., str], messages: list[dict[str, str]], ful
     # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
     # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
     user = messages[index]
-    mark = next(mark for mark in map(chr, range(0xE000, 0xF900)) if mark not in user["content"])
+    mark = "\ue000"
+    while mark in user["content"]:
+        mark += "\ue001"
     opening = [user, {"role": "assistant", "content": mark}]
     after_answer = text_of(opening).rpartition(mark)[2]
     added = text_of([*opening, user]).partition(mark)[2].removeprefix(after_answer)

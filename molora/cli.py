@@ -110,7 +110,9 @@ def generate(
         str | None,
         typer.Option(help="Where adapters begin to act: a policy or a token index; the bank's policy if none."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The answer's length at most, in tokens.")] = 128,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="The answer's length at most, in tokens; 512 or what fits if not given.")
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.")] = 0.0,
     seed: Annotated[int | None, typer.Option(help="Makes a draw at a temperature above 0 repeatable.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message before the prompt.")] = None,

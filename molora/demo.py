@@ -1,8 +1,8 @@
 """The demo: a conversation with the base model, and questions that branch off it, each answered under the router.
 
-It needs a model and a console and nothing else. The questions are items of the held-out data, in wordings that
-neither the adapters nor the router were trained on, and bring their reference answers. They were picked among those that
-the demo bank gets right; its card says how often it does.
+It needs a model and a console and nothing else. The questions are made of the held-out data's items and wordings, which
+neither the adapters nor the router were trained on, and bring their reference answers. They were picked among those
+that the demo bank gets right; its card says how often it does.
 """
 
 from __future__ import annotations

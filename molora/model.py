@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,8 @@ class MoLoRA:
         max_new_tokens = self._check_lengths(prompt, max_new_tokens)
         if not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
-        if seed is not None and not 0 <= seed < 1 << 64:
-            raise ValueError(f"seed is {seed}; expected a whole number of 64 bits, 0 or more.")
+        if seed is not None and not -(1 << 63) <= (seed := _whole_number(seed, "seed")) < 1 << 64:
+            raise ValueError(f"seed is {seed}; expected a whole number of 64 bits.")
         start = self._resolve_activation(resolved, activation, prompt)
         request = GenerationRequest(
             prompt.token_ids,
@@ -177,7 +177,9 @@ class MoLoRA:
         input_ids = torch.as_tensor(input_ids, device=device)
         if input_ids.ndim != 2 or 0 in input_ids.shape:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T], with a token at least.")
-        self._check_ids(input_ids.min().item(), input_ids.max().item())
+        if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(f"input_ids is {input_ids.dtype}; expected whole numbers.")
+        self._check_ids("input_ids", input_ids)
         num_seqs, num_tokens = input_ids.shape
         starts = _check_starts(activation_start)
         if len(starts) != num_seqs:
@@ -212,6 +214,7 @@ class MoLoRA:
 
         Args:
             activation_start: for each sequence of the batch, the index of its first active token in real tokens.
+                `generate` with n beams, or n returned sequences, runs each prompt n times in a row: repeat its index.
             route: one route for all sequences, or one for each.
         """
         starts = _check_starts(activation_start)
@@ -305,34 +308,49 @@ class MoLoRA:
         ids = configured if isinstance(configured, (list, tuple)) else [configured]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
-    def _check_ids(self, least: float, largest: float) -> None:
+    def _check_ids(self, name: str, ids: Tensor) -> None:
         vocab_size = int(self.model.config.get_text_config(decoder=True).vocab_size)
-        if not 0 <= least <= largest < vocab_size:
-            raise ValueError(f"the prompt has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
+        if not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
 
     def _check_lengths(self, prompt: Prompt, max_new_tokens: int | None) -> int:
         """Returns how many tokens may be generated."""
-        self._check_ids(min(prompt.token_ids), max(prompt.token_ids))
-        room = self.max_context - len(prompt.token_ids)
-        if max_new_tokens is None:
-            max_new_tokens = max(1, min(DEFAULT_MAX_NEW_TOKENS, room))
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {max_new_tokens!r}; expected a whole number, 1 or more.")
-        if max_new_tokens > room:
-            fit = f"at most {room} new ones fit" if room > 0 else "shorten the conversation"
+        num_tokens = len(prompt.token_ids)
+        self._check_ids("the prompt", torch.tensor(prompt.token_ids))
+        if num_tokens >= self.max_context:
             raise ValueError(
-                f"the prompt has {len(prompt.token_ids)} tokens and {max_new_tokens} new ones may follow, but the "
-                f"model reads at most {self.max_context} tokens; {fit}."
+                f"the prompt has {num_tokens} tokens, but the model reads at most {self.max_context} tokens, answer "
+                "included; shorten the conversation."
+            )
+        room = self.max_context - num_tokens
+        if max_new_tokens is None:
+            return min(DEFAULT_MAX_NEW_TOKENS, room)
+        max_new_tokens = _whole_number(max_new_tokens, "max_new_tokens")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
+        if max_new_tokens > room:
+            raise ValueError(
+                f"the prompt has {num_tokens} tokens and {max_new_tokens} new ones are asked for, but the model reads "
+                f"at most {self.max_context} tokens; ask for {room} new ones or fewer."
             )
         return max_new_tokens
 
 
+def _whole_number(value: object, name: str) -> int:
+    """`value` as an int, whatever kind of integer it is.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(value, bool):
+        with suppress(TypeError):
+            return operator.index(value)  # type: ignore[arg-type]
+    raise ValueError(f"{name} is {value!r}; expected a whole number.")
+
+
 def _check_starts(activation_start: Sequence[int]) -> list[int]:
-    try:
-        starts = [operator.index(start) for start in activation_start]
-    except TypeError:
-        raise ValueError(f"activation_start is {activation_start!r}; expected a sequence of token indices.") from None
-    if min(starts, default=0) < 0:
+    starts = [_whole_number(start, "activation_start") for start in activation_start]
+    if not all(0 <= start < 1 << 63 for start in starts):
         raise ValueError(f"activation_start is {starts}; expected token indices of 0 or more.")
     return starts
 

@@ -132,8 +132,8 @@ class ChatRequest(_RequestPart):
     """The body of `POST /v1/chat/completions`.
 
     Two defaults differ from OpenAI's: `temperature` is 0 (greedy, so that answers repeat), and an answer ends after
-    512 tokens, or where the model's context is full, unless `max_completion_tokens` (or its older
-    name `max_tokens`) says otherwise.
+    `molora.model.DEFAULT_MAX_NEW_TOKENS` tokens, or where the model's context is full, unless `max_completion_tokens`
+    (or its older name `max_tokens`) says otherwise.
     """
 
     neutral = {

@@ -9,6 +9,7 @@ Legend: B rows, L tokens a row.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -69,13 +70,13 @@ class ActivationMix:
     response: float = 0.2
     between: float = 0.2
     others_rest: float = 0.5
-    strays: float = 0.5
+    strays: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.others_rest <= 1 and 0 <= self.strays <= 1):
+        if not all(0 <= share <= 1 for share in vars(self).values()):
             raise ValueError(f"activation shares {self} must be between 0 and 1.")
-        if min(self.turn, self.response, self.between) < 0 or abs(self.turn + self.response + self.between - 1) > 1e-6:
-            raise ValueError(f"activation shares {self} must be 0 or more and add up to 1.")
+        if not math.isclose(self.turn + self.response + self.between, 1):
+            raise ValueError(f"activation shares {self}: turn, response and between must add up to 1.")
 
     def draw(self, example: Example, rng: random.Random) -> int:
         share = rng.random()

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 
 import molora
+from molora.activation import check_message
 from molora.benchmark import source_commit
 from molora.files import write_atomic
 from molora.model import MoLoRA, Route
-from molora.training.examples import content_text, read_records
+from molora.training.examples import read_records
 from molora.training.recipes import verify, verify_composite
 
 
@@ -36,7 +37,7 @@ class Question:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Question:
-        messages = [{"role": m["role"], "content": content_text(m["content"])} for m in record["messages"][:-1]]
+        messages = [check_message(message, index) for index, message in enumerate(record["messages"][:-1])]
         single = isinstance(record["domain"], str)
         domains = (record["domain"],) if single else tuple(record["domain"])
         return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]))
@@ -114,10 +115,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args(arguments)
-    m = molora.load(args.bank, base=args.base, device=args.device, dtype=args.dtype)
     # What no adapter answers has no verifier either.
-    verified = [record for record in read_records(args.data) if record["domain"] is not None][: args.limit]
+    verified = [record for record in read_records(args.data) if record.get("domain") is not None][: args.limit]
+    if not verified:
+        parser.error(f"no record of {args.data} has a domain, so nothing there can be verified")
     questions = [Question.from_record(record) for record in verified]
+    m = molora.load(args.bank, base=args.base, device=args.device, dtype=args.dtype)
     names = [entry.name for entry in m.bank.adapters]
     composite = any(len(question.domains) > 1 for question in questions)
     ways = args.ways or ["base", *names, *([] if composite else ["given"]), "auto"]

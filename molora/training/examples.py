@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from molora.activation import render
+from molora.activation import check_message, render
 
 IGNORE = -100
 BASE = "base"
@@ -71,11 +71,6 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
     raise ValueError(f"a record needs 'messages', or 'prompt' and 'completion'; this one has {sorted(record)}.")
 
 
-def content_text(content: str | Sequence[Mapping[str, Any]]) -> str:
-    """A message's content as text, whether it is a string or a list of text parts."""
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; `python -m molora.training.recipes` builds the demo's data.")
@@ -102,7 +97,7 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     messages = record["messages"]
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("a record's messages must end with a user message and the assistant's answer.")
-    plain = [{"role": message["role"], "content": content_text(message["content"])} for message in messages]
+    plain = [check_message(message, index) for index, message in enumerate(messages)]
     prompt = render(tokenizer, plain[:-1])
     full = tokenizer.apply_chat_template(plain, tokenize=False)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -131,14 +126,15 @@ def _label(
     texts: list[str | None] = []  # its domain
     cursor = 0
     for index, message in enumerate(record["messages"]):
-        start, end = _find(plain[index]["content"], full, cursor)
+        start, end, num_stripped = _find(plain[index]["content"], full, cursor)
         if index == last_user:
             turn_text, turn_at = start, len(ends)
-        cursor = start
+        cursor = start - num_stripped
         for text, domain in _parts(message["content"], _own_domain(record) if index >= last_user else None):
-            cursor = min(cursor + len(text), end)
-            ends.append(cursor)
+            cursor += len(text)
+            ends.append(min(max(cursor, start), end))
             texts.append(domain)
+        cursor = end
     labels: list[str | None] = []
     at = 0
     for start, end in offsets:
@@ -149,17 +145,18 @@ def _label(
     return labels
 
 
-def _find(content: str, full: str, cursor: int) -> tuple[int, int]:
-    """Where a message's content begins and ends in the rendered conversation.
+def _find(content: str, full: str, cursor: int) -> tuple[int, int, int]:
+    """Where a message's content begins and ends in the rendered conversation, from `cursor` on.
 
-    A template may strip it; then the beginning is where the missing white space would have begun.
+    A template may strip it; the third number says how many characters of its beginning are missing.
     """
-    if (start := full.find(content, cursor)) >= 0:
-        return start, start + len(content)
     kept = content.strip()
+    num_leading = content.index(kept)
     if (start := full.find(kept, cursor)) < 0:
         raise ValueError(f"the chat template changes the message {content!r}; cannot train on it.")
-    return start - content.index(kept), start + len(kept)
+    if start - num_leading >= cursor and full.startswith(content, start - num_leading):
+        return start - num_leading, start - num_leading + len(content), 0
+    return start, start + len(kept), num_leading
 
 
 def _own_domain(record: Mapping[str, Any]) -> str | None:

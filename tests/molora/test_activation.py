@@ -181,3 +181,9 @@ def test_values_that_are_no_activation(value):
         ValueError, match=r"activation .* is unknown; expected one of invocation, response, turn, system"
     ):
         check_activation(value)
+
+
+@pytest.mark.parametrize("content", ["\ue000", "a\ue000\ue001b", "".join(map(chr, range(0xE000, 0xF900)))])
+def test_a_message_may_hold_any_character(content):
+    prompt = render(byte_tokenizer(), [{"role": "user", "content": content}])
+    assert prompt.starts["turn"] < prompt.starts["response"]

@@ -33,6 +33,30 @@ def test_a_batch_needs_a_start_for_each_sequence(m):
         m.model(ids)
 
 
+def test_each_beam_and_returned_sequence_needs_its_start(m):
+    ids = torch.tensor([[5, 6, 7]])
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    with m.routing([0], "x"):
+        expected = m.model.generate(ids, **options)
+    with m.routing([0] * 2, "x"):
+        beams = m.model.generate(ids, num_beams=2, num_return_sequences=2, **options)
+        logits = m.model(beams).logits.log_softmax(-1)
+    assert beams.shape == (2, 7)
+
+    def score(ids, logits):
+        return logits[2:-1].gather(-1, ids[3:, None]).sum()
+
+    with m.routing([0], "x"):
+        greedy = m.model(expected).logits.log_softmax(-1)
+    assert score(beams[0], logits[0]) >= score(expected[0], greedy[0]) - 1e-4  # as a routed search finds, or better
+
+
+@pytest.mark.parametrize("seed", [-1, 0, (1 << 64) - 1])
+def test_any_seed_of_64_bits_repeats_a_draw(m, seed):
+    first, second = (m.generate(USER, temperature=1.0, seed=seed, max_new_tokens=8) for _ in range(2))
+    assert first.generated_ids == second.generated_ids
+
+
 def test_an_answer_without_a_given_length_ends_where_the_context_is_full(m):
     out = m.generate("x" * 1021, activation=0)
     assert (out.num_generated_tokens, out.finish_reason) == (3, "length")
@@ -63,21 +87,25 @@ class TestBadInput:
             (USER, {"activation": "invocation", "route": "x"}, "adapter 'x' has no alora_invocation_tokens"),
             ("text", {}, "activation 'turn' needs chat messages"),
             ("text", {"activation": "response", "route": "x"}, "activation 'response' needs chat messages"),
-            (USER, {"max_new_tokens": 0}, "max_new_tokens is 0; expected a whole number, 1 or more"),
+            (USER, {"max_new_tokens": 0}, "max_new_tokens is 0; expected 1 or more"),
             (USER, {"temperature": -0.1}, "temperature is -0.1; expected 0"),
             (USER, {"temperature": math.nan}, "temperature is nan"),
             (USER, {"temperature": math.inf}, "temperature is inf"),
             ([5, 259], {"activation": 0}, "token ids outside the model's vocabulary of 0 to 258"),
             ([5, -1], {"activation": 0}, "token ids outside the model's vocabulary"),
             (USER, {"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected a whole number"),
-            (USER, {"seed": 1 << 64}, "seed is 18446744073709551616"),
+            (USER, {"max_new_tokens": True}, "max_new_tokens is True; expected a whole number"),
+            (USER, {"seed": 1 << 64}, "seed is 18446744073709551616; expected a whole number of 64 bits"),
+            (USER, {"seed": 1.5, "temperature": 1.0}, "seed is 1.5; expected a whole number"),
+            (USER, {"activation": 1 << 70}, "activation 1180591620717411303424 is unknown"),
+            ([{"role": "user", "content": [{"type": "image_url", "text": "a"}]}], {}, "only text parts"),
             ([{**USER[0], "tool_calls": [1]}], {}, r"message 0 \(user\) has \['tool_calls'\]"),
             (
                 "x" * 1000,
                 {"activation": 0, "max_new_tokens": 25},
-                "reads at most 1024 tokens; at most 24 new ones fit",
+                "reads at most 1024 tokens; ask for 24 new ones or fewer",
             ),
-            ("x" * 1024, {"activation": 0}, "reads at most 1024 tokens; shorten the conversation"),
+            ("x" * 1024, {"activation": 0}, "reads at most 1024 tokens, answer included; shorten the conversation"),
         ],
     )
     def test_generate_and_stream(self, m, prompt, options, message):
@@ -101,7 +129,9 @@ class TestBadInput:
                 r"attention_mask has shape \(1, 3\); expected \(1, 2\)",
             ),
             (([[5] * 1025], [0]), {}, "the input has 1025 tokens; the model reads at most 1024"),
-            (([[5, 6]], [0.5]), {}, r"activation_start is \[0.5\]; expected a sequence of token indices"),
+            (([[5, 6]], [0.5]), {}, "activation_start is 0.5; expected a whole number"),
+            (([[5, 6]], [1 << 70]), {}, r"activation_start is \[1180591620717411303424\]"),
+            (([[5.0, 6.0]], [0]), {}, "input_ids is torch.float32; expected whole numbers"),
             (([[5, 259]], [0]), {}, "token ids outside the model's vocabulary of 0 to 258"),
             (([[]], [0]), {}, r"input_ids has shape \(1, 0\)"),
         ],

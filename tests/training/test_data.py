@@ -111,8 +111,9 @@ def test_an_adapter_rests_where_the_mix_says() -> None:
 
 
 def test_shares_are_shares() -> None:
-    with pytest.raises(ValueError, match="between 0 and 1"):
-        ActivationMix(strays=1.5)
+    for shares in ({"strays": 1.5}, {"others_rest": -0.1}, {"turn": float("nan")}):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            ActivationMix(**shares)
 
 
 def test_shares_must_add_up() -> None:

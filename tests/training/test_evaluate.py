@@ -52,6 +52,14 @@ def test_accuracy_is_the_share_of_verified_answers(m: MoLoRA, monkeypatch: pytes
     }
 
 
+def test_data_that_nothing_verifies_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [], "domain": null}\n{"messages": []}\n')
+    with pytest.raises(SystemExit):
+        evaluation.main(["--bank", "none", "--data", str(data), "--out", "out.json"])
+    assert "data.jsonl has a domain" in capsys.readouterr().err
+
+
 def test_the_command_keeps_what_it_has_measured(m: MoLoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exchange(text: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": text}, {"role": "assistant", "content": "Answer: x"}]

@@ -75,6 +75,27 @@ def test_a_template_that_strips_messages_keeps_the_parts_apart() -> None:
     assert [d for _, d in learned] == ["x"] * 3 + [BASE] * 5
 
 
+def test_a_stripped_message_is_not_found_in_the_next_one() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "(message['content'] | trim) +")
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "ho"},
+        {"role": "user", "content": " " * 60 + "abc "},
+        {"role": "assistant", "content": "so abc is it"},
+    ]
+    example = encode({"messages": messages, "domain": "x"}, tokenizer)
+    header = len(tokenizer("<|im_start|>user\n")["input_ids"])
+    assert set(example.domains[: example.turn + header]) == {None}
+    assert set(example.domains[example.turn + header :]) == {"x"}
+
+
+def test_messages_that_a_template_is_not_given_are_errors() -> None:
+    messages = [{**SINGLE["messages"][0], "tool_calls": [{}]}, SINGLE["messages"][1]]
+    with pytest.raises(ValueError, match="tool_calls"):
+        encode({"messages": messages}, TOKENIZER)
+
+
 def test_plain_text_records() -> None:
     example = encode({"prompt": "ab", "completion": "cd", "domain": "x"}, TOKENIZER)
     assert decode(example.token_ids) == "abcd<|im_end|>"
