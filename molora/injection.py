@@ -151,13 +151,19 @@ class RoutedDecoder:
             check_shape(path, (weights.b_OR.shape[0], weights.a_RI.shape[1]), linear)
 
 
+def text_config(model: nn.Module) -> Any:
+    """The configuration of a model's decoder, also where it is a part of a larger model's."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
 def find_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers: the `ModuleList` of `num_hidden_layers` checkpointable layers.
 
     Raises:
         ValueError: the architecture has none, or mixes in layers whose state cannot be routed safely.
     """
-    config: Any = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
+    config = text_config(model)
     num_layers = config.num_hidden_layers
     kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     if unknown := sorted(kinds - ATTENTION_KINDS):
@@ -227,7 +233,7 @@ def _check_router(router: Router | None, column_slots: Sequence[int] | None, mod
             f"the router has {router.num_columns} columns; base and the routable adapters are {num_columns}."
         )
     hidden_size = getattr(router, "hidden_size", None)
-    model_hidden_size = model.config.get_text_config(decoder=True).hidden_size
+    model_hidden_size = text_config(model).hidden_size
     if hidden_size not in (None, model_hidden_size):
         raise ValueError(
             f"the router reads hidden states of size {hidden_size}; the base model's are {model_hidden_size}."

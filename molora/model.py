@@ -19,7 +19,7 @@ from molora.bank import Bank
 from molora.checkpoint import load_base, resolve_base
 from molora.digest import base_digest
 from molora.generation import Generation, GenerationRequest, TokenStream, read_routes
-from molora.injection import RoutedDecoder, check_adapters, gates_tensor, slots_tensor
+from molora.injection import RoutedDecoder, check_adapters, gates_tensor, slots_tensor, text_config
 from molora.prefix_cache import Encoding, PrefixCache, TokenRoute
 from molora.routing import Impl, RouteRequest
 
@@ -80,7 +80,7 @@ class MoLoRA:
     @property
     def max_context(self) -> int:
         """The most tokens that the base model can read, prompt and answer together."""
-        return int(self.model.config.get_text_config(decoder=True).max_position_embeddings)
+        return int(text_config(self.model).max_position_embeddings)
 
     def generate(
         self,
@@ -309,7 +309,7 @@ class MoLoRA:
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
 
     def _check_ids(self, name: str, ids: Tensor) -> None:
-        vocab_size = int(self.model.config.get_text_config(decoder=True).vocab_size)
+        vocab_size = int(text_config(self.model).vocab_size)
         if not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
 
@@ -336,7 +336,7 @@ class MoLoRA:
         return max_new_tokens
 
 
-def _whole_number(value: object, name: str) -> int:
+def _whole_number(value: Any, name: str) -> int:
     """`value` as an int, whatever kind of integer it is.
 
     Raises:
@@ -344,7 +344,7 @@ def _whole_number(value: object, name: str) -> int:
     """
     if not isinstance(value, bool):
         with suppress(TypeError):
-            return operator.index(value)  # type: ignore[arg-type]
+            return operator.index(value)
     raise ValueError(f"{name} is {value!r}; expected a whole number.")
 
 

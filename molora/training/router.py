@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +21,7 @@ from molora.adapter import Adapter
 from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, copy_other_files
 from molora.digest import base_digest
 from molora.files import atomic_directory
-from molora.injection import RoutedDecoder, check_adapters
+from molora.injection import RoutedDecoder, check_adapters, text_config
 from molora.losses import label_loss, load_balance_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
 from molora.routing import RouteRequest
@@ -112,8 +111,7 @@ class RouterTraining(FrozenBase):
         self.max_rank = self.max_rank or max(adapter.max_rank for adapter in adapters.values())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            config: Any = self.model.config
-            hidden_size = config.get_text_config(decoder=True).hidden_size
+            hidden_size = text_config(self.model).hidden_size
             self.router = KeyRouter(self.router_config, hidden_size, len(adapters) + 1)
         self.decoder = RoutedDecoder(
             self.model,

@@ -3,19 +3,19 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import Result
-from torch import nn
 from typer.testing import CliRunner
 
 import molora
 from molora.bank import Bank, BaseInfo
 from molora.cli import app, parse_activation, parse_route
 from molora.digest import base_digest
-from molora.router import KeyRouter, RouterConfig
+from molora.router import KeyRouter
 from molora.tiny import make_tiny_base
 
 NAMES = ("sums", "words")
@@ -40,19 +40,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def bank(tmp_path: Path, base: Path) -> Path:
+def bank(tmp_path: Path, base: Path, key_router: Callable[..., KeyRouter]) -> Path:
     """A bank of two adapters with a router."""
     made = Bank.create(
         tmp_path / "bank", name="tiny", base=BaseInfo(str(base), base_digest(base)), router_layer=1, max_rank=4
     )
     for seed, name in enumerate(NAMES):
         made.add(write_adapter(tmp_path / name, seed), activation="turn")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        router = KeyRouter(RouterConfig(hidden_dim=16, key_dim=8), 64, len(NAMES) + 1)
-        for parameter in router.parameters():
-            nn.init.normal_(parameter)
-    made.set_router(router)
+    made.set_router(key_router(num_columns=len(NAMES) + 1))
     return made.path
 
 

@@ -2,11 +2,11 @@
 
 import io
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 import molora
 from molora import demo
@@ -16,7 +16,7 @@ from molora.digest import base_digest
 from molora.display import Palette, RoutedWriter, label
 from molora.generation import Generation
 from molora.model import MoLoRA
-from molora.router import KeyRouter, RouterConfig
+from molora.router import KeyRouter
 from molora.tiny import make_tiny_base
 
 NAMES = ("sums", "words", "kin")
@@ -35,7 +35,7 @@ def make_adapter(seed: int) -> molora.Adapter:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> MoLoRA:
+def model(tmp_path_factory: pytest.TempPathFactory, key_router: Callable[..., KeyRouter]) -> MoLoRA:
     folder = tmp_path_factory.mktemp("demo")
     base = make_tiny_base(folder / "base", seed=0, vocab_size=259)  # every id is a byte
     bank = Bank.create(
@@ -46,12 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MoLoRA:
         (folder / name).mkdir()
         adapter.write(folder / name)
         bank.add(folder / name, activation="turn")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        router = KeyRouter(RouterConfig(hidden_dim=16, key_dim=8), 64, len(NAMES) + 1)
-        for parameter in router.parameters():
-            nn.init.normal_(parameter)
-    bank.set_router(router)
+    bank.set_router(key_router(num_columns=len(NAMES) + 1))
     return molora.load(bank, base=base, device="cpu", dtype="float32")
 
 

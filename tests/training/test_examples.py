@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +14,13 @@ SINGLE = {
     "messages": [{"role": "user", "content": "2 times a"}, {"role": "assistant", "content": "aa"}],
     "domain": "letters",
 }
+
+
+def stripping_tokenizer() -> Any:
+    """One whose chat template strips each message."""
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "(message['content'] | trim) +")
+    return tokenizer
 
 
 def decode(ids: object) -> str:
@@ -64,8 +72,7 @@ def test_parts_carry_their_own_domains_and_connectives_follow_the_next_part() ->
 
 
 def test_a_template_that_strips_messages_keeps_the_parts_apart() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "(message['content'] | trim) +")
+    tokenizer = stripping_tokenizer()
     assert " x " not in tokenizer.apply_chat_template([{"role": "user", "content": " x "}], tokenize=False)
     parts = [{"type": "text", "text": " \n one", "domain": "x"}, {"type": "text", "text": "\ntwo  ", "domain": None}]
     record = {"messages": [{"role": "user", "content": "  hi "}, {"role": "assistant", "content": parts}]}
@@ -76,8 +83,7 @@ def test_a_template_that_strips_messages_keeps_the_parts_apart() -> None:
 
 
 def test_a_stripped_message_is_not_found_in_the_next_one() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("message['content'] +", "(message['content'] | trim) +")
+    tokenizer = stripping_tokenizer()
     messages = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "ho"},
