@@ -7,9 +7,9 @@ import torch
 HAS_TRITON = find_spec("triton") is not None  # Triton has no wheels for macOS
 
 if HAS_TRITON:
-    from molora_kernels import routed
+    from molora_kernels import arithmetic
 
-INTERPRETED: bool = HAS_TRITON and routed.INTERPRETED.value
+INTERPRETED: bool = HAS_TRITON and arithmetic.INTERPRETED.value
 
 
 def triton_runs_on(device: torch.device) -> bool:

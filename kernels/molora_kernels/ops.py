@@ -1,22 +1,26 @@
-"""The public ops: they validate, cast at the border and choose an implementation.
+"""The public ops: they validate, cast at the border and choose an implementation and, by shape, its regime.
 
-Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, C = G * R, I in-features, O out-features of all
-siblings.
+Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, I in-features, O out-features of all siblings.
 """
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from molora_kernels.backend import HAS_TRITON, triton_runs_on
+from molora_kernels.backend import HAS_TRITON, INTERPRETED, triton_runs_on
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
 
 if HAS_TRITON:
-    from molora_kernels.routed import expand_, shrink
+    from molora_kernels import decode as decoding
+    from molora_kernels.grouped import grouped
+
+    try:
+        from molora_kernels import fused as fusing
+    except ImportError:  # a Triton without Gluon
+        fusing = None  # type: ignore[assignment]
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -56,8 +60,8 @@ def routed_linear(
         scaling: [E] float32, alpha / r, or alpha / sqrt(r) with rsLoRA; frozen.
         gates: [T, k] float32, ignored where plan.ids is -1.
         plan: from `make_plan`, on x's device.
-        impl: "torch" (K-concat), "triton" (tile gather-matmul), or "auto": Triton for x on a GPU when no gradient is
-            needed, else torch.
+        impl: "torch" (K-concat), "triton" (the kernels, in the regime that suits the shape), or "auto": Triton for x on
+            a GPU when no gradient is needed, else torch.
 
     Returns:
         [T, O] in x's dtype.
@@ -69,7 +73,7 @@ def routed_linear(
         x,
         weight,
         bias,
-        lora_a,
+        lora_a.unsqueeze(0),
         lora_b,
         scaling.unsqueeze(-1),
         gates,
@@ -95,14 +99,14 @@ def routed_linears(
     """`routed_linear` for G linears that share an input (q, k, v; gate, up), with one base GEMM and one shrink.
 
     Semantics:
-        y_g = routed_linear(x, weight[O_g], bias[O_g], lora_a[:, R_g], lora_b[:, O_g], scaling[:, g], gates, plan)
-        where O_g are the g-th out_features[g] rows of the merged weight and R_g = g * R, ..., g * R + R - 1
+        y_g = routed_linear(x, weight[O_g], bias[O_g], lora_a[g], lora_b[:, O_g], scaling[:, g], gates, plan)
+        where O_g are the g-th out_features[g] rows of the merged weight
 
     Args:
         x: [T, I].
         weight: [O, I], the siblings' weights merged by rows, O = sum(out_features).
         bias: [O] or None.
-        lora_a: [E, G * R, I], the siblings' A merged by rows; R is their common, padded rank.
+        lora_a: [G, E, R, I]; R is the siblings' common, padded rank.
         lora_b: [E, O, R].
         scaling: [E, G] float32.
         gates: [T, k] float32.
@@ -123,8 +127,24 @@ def routed_linears(
     with torch.autocast(x.device.type, enabled=False):
         if _choose(impl, x, lora_a, lora_b, gates) == "torch":
             return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
-        assert plan.order is not None  # its ids are on x's device, where Triton runs
-        y = _routed_linears_triton(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, plan.order, widths)
+        assert plan.tables is not None  # its ids are on x's device, where Triton runs
+        tables = plan.tables
+        y = _routed_linears_triton(
+            x,
+            weight,
+            bias,
+            lora_a,
+            lora_b,
+            scaling,
+            gates,
+            plan.ids,
+            tables.order,
+            tables.offsets,
+            tables.spans,
+            tables.groups,
+            tables.num_groups,
+            widths,
+        )
         return tuple(y.split_with_sizes(widths, dim=1))
 
 
@@ -167,7 +187,7 @@ def _check(
     for name, tensor, legend, shape in (
         ("weight", weight, "[O, I]", (sum(out_features), in_features)),
         ("bias", bias, "[O]", (sum(out_features),)),
-        ("lora_a", lora_a, "[E, G * R, I]", (num_adapters, num_siblings * rank, in_features)),
+        ("lora_a", lora_a, "[G, E, R, I]", (num_siblings, num_adapters, rank, in_features)),
         ("lora_b", lora_b, "[E, O, R]", (num_adapters, sum(out_features), rank)),
         ("scaling", scaling, "[E, G]", (num_adapters, num_siblings)),
         ("plan.ids", plan.ids, "[T, k]", (num_tokens, top_k)),
@@ -176,12 +196,35 @@ def _check(
         if tensor is None:
             continue
         if tensor.shape != shape:
+            expected, got = list(shape), list(tensor.shape)
+            if name == "lora_a" and num_siblings == 1 and got[:1] == [1]:  # as routed_linear's caller knows it
+                legend, expected, got = "[E, R, I]", expected[1:], got[1:]
             raise ValueError(
-                f"{name} must be {legend} = {list(shape)}, got {list(tensor.shape)}; here x is {list(x.shape)}, "
+                f"{name} must be {legend} = {expected}, got {got}; here x is {list(x.shape)}, "
                 f"lora_b {list(lora_b.shape)}, out_features {list(out_features)}, plan.num_adapters {num_adapters}"
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device} and x on {x.device}; move them to one device")
+
+
+def _choose_regime(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, widths: tuple[int, ...]
+) -> str:
+    """Which kernels run, by shape alone; kernels/README.md says what was measured.
+
+    decode: up to 64 tokens, bound by the bytes of the base weight. fused: more tokens on Hopper, while the columns of
+    all adapters are few. grouped: everything else, float32 and strides that no copy engine takes among it.
+    """
+    num_tokens, (_, num_adapters, rank, _) = x.shape[0], lora_a.shape
+    if INTERPRETED or x.dtype == torch.float32:
+        return "grouped"
+    rows_are_whole = all(matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 for matrix in (x, weight))
+    if num_tokens <= decoding.MAX_TOKENS and rows_are_whole:
+        return "decode"
+    few_columns = num_adapters * rank <= 256
+    if fusing is not None and few_columns and fusing.suits(x, weight, lora_a, lora_b, widths):
+        return "fused"
+    return "grouped"
 
 
 @torch.library.custom_op("molora::routed_linears", mutates_args=())
@@ -195,21 +238,22 @@ def _routed_linears_triton(
     gates: Tensor,
     ids: Tensor,
     order: Tensor,
+    offsets: Tensor,
+    spans: Tensor,
+    groups: Tensor,
+    num_groups: Tensor,
     out_features: Sequence[int],
 ) -> Tensor:
-    y_TO = F.linear(x, weight, bias)
+    widths = tuple(out_features)
     if x.shape[0] == 0:
-        return y_TO
-    h_TKC = shrink(x, lora_a, scaling, gates, ids, order)
-    siblings = zip(
-        y_TO.split_with_sizes(out_features, dim=1),
-        h_TKC.split_with_sizes([lora_b.shape[2]] * len(out_features), dim=2),
-        lora_b.split_with_sizes(out_features, dim=1),
-        strict=True,
-    )
-    for y_of_sibling, h_of_sibling, b_of_sibling in siblings:
-        expand_(y_of_sibling, h_of_sibling, b_of_sibling, ids, order)
-    return y_TO
+        return x.new_empty(0, weight.shape[0])
+    operands = (x, weight, bias, lora_a, lora_b, scaling.float().contiguous(), gates.float().contiguous(), ids)
+    regime = _choose_regime(x, weight, lora_a, lora_b, widths)
+    if regime == "decode":
+        return decoding.decode(*operands, groups, num_groups, widths)
+    if regime == "fused":
+        return fusing.fused(*operands, spans, widths)
+    return grouped(*operands, order, offsets, widths)
 
 
 @_routed_linears_triton.register_fake
@@ -218,13 +262,13 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.out_features = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.out_features = inputs[-1]
+    ctx.save_for_backward(*inputs[:8])
 
 
 def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
     """Recompute the torch implementation and differentiate it: exact wherever the forward ran."""
-    *tensors, ids, _order = ctx.saved_tensors
+    *tensors, ids = ctx.saved_tensors[:8]
     needed = [tensor is not None and need for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)]
     leaves: list[Any] = [
         tensor if tensor is None else tensor.detach().requires_grad_(need)
@@ -235,7 +279,7 @@ def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ..
         y_per_sibling = routed_linears_reference(*operands)
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
-    return *(next(grads) if need else None for need in needed), None, None, None
+    return *(next(grads) if need else None for need in needed), *[None] * 7
 
 
 _routed_linears_triton.register_autograd(_differentiate_reference, setup_context=_save_for_backward)

@@ -5,6 +5,7 @@ Without a GPU the Triton kernels run in Triton's interpreter: `tests/conftest.py
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,14 @@ from molora_kernels.backend import triton_runs_on
 from torch import Tensor
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a CUDA machine `pytest -m gpu` runs this whole folder, on the GPU."""
+    if DEVICE.type == "cuda":
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker("gpu")
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class Problem:
 
     @property
     def plan(self) -> Plan:
-        return make_plan(self.ids, len(self.lora_a))
+        return make_plan(self.ids, len(self.lora_b))
 
     @property
     def args(self) -> tuple[Tensor | Plan | None, ...]:
@@ -92,13 +101,14 @@ def _make_problem(
             return (2.0 ** torch.randint(-1, 2, shape, generator=rng)).to(DEVICE)
         return (torch.rand(shape, generator=rng) + 0.5).to(DEVICE)
 
+    siblings = () if num_siblings == 1 else (num_siblings,)
     return Problem(
         x=draw(num_tokens, in_features),
         weight=draw(out_features, in_features, fan_in=in_features),
         bias=draw(out_features) if bias else None,
-        lora_a=draw(num_adapters, num_siblings * rank, in_features, fan_in=in_features),
+        lora_a=draw(*siblings, num_adapters, rank, in_features, fan_in=in_features),
         lora_b=draw(num_adapters, out_features, rank, fan_in=rank),
-        scaling=draw_factor(*((num_adapters,) if num_siblings == 1 else (num_adapters, num_siblings))),
+        scaling=draw_factor(num_adapters, *siblings),
         gates=draw_factor(num_tokens, top_k),
         ids=_draw_ids(routes, num_tokens, num_adapters, top_k, rng).to(DEVICE),
     )

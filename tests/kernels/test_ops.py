@@ -104,7 +104,8 @@ def test_the_custom_op_passes_opcheck(make_problem: Callable, impl: str, needs_g
     leaves = [tensor.requires_grad_(needs_grad) for tensor in (x, lora_a, lora_b, gates)]
     x, lora_a, lora_b, gates = leaves
     plan = problem.plan
-    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, plan.order, [16, 8])
+    tables = vars(plan.tables).values()
+    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, *tables, [16, 8])
     torch.library.opcheck(ops._routed_linears_triton, args)
 
 

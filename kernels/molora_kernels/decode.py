@@ -1,0 +1,355 @@
+"""Few tokens: one pass over the base weight, with the adapters added in its accumulator.
+
+Two launches. `shrink` writes each present adapter's hidden ranks for all tokens, zero where a token did not select it;
+a present adapter is a *group*, so nothing depends on how many adapters the bank holds. `linear` streams the base
+weight, then goes on along the groups' columns as if they were more input: y = [x | h] [W | B]^T. On Hopper the second
+launch starts while the first still runs (programmatic dependent launch) and waits for h only once the base weight has
+passed, so the shrink costs next to nothing. The first waits for everything before it and only then lets the second
+start, so weights written by an earlier kernel are safe to read.
+
+At 1 to 64 tokens this is bound by the bytes of W, hence no split of the sum: every element is written once, nothing is
+atomic, and the order of each sum is fixed.
+
+Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, I in-features, O out-features of all siblings,
+J = groups * R padded to a power of two: the columns of h.
+"""
+# ruff: noqa: E741 (I and O are the legend's)
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from molora_kernels.arithmetic import INTERPRETED, count_row_tiles, dot, find_rows, power_of_two, round_to
+
+MAX_TOKENS = 64
+_SMEM_WITHOUT_OPT_IN = 48 * 1024
+
+
+@triton.jit
+def _shrink_fwd_kernel(
+    x_ptr,
+    a_ptr,
+    scaling_ptr,
+    gates_ptr,
+    ids_ptr,
+    groups_ptr,
+    num_groups_ptr,
+    h_ptr,
+    x_stride_t,
+    x_stride_i,
+    a_stride_g,
+    a_stride_e,
+    a_stride_r,
+    a_stride_i,
+    T,
+    I,
+    R,
+    J,
+    G: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,  # a group's columns of h
+    BLOCK_R: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    EVEN_I: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_wait()
+        gdc_launch_dependents()
+    group = tl.program_id(0)
+    if group >= tl.load(num_groups_ptr):
+        return
+    sibling = tl.program_id(1) % G
+    e = tl.load(groups_ptr + group).to(tl.int64)
+    t_T = tl.arange(0, BLOCK_T)
+    r_R = (tl.program_id(1) // G) * BLOCK_R + tl.arange(0, BLOCK_R)
+    gate_T = tl.zeros((BLOCK_T,), tl.float32)
+    selected_T = tl.zeros((BLOCK_T,), tl.int32)
+    for k in tl.static_range(K):
+        hit_T = tl.load(ids_ptr + t_T * K + k, mask=t_T < T, other=-1) == e
+        gate_T += tl.load(gates_ptr + t_T * K + k, mask=hit_T, other=0.0)
+        selected_T = tl.where(hit_T, 1, selected_T)
+    scaling = tl.load(scaling_ptr + e * G + sibling)
+    a_ptr += sibling * a_stride_g + e * a_stride_e
+
+    acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        i_I = start + tl.arange(0, BLOCK_I)
+        x_mask, a_mask = (t_T < T)[:, None], (r_R < R)[None, :]
+        if not EVEN_I:
+            x_mask, a_mask = x_mask & (i_I < I)[None, :], a_mask & (i_I < I)[:, None]
+        x_TI = tl.load(x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0)
+        a_IR = tl.load(a_ptr + r_R[None, :] * a_stride_r + i_I[:, None] * a_stride_i, mask=a_mask, other=0.0)
+        acc_TR = dot(x_TI, a_IR, acc_TR)
+    # Not a product with a zero gate: an adapter that overflows must not reach the tokens that did not select it.
+    h_TR = tl.where((selected_T > 0)[:, None], acc_TR * (gate_T * scaling)[:, None], 0.0)
+    column_R = (sibling * tl.num_programs(0) + group) * BLOCK_J + r_R
+    tl.store(h_ptr + t_T[:, None] * J + column_R[None, :], round_to(h_TR, h_ptr.dtype.element_ty))
+
+
+@triton.jit
+def _load_b(
+    b_ptr,
+    groups_ptr,
+    num_columns,
+    start,
+    o_O,
+    end,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
+    R,
+    BLOCK_C: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    """BLOCK_C columns of the groups' B side by side, from column `start` on: [BLOCK_O, BLOCK_C]."""
+    c_C = start + tl.arange(0, BLOCK_C)
+    r_C = c_C % BLOCK_J
+    exists_C = (c_C < num_columns) & (r_C < R)
+    e_C = tl.load(groups_ptr + c_C // BLOCK_J, mask=c_C < num_columns, other=0)
+    offset_C = e_C.to(tl.int64) * b_stride_e + r_C * b_stride_r
+    if ALIGNED:
+        offset_C = tl.max_contiguous(tl.multiple_of(offset_C, 8), 8)
+    return tl.load(
+        b_ptr + o_O[:, None].to(tl.int64) * b_stride_o + offset_C[None, :],
+        mask=(o_O < end)[:, None] & exists_C[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _load_h(h_ptr, t_T, first, start, num_columns, J, BLOCK_C: tl.constexpr):
+    c_C = start + tl.arange(0, BLOCK_C)
+    return tl.load(h_ptr + t_T[:, None] * J + first + c_C[None, :], mask=(c_C < num_columns)[None, :], other=0.0)
+
+
+@triton.jit
+def _accumulate(acc, x_TI, w_OI, TRANSPOSED: tl.constexpr):
+    if TRANSPOSED:
+        acc = dot(w_OI, x_TI.T, acc)
+    else:
+        acc = dot(x_TI, w_OI.T, acc)
+    return acc
+
+
+@triton.jit
+def _linear_fwd_kernel(
+    x_ptr,
+    w_ptr,
+    bias_ptr,
+    b_ptr,
+    h_ptr,
+    groups_ptr,
+    num_groups_ptr,
+    y_ptr,
+    x_stride_t,
+    x_stride_i,
+    w_stride_o,
+    w_stride_i,
+    b_stride_e,
+    b_stride_o,
+    b_stride_r,
+    y_stride_t,
+    T,
+    I,
+    R,
+    J,
+    MAX_GROUPS,
+    WIDTHS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TRANSPOSED: tl.constexpr,  # the accumulator is [O, T]: then 64 rows of W feed Hopper's wide products
+    EVEN_I: tl.constexpr,
+    EVEN_O: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    if OVERLAP:
+        gdc_launch_dependents()
+    sibling, first, end = find_rows(tl.program_id(0), WIDTHS, BLOCK_O)
+    t_T = tl.arange(0, BLOCK_T)
+    o_O = first + tl.arange(0, BLOCK_O)
+    num_columns = tl.load(num_groups_ptr) * BLOCK_J
+    # The first columns of B wait in registers: of what follows the base weight, only h is not there yet.
+    b_OC = _load_b(
+        b_ptr, groups_ptr, num_columns, 0, o_O, end, b_stride_e, b_stride_o, b_stride_r, R, BLOCK_C, BLOCK_J, ALIGNED
+    )
+    acc = tl.zeros((BLOCK_O, BLOCK_T) if TRANSPOSED else (BLOCK_T, BLOCK_O), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        i_I = start + tl.arange(0, BLOCK_I)
+        x_TI_ptr = x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i
+        w_OI_ptr = w_ptr + o_O[:, None].to(tl.int64) * w_stride_o + i_I[None, :] * w_stride_i
+        if EVEN_I:
+            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None], other=0.0)
+        else:
+            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None] & (i_I < I)[None, :], other=0.0)
+        if EVEN_I and EVEN_O:
+            w_OI = tl.load(w_OI_ptr, eviction_policy="evict_first")
+        else:
+            w_OI = tl.load(w_OI_ptr, mask=(o_O < end)[:, None] & (i_I < I)[None, :], other=0.0)
+        acc = _accumulate(acc, x_TI, w_OI, TRANSPOSED)
+
+    if OVERLAP:
+        gdc_wait()
+    h_ptr += sibling * MAX_GROUPS * BLOCK_J
+    acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
+    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):
+        h_TC = _load_h(h_ptr, t_T, 0, start, num_columns, J, BLOCK_C)
+        b_OC = _load_b(
+            b_ptr,
+            groups_ptr,
+            num_columns,
+            start,
+            o_O,
+            end,
+            b_stride_e,
+            b_stride_o,
+            b_stride_r,
+            R,
+            BLOCK_C,
+            BLOCK_J,
+            ALIGNED,
+        )
+        acc = _accumulate(acc, h_TC, b_OC, TRANSPOSED)
+
+    if bias_ptr is not None:
+        bias_O = tl.load(bias_ptr + o_O, mask=o_O < end, other=0.0).to(tl.float32)
+        acc += bias_O[:, None] if TRANSPOSED else bias_O[None, :]
+    if TRANSPOSED:
+        y_ptr += t_T[None, :].to(tl.int64) * y_stride_t + o_O[:, None]
+        mask = (t_T < T)[None, :] & (o_O < end)[:, None]
+    else:
+        y_ptr += t_T[:, None].to(tl.int64) * y_stride_t + o_O[None, :]
+        mask = (t_T < T)[:, None] & (o_O < end)[None, :]
+    tl.store(y_ptr, round_to(acc, y_ptr.dtype.element_ty), mask=mask)
+
+
+def decode(
+    x_TI: Tensor,
+    w_OI: Tensor,
+    bias_O: Tensor | None,
+    a_GERI: Tensor,
+    b_EOR: Tensor,
+    scaling_EG: Tensor,
+    gates_TK: Tensor,
+    ids_TK: Tensor,
+    groups: Tensor,
+    num_groups: Tensor,
+    widths: tuple[int, ...],
+) -> Tensor:
+    """`routed_linears` for 1 to MAX_TOKENS tokens; [T, O]. `groups` are the present adapters, `num_groups` how many."""
+    (T, I), O, (G, _, R, _), K = x_TI.shape, w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
+    device, max_groups = x_TI.device, groups.shape[0]
+    block_t, block_j = power_of_two(T), power_of_two(R)
+    block_r = min(block_j, 64)
+    tiles = _choose_tiles(block_t, block_j, O, I, device)
+    overlap = _overlaps(device)
+    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+
+    num_columns = G * max_groups * block_j
+    h_TJ = torch.empty(block_t, num_columns, dtype=x_TI.dtype, device=device)
+    shrink_i = power_of_two(I, at_most=256 if block_t * block_r < 4096 else 128)
+    _shrink_fwd_kernel[max_groups, G * (block_j // block_r)](
+        x_TI,
+        a_GERI,
+        scaling_EG,
+        gates_TK,
+        ids_TK,
+        groups,
+        num_groups,
+        h_TJ,
+        *x_TI.stride(),
+        *a_GERI.stride(),
+        T,
+        I,
+        R,
+        num_columns,
+        G=G,
+        K=K,
+        BLOCK_T=block_t,
+        BLOCK_J=block_j,
+        BLOCK_R=block_r,
+        BLOCK_I=shrink_i,
+        EVEN_I=I % shrink_i == 0,
+        OVERLAP=overlap,
+        num_warps=4,
+        num_stages=4,
+        **options,
+    )
+    y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=device)
+    _linear_fwd_kernel[(count_row_tiles(widths, tiles["BLOCK_O"]),)](
+        x_TI,
+        w_OI,
+        bias_O,
+        b_EOR,
+        h_TJ,
+        groups,
+        num_groups,
+        y_TO,
+        *x_TI.stride(),
+        *w_OI.stride(),
+        *b_EOR.stride(),
+        O,
+        T,
+        I,
+        R,
+        num_columns,
+        max_groups,
+        WIDTHS=widths,
+        BLOCK_T=block_t,
+        BLOCK_J=block_j,
+        BLOCK_C=power_of_two(max_groups * block_j, at_most=256 if tiles["BLOCK_O"] <= 64 and block_j > 16 else 128),
+        EVEN_I=I % tiles["BLOCK_I"] == 0,
+        EVEN_O=all(width % tiles["BLOCK_O"] == 0 for width in widths),
+        ALIGNED=R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0,
+        OVERLAP=overlap,
+        num_warps=4,
+        **tiles,
+        **options,
+    )
+    return y_TO
+
+
+def _choose_tiles(block_t: int, block_j: int, O: int, I: int, device: torch.device) -> dict[str, Any]:
+    """Tiles of the base weight, from the sweeps in kernels/results: enough programs to occupy the GPU, and in each of
+    them enough bytes of W under way to keep memory busy."""
+    if INTERPRETED:
+        return {"BLOCK_O": 32, "BLOCK_I": power_of_two(I, at_most=64), "TRANSPOSED": False, "num_stages": 1}
+    num_sms, smem = _describe(device)
+    if O < 24 * num_sms:  # too narrow for 64 rows each
+        block_o, block_i, depth = 32, 128, 5
+    elif O < 64 * num_sms:  # one program an SM: a deep pipeline
+        block_o, block_i, depth = 64, 128, 6
+    elif block_t < 64:  # two programs an SM
+        block_o, block_i, depth = 64, 128, 4
+    else:
+        block_o, block_i, depth = 128, 64, 6
+    block_i = power_of_two(I, at_most=block_i)
+    rest = 2 * (block_o + block_t) * max(block_j, 128)  # the columns of B and h
+    num_stages = max(2, min(depth, (smem - rest) // (2 * (block_o + block_t) * block_i)))
+    return {"BLOCK_O": block_o, "BLOCK_I": block_i, "TRANSPOSED": block_o >= 64, "num_stages": num_stages}
+
+
+def _describe(device: torch.device) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, getattr(
+        properties, "shared_memory_per_block_optin", _SMEM_WITHOUT_OPT_IN
+    )
+
+
+def _overlaps(device: torch.device) -> bool:
+    """Whether launches may overlap: on CUDA from compute capability 9.0 on."""
+    return (
+        not INTERPRETED
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
