@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.arithmetic import power_of_two
 from molora_kernels.plan_tables import BLOCK_T as SPAN
 
 # Gluon gave these three other names between Triton 3.6 and 3.9.
@@ -123,6 +124,101 @@ def _prepare_kernel(
             tl.store(b_all_ptr + o_O[:, None] * b_all_stride_o + j_J[None, :], b_OJ, mask=mask)
 
 
+@triton.jit
+def _sort_kernel(
+    x_ptr,
+    ids_ptr,
+    gates_ptr,
+    order_ptr,
+    sorted_x_ptr,
+    sorted_ids_ptr,
+    sorted_gates_ptr,
+    sorted_spans_ptr,
+    x_stride_t,
+    T,
+    E,
+    I,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Tokens, ids and gates in the plan's order, and the spans of that order; one adapter a token."""
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    first = tl.program_id(0) * BLOCK_T
+    for start in range(first, first + BLOCK_T, ROWS):
+        place_T = start + tl.arange(0, ROWS)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+        mask = (place_T < T)[:, None] & (i_I < I)[None, :]
+        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
+        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
+    if tl.program_id(1) == 0:
+        place_T = first + tl.arange(0, BLOCK_T)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
+        id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
+        tl.store(sorted_ids_ptr + place_T, id_T, mask=place_T < T)
+        tl.store(sorted_gates_ptr + place_T, tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0), mask=place_T < T)
+        tl.store(sorted_spans_ptr + 2 * tl.program_id(0), tl.min(tl.where(id_T < 0, E, id_T)))
+        tl.store(sorted_spans_ptr + 2 * tl.program_id(0) + 1, tl.max(id_T))
+
+
+@triton.jit
+def _list_items_kernel(
+    spans_ptr,
+    items_ptr,
+    expected_ptr,
+    counters_ptr,
+    num_spans,
+    num_blocks,
+    num_item_blocks,
+    G,
+    R,
+    J,
+    BLOCK_N: tl.constexpr,
+    SPANS: tl.constexpr,
+    PER_SPAN: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):
+    """The items of H that some tile reads, as (block of tokens, chunk of columns) behind their number; and how many each
+    block of tokens waits for."""
+    gdc_wait()
+    gdc_launch_dependents()
+    total = 0
+    for start in range(0, num_item_blocks, BLOCK_N):
+        n_N = start + tl.arange(0, BLOCK_N)
+        lowest_N, highest_N = tl.full((BLOCK_N,), 2**30, tl.int32), tl.full((BLOCK_N,), -1, tl.int32)
+        for i in tl.static_range(SPANS):
+            span_N = n_N * SPANS // PER_SPAN + i
+            exists_N = (n_N < num_item_blocks) & (span_N < num_spans)
+            lowest_N = tl.minimum(lowest_N, tl.load(spans_ptr + 2 * span_N, mask=exists_N, other=2**30))
+            highest_N = tl.maximum(highest_N, tl.load(spans_ptr + 2 * span_N + 1, mask=exists_N, other=-1))
+        first_N = lowest_N * R // BLOCK_I * BLOCK_I
+        end_N = tl.minimum(tl.cdiv((highest_N + 1) * R, BLOCK_I) * BLOCK_I, tl.cdiv(J, BLOCK_I) * BLOCK_I)
+        count_N = tl.zeros((BLOCK_N,), tl.int32)
+        previous_N = tl.zeros((BLOCK_N,), tl.int32)
+        for g in range(0, G):
+            from_N = tl.maximum((g * J + first_N) // BLOCK_J, previous_N)
+            previous_N = tl.minimum(tl.cdiv(g * J + end_N, BLOCK_J), tl.cdiv(G * J, BLOCK_J))
+            count_N += tl.where(highest_N < 0, 0, tl.maximum(previous_N - from_N, 0))
+        place_N = total + tl.cumsum(count_N, 0) - count_N
+        for i in tl.static_range(BLOCKS):
+            block_N = n_N * BLOCKS + i
+            tl.store(expected_ptr + block_N, 2 * count_N, mask=(n_N < num_item_blocks) & (block_N < num_blocks))
+            tl.store(counters_ptr + block_N, tl.zeros((BLOCK_N,), tl.int32), mask=block_N < num_blocks)
+        previous_N = tl.zeros((BLOCK_N,), tl.int32)
+        for g in range(0, G):
+            from_N = tl.maximum((g * J + first_N) // BLOCK_J, previous_N)
+            previous_N = tl.minimum(tl.cdiv(g * J + end_N, BLOCK_J), tl.cdiv(G * J, BLOCK_J))
+            more_N = tl.where(highest_N < 0, 0, tl.maximum(previous_N - from_N, 0))
+            for j in range(0, tl.max(more_N)):
+                tl.store(items_ptr + 1 + 2 * (place_N + j), n_N, mask=j < more_N)
+                tl.store(items_ptr + 2 + 2 * (place_N + j), from_N + j, mask=j < more_N)
+            place_N += more_N
+        total += tl.sum(count_N)
+    tl.store(items_ptr, total)
+
+
 @gluon.jit
 def _instruct(asm: gl.constexpr):
     gl.inline_asm_elementwise(asm + "; // dummy $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
@@ -161,6 +257,42 @@ def _is_needed(
 
 
 @gluon.jit
+def _count_items(items_ptr, T, num_chunks, H_TOKENS: gl.constexpr, SORTED: gl.constexpr):
+    num_items = gl.cdiv(T, H_TOKENS) * num_chunks
+    if SORTED:
+        _instruct("griddepcontrol.wait")  # for the list
+        num_items = gl.load(items_ptr)
+    return num_items
+
+
+@gluon.jit
+def _find_item(
+    items_ptr,
+    spans_ptr,
+    work,
+    T,
+    G,
+    R,
+    J,
+    num_chunks,
+    H_TOKENS: gl.constexpr,
+    BLOCK_J: gl.constexpr,
+    BLOCK_I: gl.constexpr,
+    SORTED: gl.constexpr,
+):
+    """An item's first token, its chunk of columns and whether it is needed: those listed are, else each may be."""
+    if SORTED:
+        token = gl.load(items_ptr + 1 + 2 * work) * H_TOKENS
+        chunk = gl.load(items_ptr + 2 + 2 * work)
+        needed = chunk >= 0
+    else:
+        token = work // num_chunks * H_TOKENS
+        chunk = work % num_chunks
+        needed = _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I)
+    return token, chunk, needed
+
+
+@gluon.jit
 def _copy_pair(left_desc, right_desc, left, right, left_buffer, right_buffer, step, ready, empty):
     """Load one step of both operands into the next place of the ring, once it is empty."""
     STAGES: gl.constexpr = ready.shape[0]
@@ -176,8 +308,7 @@ def _copy_pair(left_desc, right_desc, left, right, left_buffer, right_buffer, st
 @gluon.jit
 def _load(
     descriptors,
-    spans_ptr,
-    counters_ptr,
+    tables,
     x_ring,
     w_ring,
     ready,
@@ -190,19 +321,23 @@ def _load(
     BLOCK_J: gl.constexpr,
     H_TOKENS: gl.constexpr,
     GROUP: gl.constexpr,
+    SORTED: gl.constexpr,
+    BY_ADAPTER: gl.constexpr,
 ):
     """The warp that loads: for each item of H the tokens and A, for each tile of y the tokens and W, then H and B."""
     x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc = descriptors
+    ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr = tables
     T, O, I, G, E, R = sizes
     J = E * R
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = gl.cdiv(T, H_TOKENS) * num_chunks
+    num_items = _count_items(items_ptr, T, num_chunks, H_TOKENS, SORTED)
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
         if work < num_items:
-            token = work // num_chunks * H_TOKENS
-            chunk = work % num_chunks
-            if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
+            token, chunk, needed = _find_item(
+                items_ptr, spans_ptr, work, T, G, R, J, num_chunks, H_TOKENS, BLOCK_J, BLOCK_I, SORTED
+            )
+            if needed:
                 for i in range(0, I, BLOCK_I):
                     if H_TOKENS > BLOCK_T:  # the larger buffers hold the tokens
                         step = _copy_pair(
@@ -223,16 +358,24 @@ def _load(
                 sibling = 0
                 for bound in gl.static_range(len(BOUNDS)):
                     sibling += gl.where(n * BLOCK_O >= BOUNDS[bound], 1, 0)
+                expected = 2 * num_chunks
+                if SORTED:
+                    expected = gl.load(expected_ptr + m)
                 _instruct("griddepcontrol.wait")  # for the counters to be zeroed and B to be laid out
-                while gl.atomic_add(counters_ptr + m, 0, sem="acquire", scope="gpu") < 2 * num_chunks:
+                while gl.atomic_add(counters_ptr + m, 0, sem="acquire", scope="gpu") < expected:
                     pass
                 _instruct("fence.proxy.async")  # H was seen by this thread: now by the copy engine
                 for j in range(first * BLOCK_I, end * BLOCK_I, BLOCK_I):
+                    b_row = n * BLOCK_O
+                    b_column = j
+                    if BY_ADAPTER:
+                        b_row += j // R * O
+                        b_column = j % R
                     step = _copy_pair(
                         h_desc,
                         b_desc,
                         [m * BLOCK_T, sibling * J + j],
-                        [n * BLOCK_O, j],
+                        [b_row, b_column],
                         x_ring,
                         w_ring,
                         step,
@@ -318,6 +461,21 @@ def _store(desc, value, row, column, buffer):
 
 
 @gluon.jit
+def _scatter(y_ptr, order_ptr, value, row, column, T, O, buffer):
+    """Write a tile of sorted tokens to their rows of y, through shared memory so that rows are written whole."""
+    N: gl.constexpr = value.shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // N, N // 8], [4, 1], [1, 0])
+    tma.store_wait(pendings=0)
+    buffer.store(value.to(buffer.dtype))
+    whole = buffer.load(layout)
+    place_T = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    o_N = column + gl.arange(0, N, gl.SliceLayout(0, layout))
+    token_T = gl.load(order_ptr + place_T, mask=place_T < T, other=0).to(gl.int64)
+    mask = (place_T < T)[:, None] & (o_N < O)[None, :]
+    gl.store(y_ptr + token_T[:, None] * O + o_N[None, :], whole, mask=mask)
+
+
+@gluon.jit
 def _store_h(
     desc, acc, row, column, buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K: gl.constexpr, layout: gl.constexpr
 ):
@@ -343,12 +501,11 @@ def _store_h(
 def _compute(
     y_desc,
     h_desc,
+    y_ptr,
     bias_ptr,
     scaling_ptr,
     gates_ptr,
-    ids_ptr,
-    spans_ptr,
-    counters_ptr,
+    tables,
     x_ring,
     w_ring,
     buffers,
@@ -363,8 +520,10 @@ def _compute(
     H_TOKENS: gl.constexpr,
     GROUP: gl.constexpr,
     K: gl.constexpr,
+    SORTED: gl.constexpr,
 ):
     """Four of the eight warps that multiply. They halve a tile of 128 tokens by rows, one of 64 by columns."""
+    ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr = tables
     T, O, I, G, E, R = sizes
     J = E * R
     BY_ROWS: gl.constexpr = BLOCK_T == 128
@@ -376,14 +535,15 @@ def _compute(
     h_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, H_N, 16])
     buffer = buffers.index(HALF)
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = gl.cdiv(T, H_TOKENS) * num_chunks
+    num_items = _count_items(items_ptr, T, num_chunks, H_TOKENS, SORTED)
     num_steps = gl.cdiv(I, BLOCK_I)
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
         if work < num_items:
-            token = work // num_chunks * H_TOKENS
-            chunk = work % num_chunks
-            if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
+            token, chunk, needed = _find_item(
+                items_ptr, spans_ptr, work, T, G, R, J, num_chunks, H_TOKENS, BLOCK_J, BLOCK_I, SORTED
+            )
+            if needed:
                 column = chunk * BLOCK_J + COLUMN
                 if H_TOKENS > BLOCK_T:
                     row = token + HALF * 128
@@ -426,8 +586,14 @@ def _compute(
                 acc += gl.load(bias_ptr + o_N, mask=o_N < O, other=0.0).to(gl.float32)[None, :]
             if N > 128:  # there is room for half of it
                 left, right = acc.reshape([64, 2, N // 2]).permute([0, 2, 1]).split()
-                _store(y_desc, left, row, column, buffer)
-                _store(y_desc, right, row, column + N // 2, buffer)
+                if SORTED:
+                    _scatter(y_ptr, order_ptr, left, row, column, T, O, buffer)
+                    _scatter(y_ptr, order_ptr, right, row, column + N // 2, T, O, buffer)
+                else:
+                    _store(y_desc, left, row, column, buffer)
+                    _store(y_desc, right, row, column + N // 2, buffer)
+            elif SORTED:
+                _scatter(y_ptr, order_ptr, acc, row, column, T, O, buffer)
             else:
                 _store(y_desc, acc, row, column, buffer)
     tma.store_wait(pendings=0)
@@ -444,12 +610,16 @@ def _fused_fwd_kernel(
     h_store_desc,
     b_desc,
     y_desc,
+    y_ptr,
     bias_ptr,
     scaling_ptr,
     gates_ptr,
     ids_ptr,
     spans_ptr,
     counters_ptr,
+    items_ptr,
+    expected_ptr,
+    order_ptr,
     T,
     O,
     I,
@@ -465,6 +635,8 @@ def _fused_fwd_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     K: gl.constexpr,
+    SORTED: gl.constexpr,
+    BY_ADAPTER: gl.constexpr,  # B's rows stand adapter by adapter, else those of one o side by side
     REGISTERS: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -480,6 +652,7 @@ def _fused_fwd_kernel(
         mbarrier.init(empty.index(stage), count=2)
     sizes = (T, O, I, G, E, R)
     descriptors = (x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc)
+    tables = (ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr)
     gl.warp_specialize(
         [
             (
@@ -487,12 +660,11 @@ def _fused_fwd_kernel(
                 (
                     y_desc,
                     h_store_desc,
+                    y_ptr,
                     bias_ptr,
                     scaling_ptr,
                     gates_ptr,
-                    ids_ptr,
-                    spans_ptr,
-                    counters_ptr,
+                    tables,
                     x_ring,
                     w_ring,
                     buffers,
@@ -507,6 +679,7 @@ def _fused_fwd_kernel(
                     H_TOKENS,
                     GROUP,
                     K,
+                    SORTED,
                 ),
             ),
             (
@@ -514,12 +687,11 @@ def _fused_fwd_kernel(
                 (
                     y_desc,
                     h_store_desc,
+                    y_ptr,
                     bias_ptr,
                     scaling_ptr,
                     gates_ptr,
-                    ids_ptr,
-                    spans_ptr,
-                    counters_ptr,
+                    tables,
                     x_ring,
                     w_ring,
                     buffers,
@@ -534,14 +706,14 @@ def _fused_fwd_kernel(
                     H_TOKENS,
                     GROUP,
                     K,
+                    SORTED,
                 ),
             ),
             (
                 _load,
                 (
                     descriptors,
-                    spans_ptr,
-                    counters_ptr,
+                    tables,
                     x_ring,
                     w_ring,
                     ready,
@@ -554,6 +726,8 @@ def _fused_fwd_kernel(
                     BLOCK_J,
                     H_TOKENS,
                     GROUP,
+                    SORTED,
+                    BY_ADAPTER,
                 ),
             ),
         ],
@@ -603,40 +777,80 @@ def fused(
     scaling_EG: Tensor,
     gates_TK: Tensor,
     ids_TK: Tensor,
+    order_T: Tensor,
     spans: Tensor,
     widths: tuple[int, ...],
+    *,
+    sort: bool,
 ) -> Tensor:
-    """`routed_linears` where `suits` holds; [T, O]. Its price grows with E * R where routes are mixed."""
+    """`routed_linears` where `suits` holds; [T, O].
+
+    As the tokens come, its price grows with the adapters that meet in a block of tokens, up to E * R columns. With
+    `sort` it works on a copy of x in the plan's order, in which few meet, and scatters the rows of y: for many columns,
+    and one adapter a token.
+    """
     (T, I), O, (G, E, R, _), K = x_TI.shape, w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J, dtype, device = E * R, x_TI.dtype, x_TI.device
-    tiles = _choose_tiles(T, widths, G * J, device)
+    tiles = _choose_tiles(T, widths, min(G * J, 2 * G * R) if sort else G * J, device)
     assert tiles is not None  # suits() held
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    num_blocks, num_item_blocks = triton.cdiv(T, tiles.block_t), triton.cdiv(T, tiles.h_tokens)
+    num_chunks = triton.cdiv(G * J, tiles.block_j)
 
-    counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=device)
+    def table(size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.int32, device=device)
+
+    if sort:
+        assert K == 1
+        x_TI, ids_TK, gates_TK, spans = _sort(x_TI, ids_TK, gates_TK, order_T, E)
+    counters, expected = table(num_blocks), table(num_blocks)
+    items = table(1 + 2 * num_item_blocks * num_chunks) if sort else counters
     h_TC = _empty_matrix(T, G * J, dtype, device)
     y_TO = torch.empty(T, O, dtype=dtype, device=device)
-    b_OJ, copies = b_EOR.transpose(0, 1), False
-    if b_OJ.is_contiguous() and _is_addressable(b_OJ.flatten(1)):
-        b_OJ = b_OJ.flatten(1)
+    b_OER, by_adapter, copies = b_EOR.transpose(0, 1), False, False
+    if b_OER.is_contiguous() and _is_addressable(b_OER.flatten(1)):
+        b_OJ = b_OER.flatten(1)
+    elif b_EOR.is_contiguous() and R % _BLOCK_I == 0 and _is_addressable(b_EOR.flatten(0, 1)):
+        b_OJ, by_adapter = b_EOR.flatten(0, 1), True
     else:
         b_OJ, copies = _empty_matrix(O, J, dtype, device), True
-    _prepare_kernel[triton.cdiv(O, 32) if copies else 1,](
-        b_EOR,
-        b_OJ,
-        counters,
-        len(counters),
-        *b_EOR.stride(),
-        b_OJ.stride(0),
-        O,
-        R,
-        J,
-        COPY=copies,
-        ALIGNED=R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0,
-        BLOCK_O=32,
-        BLOCK_J=128,
-        launch_pdl=True,
-    )
+    if copies or not sort:
+        _prepare_kernel[triton.cdiv(O, 32) if copies else 1,](
+            b_EOR,
+            b_OJ,
+            counters,
+            num_blocks,
+            *b_EOR.stride(),
+            b_OJ.stride(0),
+            O,
+            R,
+            J,
+            COPY=copies,
+            ALIGNED=R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0,
+            BLOCK_O=32,
+            BLOCK_J=128,
+            launch_pdl=True,
+        )
+    if sort:
+        _list_items_kernel[1,](
+            spans,
+            items,
+            expected,
+            counters,
+            len(spans),
+            num_blocks,
+            num_item_blocks,
+            G,
+            R,
+            J,
+            BLOCK_N=power_of_two(num_item_blocks, at_most=128),
+            SPANS=max(1, tiles.h_tokens // SPAN),
+            PER_SPAN=max(1, SPAN // tiles.h_tokens),
+            BLOCKS=tiles.h_tokens // tiles.block_t,
+            BLOCK_I=_BLOCK_I,
+            BLOCK_J=tiles.block_j,
+            launch_pdl=True,
+        )
     bounds = tuple(sum(widths[:g]) for g in range(1, len(widths)))
     half = [64, min(128, tiles.block_o if tiles.block_t == 128 else tiles.block_o // 2)]
     work = tiles.count_items(T, G * J) + tiles.count_tiles(T, O)
@@ -649,12 +863,16 @@ def fused(
         _describe(h_TC, *half),
         _describe(b_OJ, tiles.block_o, _BLOCK_I),
         _describe(y_TO, *half),
+        y_TO,
         bias_O,
         scaling_EG,
         gates_TK,
         ids_TK,
         spans,
         counters,
+        items,
+        expected,
+        order_T,
         T,
         O,
         I,
@@ -670,6 +888,8 @@ def fused(
         STAGES=tiles.num_stages,
         GROUP=16,
         K=K,
+        SORTED=sort,
+        BY_ADAPTER=by_adapter,
         # maxnreg times 12 warps is the program's share; the loading warps keep 24 and these eight get the rest
         REGISTERS=(tiles.num_registers * 12 - 24 * 4) // 8 // 8 * 8,
         num_warps=4,
@@ -677,6 +897,31 @@ def fused(
         launch_pdl=True,
     )
     return y_TO
+
+
+def _sort(x_TI: Tensor, ids_TK: Tensor, gates_TK: Tensor, order_T: Tensor, num_adapters: int) -> tuple[Tensor, ...]:
+    (T, I), num_spans = x_TI.shape, triton.cdiv(x_TI.shape[0], SPAN)
+    sorted_ids, sorted_gates = torch.empty_like(ids_TK), torch.empty_like(gates_TK)
+    spans = torch.empty(num_spans, 2, dtype=torch.int32, device=x_TI.device)
+    sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=x_TI.device)
+    _sort_kernel[num_spans, triton.cdiv(I, 512)](
+        x_TI,
+        ids_TK,
+        gates_TK,
+        order_T,
+        sorted_x,
+        sorted_ids,
+        sorted_gates,
+        spans,
+        x_TI.stride(0),
+        T,
+        num_adapters,
+        I,
+        BLOCK_T=SPAN,
+        BLOCK_I=512,
+        ROWS=16,
+    )
+    return sorted_x, sorted_ids, sorted_gates, spans
 
 
 def _empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -24,6 +24,9 @@ if HAS_TRITON:
 
 Impl = Literal["auto", "torch", "triton"]
 
+_MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
+_MAX_SORTED_SCRATCH = 2**28  # elements of h, most of them never touched
+
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -208,12 +211,13 @@ def _check(
 
 
 def _choose_regime(
-    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, widths: tuple[int, ...]
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, ids: Tensor, widths: tuple[int, ...]
 ) -> str:
     """Which kernels run, by shape alone; kernels/README.md says what was measured.
 
     decode: up to 64 tokens, bound by the bytes of the base weight. fused: more tokens on Hopper, while the columns of
-    all adapters are few. grouped: everything else, float32 and strides that no copy engine takes among it.
+    all adapters are few. sorted: the same kernel for many columns, on tokens grouped by their one adapter. grouped:
+    everything else, float32 and strides that no copy engine takes among it.
     """
     num_tokens, (_, num_adapters, rank, _) = x.shape[0], lora_a.shape
     if INTERPRETED or x.dtype == torch.float32:
@@ -221,9 +225,11 @@ def _choose_regime(
     rows_are_whole = all(matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 for matrix in (x, weight))
     if num_tokens <= decoding.MAX_TOKENS and rows_are_whole:
         return "decode"
-    few_columns = num_adapters * rank <= 256
-    if fusing is not None and few_columns and fusing.suits(x, weight, lora_a, lora_b, widths):
-        return "fused"
+    if fusing is not None and fusing.suits(x, weight, lora_a, lora_b, widths):
+        if num_adapters * rank <= _MAX_FUSED_COLUMNS:
+            return "fused"
+        if ids.shape[1] == 1 and num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH:
+            return "sorted"
     return "grouped"
 
 
@@ -248,11 +254,11 @@ def _routed_linears_triton(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0])
     operands = (x, weight, bias, lora_a, lora_b, scaling.float().contiguous(), gates.float().contiguous(), ids)
-    regime = _choose_regime(x, weight, lora_a, lora_b, widths)
+    regime = _choose_regime(x, weight, lora_a, lora_b, ids, widths)
     if regime == "decode":
         return decoding.decode(*operands, groups, num_groups, widths)
-    if regime == "fused":
-        return fusing.fused(*operands, spans, widths)
+    if regime in ("fused", "sorted"):
+        return fusing.fused(*operands, order, spans, widths, sort=regime == "sorted")
     return grouped(*operands, order, offsets, widths)
 
 

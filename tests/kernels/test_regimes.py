@@ -21,11 +21,11 @@ MANY = settings(
 )
 
 
-@pytest.fixture(params=["decode", "fused", "grouped"])
+@pytest.fixture(params=["decode", "fused", "sorted", "grouped"])
 def regime(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> str:
     if not backend.triton_runs_on(device):
         pytest.skip("no Triton")
-    if request.param == "fused" and not ON_HOPPER:
+    if request.param in ("fused", "sorted") and not ON_HOPPER:
         pytest.skip("the fused regime needs a Hopper GPU")
     monkeypatch.setattr(ops, "_choose_regime", lambda *_: request.param)
     return str(request.param)
@@ -35,17 +35,22 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
     return float((y.cpu().double() - expected).norm() / expected.norm())
 
 
+def most(regime: str, top_k: int) -> int:
+    """Adapters a token: sorting puts it beside those of its one adapter."""
+    return 1 if regime == "sorted" else top_k
+
+
 def sizes_for(regime: str) -> st.SearchStrategy[dict[str, Any]]:
     """The fused regime takes whole 16 bytes; decode takes 64 tokens."""
     anything = {
         "rank": st.sampled_from([1, 3, 8, 24, 65]),
         "num_adapters": st.sampled_from([1, 2, 5, 12]),
-        "top_k": st.sampled_from([1, 2, 8]),
+        "top_k": st.sampled_from([1] if regime == "sorted" else [1, 2, 8]),
         "routes": st.sampled_from(ROUTES),
         "bias": st.booleans(),
         "seed": st.integers(0, 99),
     }
-    if regime == "fused":
+    if regime in ("fused", "sorted"):
         tokens, widths = [1, 5, 64, 129, 300, 700], [8, 64, 136, 520]
     else:
         tokens, widths = [1, 5, 17, 40] + [64, 200] * (regime == "grouped"), [1, 7, 16, 70, 131]
@@ -57,7 +62,7 @@ def sizes_for(regime: str) -> st.SearchStrategy[dict[str, Any]]:
 @MANY
 def test_small_integers_are_exact(make_problem: Callable, solve: Callable, regime: str, data: st.DataObject) -> None:
     shape = data.draw(sizes_for(regime))
-    dtype = torch.float16 if regime == "fused" or torch.cuda.is_available() else torch.float32
+    dtype = torch.float16 if regime in ("fused", "sorted") or torch.cuda.is_available() else torch.float32
     problem = make_problem(**shape, dtype=dtype, integers=True)
     sparse = torch.rand_like(problem.x, dtype=torch.float32) < 4 / shape["in_features"]
     problem = problem.replace(
@@ -79,16 +84,16 @@ def test_small_integers_are_exact(make_problem: Callable, solve: Callable, regim
 def test_error_against_float64(
     make_problem: Callable, solve: Callable, regime: str, dtype: torch.dtype, routes: str
 ) -> None:
-    problem = make_problem(48, 80, 96, 3, 24, 2, dtype=dtype, routes=routes)
+    problem = make_problem(48, 80, 96, 3, 24, most(regime, 2), dtype=dtype, routes=routes)
     y = routed_linear(*problem.args, impl="triton")
     assert y.dtype == dtype
     assert relative_error(y, solve(problem)) < LIMITS[dtype]
 
 
 def test_siblings_have_their_own_adapters(make_problem: Callable, solve: Callable, regime: str) -> None:
-    widths = [256, 64, 64] if regime == "fused" else [40, 7, 7]
-    dtype = torch.float16 if regime == "fused" else torch.float32
-    merged = make_problem(37, 72, sum(widths), 3, 8, 2, num_siblings=3, dtype=dtype)
+    widths = [256, 64, 64] if regime in ("fused", "sorted") else [40, 7, 7]
+    dtype = torch.float16 if regime in ("fused", "sorted") else torch.float32
+    merged = make_problem(37, 72, sum(widths), 3, 8, most(regime, 2), num_siblings=3, dtype=dtype)
     outputs = routed_linears(*merged.args, out_features=widths, impl="triton")
     start = 0
     for g, (y, width) in enumerate(zip(outputs, widths, strict=True)):
@@ -100,14 +105,24 @@ def test_siblings_have_their_own_adapters(make_problem: Callable, solve: Callabl
             lora_b=merged.lora_b[:, rows],
             scaling=merged.scaling[:, g],
         )
-        assert relative_error(y, solve(alone)) < (5e-4 if regime == "fused" else 1e-5)
+        assert relative_error(y, solve(alone)) < (5e-4 if regime in ("fused", "sorted") else 1e-5)
         start += width
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("rank", [16, 64, 128])
+def test_both_layouts_of_b(make_problem: Callable, solve: Callable, regime: str, rank: int, by_rows: bool) -> None:
+    num_tokens = 40 if regime == "decode" else 300
+    problem = make_problem(num_tokens, 72, 136, 3, rank, 1, dtype=torch.float16, routes="zipf")
+    if by_rows:
+        problem = problem.replace(lora_b=problem.lora_b.transpose(0, 1).contiguous().transpose(0, 1))
+    assert relative_error(routed_linear(*problem.args, impl="triton"), solve(problem)) < 5e-4
 
 
 def test_nothing_unwritten_is_read(
     make_problem: Callable, solve: Callable, regime: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = make_problem(50, 72, 136, 5, 5, 3, dtype=torch.float16)
+    problem = make_problem(50, 72, 136, 5, 5, most(regime, 3), dtype=torch.float16)
     arguments, empty, filled = problem.args, torch.empty, []
 
     def poisoned(*args: Any, **kwargs: Any) -> Tensor:
@@ -123,8 +138,8 @@ def test_nothing_unwritten_is_read(
 
 
 def test_a_token_does_not_depend_on_its_neighbours(make_problem: Callable, regime: str) -> None:
-    problem = make_problem(60, 72, 136, 5, 8, 2, dtype=torch.float16, routes="zipf")
-    other = make_problem(60, 72, 136, 5, 8, 2, dtype=torch.float16, routes="uniform", seed=1)
+    problem = make_problem(60, 72, 136, 5, 8, most(regime, 2), dtype=torch.float16, routes="zipf")
+    other = make_problem(60, 72, 136, 5, 8, most(regime, 2), dtype=torch.float16, routes="uniform", seed=1)
     mixed = problem.replace(x=other.x.clone(), ids=other.ids.clone(), gates=other.gates.clone())
     for name in ("x", "ids", "gates"):
         getattr(mixed, name)[7:31] = getattr(problem, name)[7:31]
@@ -134,7 +149,7 @@ def test_a_token_does_not_depend_on_its_neighbours(make_problem: Callable, regim
 
 
 def test_tokens_without_adapter_get_what_a_plan_without_adapters_gives(make_problem: Callable, regime: str) -> None:
-    problem = make_problem(60, 72, 136, 5, 8, 2, dtype=torch.float16)
+    problem = make_problem(60, 72, 136, 5, 8, most(regime, 2), dtype=torch.float16)
     problem.ids[::2] = -1
     problem.gates[::2] = torch.nan  # ignored there
     base = routed_linear(*problem.replace(ids=torch.full_like(problem.ids, -1)).args, impl="triton")
@@ -159,6 +174,8 @@ def test_an_overflowing_adapter_does_not_touch_other_tokens(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_captured_graph_follows_new_ids(make_problem: Callable, regime: str, top_k: int) -> None:
+    if top_k > most(regime, top_k):
+        pytest.skip("one adapter a token")
     num_tokens = 40 if regime == "decode" else 600
     problem = make_problem(num_tokens, 136, 264, 5, 24, top_k, dtype=torch.bfloat16)
     ids = problem.ids.clone()
@@ -184,15 +201,19 @@ def test_a_captured_graph_follows_new_ids(make_problem: Callable, regime: str, t
         (64, 32, 64, torch.float16, "decode"),
         (65, 8, 16, torch.bfloat16, "fused"),
         (2000, 3, 24, torch.bfloat16, "fused"),
-        (65, 32, 64, torch.bfloat16, "grouped"),
+        (65, 32, 64, torch.bfloat16, "sorted"),
         (4096, 8, 16, torch.float32, "grouped"),
     ],
 )
 def test_the_choice_by_shape(
     make_problem: Callable, tokens: int, adapters: int, rank: int, dtype: torch.dtype, expected: str
 ) -> None:
-    x, weight, _, lora_a, lora_b, *_ = make_problem(tokens, 256, 512, adapters, rank, 1, dtype=dtype).tensors
-    assert ops._choose_regime(x, weight, lora_a.unsqueeze(0), lora_b, (512,)) == expected
+    problem = make_problem(tokens, 256, 512, adapters, rank, 1, dtype=dtype)
+    x, rest = problem.x, (problem.weight, problem.lora_a.unsqueeze(0), problem.lora_b, problem.ids, (512,))
+    assert ops._choose_regime(x, *rest) == expected
+    if expected == "sorted":
+        pairs = problem.ids.expand(-1, 2)
+        assert ops._choose_regime(x, *rest[:3], pairs, (512,)) == "grouped"
     shifted = torch.empty(x.numel() + 1, dtype=dtype, device=x.device)[1:].view_as(x)  # no copy engine takes it
     if expected == "fused":
-        assert ops._choose_regime(shifted, weight, lora_a.unsqueeze(0), lora_b, (512,)) == "grouped"
+        assert ops._choose_regime(shifted, *rest) == "grouped"
