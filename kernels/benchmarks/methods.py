@@ -44,14 +44,19 @@ def our_method(impl: Impl) -> Method:
         widths = problem.shape.out_features
         scaling_EG = problem.scaling[:, None].expand(-1, len(widths)).contiguous()
 
-        def call(layer: Layer) -> Tensor | tuple[Tensor, ...]:
-            tensors = (problem.x, layer.weight, None, layer.lora_a, layer.lora_b)
+        def call(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor | tuple[Tensor, ...]:
+            tensors = (problem.x, weight, None, lora_a, lora_b)
             if len(widths) == 1:
                 return routed_linear(*tensors, problem.scaling, problem.gates, problem.plan, impl=impl)
             routing = (scaling_EG, problem.gates, problem.plan)
             return routed_linears(*tensors, *routing, out_features=widths, impl=impl)
 
-        return [partial(call, layer) for layer in problem.layers]
+        def by_sibling(lora_a: Tensor) -> Tensor:
+            if len(widths) == 1:
+                return lora_a
+            return lora_a.unflatten(1, (len(widths), -1)).transpose(0, 1).contiguous()  # [G, E, R, I]
+
+        return [partial(call, layer.weight, by_sibling(layer.lora_a), layer.lora_b) for layer in problem.layers]
 
     return Method(impl, "ours", True, prepare)
 

@@ -1,10 +1,12 @@
-"""The CPU's forward: each adapter computes its own tokens only, so the price is that of the adapters that act.
+"""The CPU's forward: what `reference.py` computes, in fewer steps, and only for the adapters that act.
 
-`reference.py` computes every adapter for every token, in a dozen small steps; a decode step of one token would spend
-as long on those as on the base. Here the host reads the ids, once a plan, and each linear that shares the plan runs two
-products for each adapter in it. This file has no backward, and checks nothing (`ops.py` does).
+On a CPU the host reads ids for nothing, so it knows which adapters act. One token with one adapter, a decode step, adds
+two small products to the base's; they take hardly longer than their calls, so every call that is saved counts. Else
+the adapters stand side by side as in the reference, but all is done in place: copies of y cost more than the adapters'
+arithmetic, which is also why tokens are not gathered by adapter. There is no backward here, and nothing is checked
+(`ops.py` does that).
 
-Legend: T tokens, N tokens of one group, K top-k, E adapters, G sibling linears, R rank, C = G * R, I in-features,
+Legend: T tokens, K top-k, E adapters, P adapters that act, G sibling linears, R rank, C = G * R, I in-features,
 O out-features of all siblings.
 """
 
@@ -16,33 +18,46 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Group(NamedTuple):
-    """The tokens that have one adapter in one column of the plan's ids; no token is in it twice.
-
-    Attributes:
-        adapter: the adapter's index.
-        column: the column of ids and gates.
-        tokens: [N] int64, ascending; a slice where they are consecutive.
-    """
+class Lone(NamedTuple):
+    """One token with one adapter, which stands in these columns of its ids and gates."""
 
     adapter: int
-    column: int
-    tokens: Tensor | slice
+    columns: list[int]
 
 
-def group_tokens(ids_TK: Tensor) -> tuple[Group, ...]:
-    """The groups of a plan's `ids`, ordered by column and adapter. It reads the ids on the host."""
-    tokens_of: dict[tuple[int, int], list[int]] = {}
-    for token, row in enumerate(ids_TK.tolist()):
-        for column, adapter in enumerate(row):
-            if adapter >= 0:
-                tokens_of.setdefault((column, adapter), []).append(token)
-    return tuple(Group(adapter, column, _as_index(tokens)) for (column, adapter), tokens in sorted(tokens_of.items()))
+class SideBySide(NamedTuple):
+    """Any tokens with any adapters.
+
+    Attributes:
+        adapters: the P adapters that act on some token, ascending; a slice where they are consecutive.
+        num_adapters: P.
+        place_TK: int64, the place of each id among those adapters, P where there is none.
+        off_TP: True where an adapter does not act on a token.
+    """
+
+    adapters: slice | list[int]
+    num_adapters: int
+    place_TK: Tensor
+    off_TP: Tensor
 
 
-def _as_index(tokens: list[int]) -> Tensor | slice:
-    start, end = tokens[0], tokens[-1] + 1
-    return slice(start, end) if end - start == len(tokens) else torch.tensor(tokens)
+Present = Lone | SideBySide | None
+"""What the host knows of a plan's ids, for all linears that share the plan; None where no adapter acts."""
+
+
+def find_present(ids_TK: Tensor) -> Present:
+    """Read a plan's `ids`, each -1 or an adapter."""
+    ids = ids_TK.tolist()
+    adapters = sorted({adapter for row in ids for adapter in row if adapter >= 0})
+    if not adapters:
+        return None
+    if len(ids) == len(adapters) == 1:
+        return Lone(adapters[0], [column for column, adapter in enumerate(ids[0]) if adapter >= 0])
+    first, end, num_adapters = adapters[0], adapters[-1] + 1, len(adapters)
+    place_of = {adapter: place for place, adapter in enumerate(adapters)}
+    place_TK = torch.tensor([[place_of.get(adapter, num_adapters) for adapter in row] for row in ids])
+    off_TP = torch.ones(len(ids), num_adapters + 1, dtype=torch.bool).scatter_(1, place_TK, False)[:, :-1]
+    return SideBySide(slice(first, end) if end - first == num_adapters else adapters, num_adapters, place_TK, off_TP)
 
 
 def routed_linears_cpu(
@@ -53,46 +68,33 @@ def routed_linears_cpu(
     b_EOR: Tensor,
     scaling_EG: Tensor,
     gates_TK: Tensor,
-    groups: Sequence[Group],
+    present: Present,
     out_features: Sequence[int],
 ) -> tuple[Tensor, ...]:
-    """`routed_linears_reference` without gradients, on CPU tensors and the groups of a plan's ids.
-
-    The rows of tokens without an adapter are written by the base's product alone. A low precision rounds y once for
-    every adapter of a token, where the reference rounds it once for all of them.
-    """
-    y_TO = F.linear(x_TI, w_OI, bias_O)
+    """`routed_linears_reference` on CPU tensors of which none needs a gradient, given `find_present(ids_TK)`."""
     widths = list(out_features)
-    if len(x_TI) == 1:  # a decode step, where each step counts: its factors are numbers, and no row is picked
-        gates_K, scaling = gates_TK[0].tolist(), scaling_EG.tolist()
-        for adapter, column, _ in groups:
-            factors_G = [gates_K[column] * scale for scale in scaling[adapter]]
-            _add_(y_TO, F.linear(x_TI, a_ECI[adapter]), b_EOR[adapter], factors_G, widths)
-        return _siblings(y_TO, widths)
-    for adapter, column, tokens in groups:
-        h_NC = F.linear(x_TI[tokens], a_ECI[adapter])
-        factors_NG = gates_TK[tokens, column, None] * scaling_EG[adapter]
-        h_NC.unflatten(1, (len(widths), -1)).mul_(factors_NG[:, :, None])
-        y_NO = y_TO[tokens]  # a view where the tokens are consecutive, else a copy
-        _add_(y_NO, h_NC, b_EOR[adapter], [1.0] * len(widths), widths)
-        if isinstance(tokens, Tensor):
-            y_TO.index_copy_(0, tokens, y_NO)
-    return _siblings(y_TO, widths)
+    y_TO = F.linear(x_TI, w_OI, bias_O)
+    y_per_sibling = _split(y_TO, widths, dim=1)
+    if isinstance(present, Lone):
+        adapter, columns = present
+        h_1C, b_OR, gates_K = F.linear(x_TI, a_ECI[adapter]), b_EOR[adapter], gates_TK.tolist()[0]
+        gate = sum([gates_K[column] for column in columns])
+        h_per_sibling = _split(h_1C, [b_OR.shape[1]] * len(widths), dim=1)
+        b_per_sibling = _split(b_OR, widths, dim=0)
+        for y, h, b, scale in zip(y_per_sibling, h_per_sibling, b_per_sibling, scaling_EG.tolist()[adapter], strict=True):
+            y.addmm_(h, b.t(), alpha=gate * scale)
+    elif isinstance(present, SideBySide):
+        adapters, num_adapters, place_TK, off_TP = present
+        num_tokens = x_TI.shape[0]
+        h_TPGR = F.linear(x_TI, a_ECI[adapters].flatten(0, 1)).view(num_tokens, num_adapters, len(widths), -1)
+        gate_TP = gates_TK.new_zeros(num_tokens, num_adapters + 1).scatter_add_(1, place_TK, gates_TK)[:, :-1]
+        h_TPGR.masked_fill_(off_TP[:, :, None, None], 0)  # not a product: 0 * inf is not 0
+        h_TPGR.mul_((gate_TP[:, :, None] * scaling_EG[adapters])[..., None])
+        b_POR = b_EOR[adapters]
+        for g, (y, b) in enumerate(zip(y_per_sibling, _split(b_POR, widths, dim=1), strict=True)):
+            y.addmm_(h_TPGR[:, :, g].flatten(1), b.transpose(0, 1).flatten(1).t())
+    return y_per_sibling
 
 
-def _add_(y_NO: Tensor, h_NC: Tensor, b_OR: Tensor, factors_G: list[float], widths: list[int]) -> None:
-    """y_g += factors[g] * h_g B_g^T for each sibling g."""
-    rank = b_OR.shape[1]
-    siblings = zip(
-        _siblings(y_NO, widths),
-        _siblings(h_NC, [rank] * len(widths)),
-        b_OR.split_with_sizes(widths) if len(widths) > 1 else (b_OR,),
-        factors_G,
-        strict=True,
-    )
-    for y, h, b, factor in siblings:
-        y.addmm_(h, b.t(), alpha=factor)
-
-
-def _siblings(x: Tensor, widths: list[int]) -> tuple[Tensor, ...]:
-    return x.split_with_sizes(widths, dim=1) if len(widths) > 1 else (x,)
+def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
+    return x.split_with_sizes(sizes, dim) if len(sizes) > 1 else (x,)

@@ -125,98 +125,119 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _sort_kernel(
+def _sort_and_shrink_kernel(
     x_ptr,
+    a_ptr,
     ids_ptr,
-    gates_ptr,
     order_ptr,
     sorted_x_ptr,
-    sorted_ids_ptr,
-    sorted_gates_ptr,
-    sorted_spans_ptr,
+    partial_ptr,
+    spans_ptr,
     x_stride_t,
+    a_stride_g,
+    a_stride_e,
+    a_stride_r,
     T,
     E,
     I,
+    R,
+    C,
+    PER_SPLIT,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Tokens, ids and gates in the plan's order, and the spans of that order; one adapter a token."""
-    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    first = tl.program_id(0) * BLOCK_T
-    for start in range(first, first + BLOCK_T, ROWS):
-        place_T = start + tl.arange(0, ROWS)
-        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
-        mask = (place_T < T)[:, None] & (i_I < I)[None, :]
-        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
-        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
-    if tl.program_id(1) == 0:
-        place_T = first + tl.arange(0, BLOCK_T)
-        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
-        id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
-        tl.store(sorted_ids_ptr + place_T, id_T, mask=place_T < T)
-        tl.store(sorted_gates_ptr + place_T, tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0), mask=place_T < T)
-        tl.store(sorted_spans_ptr + 2 * tl.program_id(0), tl.min(tl.where(id_T < 0, E, id_T)))
-        tl.store(sorted_spans_ptr + 2 * tl.program_id(0) + 1, tl.max(id_T))
+    """Copy x in the plan's order and, of the same tiles, make partial sums of each token's hidden ranks."""
+    gdc_launch_dependents()
+    split = tl.program_id(1)
+    num_blocks = tl.cdiv(R, BLOCK_R)
+    sibling = tl.program_id(2) // num_blocks
+    r_R = tl.program_id(2) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+    id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
+    first, last = tl.min(tl.where(id_T < 0, E - 1, id_T)), tl.max(id_T)
+    a_ptr += sibling.to(tl.int64) * a_stride_g
+    sum_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for e in range(first, tl.maximum(first, last) + 1):
+        if (e == first) | (tl.max((id_T == e).to(tl.int32)) > 0):
+            acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+            for start in range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, I), BLOCK_I):
+                i_I = start + tl.arange(0, BLOCK_I)
+                mask_TI = (place_T < T)[:, None] & (i_I < I)[None, :]
+                x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask_TI, other=0.0)
+                a_IR = tl.load(
+                    a_ptr + e.to(tl.int64) * a_stride_e + r_R[None, :] * a_stride_r + i_I[:, None],
+                    mask=(r_R < R)[None, :] & (i_I < I)[:, None],
+                    other=0.0,
+                )
+                acc_TR = tl.dot(x_TI, a_IR, acc_TR)
+                copies = (e == first) & (tl.program_id(2) == 0)
+                tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask_TI & copies)
+            sum_TR = tl.where((id_T == e)[:, None], acc_TR, sum_TR)
+    c_R = sibling * R + r_R
+    tl.store(
+        partial_ptr + (split * T + place_T[:, None]).to(tl.int64) * C + c_R[None, :],
+        sum_TR,
+        mask=(place_T < T)[:, None] & (r_R < R)[None, :],
+    )
+    if (split == 0) & (tl.program_id(2) == 0) & (tl.program_id(0) * BLOCK_T % SPAN == 0):
+        place_S = tl.program_id(0) * BLOCK_T + tl.arange(0, SPAN)
+        token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
+        id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
+        span = tl.program_id(0) * BLOCK_T // SPAN
+        tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
+        tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
 
 
 @triton.jit
-def _list_items_kernel(
+def _spread_kernel(
+    partial_ptr,
+    scaling_ptr,
+    gates_ptr,
+    ids_ptr,
+    order_ptr,
     spans_ptr,
-    items_ptr,
-    expected_ptr,
-    counters_ptr,
-    num_spans,
-    num_blocks,
-    num_item_blocks,
+    h_ptr,
+    h_stride_t,
+    T,
     G,
     R,
     J,
-    BLOCK_N: tl.constexpr,
-    SPANS: tl.constexpr,
-    PER_SPAN: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
+    C,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """The items of H that some tile reads, as (block of tokens, chunk of columns) behind their number; and how many each
-    block of tokens waits for."""
+    """Add up the partial sums and lay them under their adapter's columns, zeros beside them, where tiles will read."""
     gdc_wait()
     gdc_launch_dependents()
-    total = 0
-    for start in range(0, num_item_blocks, BLOCK_N):
-        n_N = start + tl.arange(0, BLOCK_N)
-        lowest_N, highest_N = tl.full((BLOCK_N,), 2**30, tl.int32), tl.full((BLOCK_N,), -1, tl.int32)
-        for i in tl.static_range(SPANS):
-            span_N = n_N * SPANS // PER_SPAN + i
-            exists_N = (n_N < num_item_blocks) & (span_N < num_spans)
-            lowest_N = tl.minimum(lowest_N, tl.load(spans_ptr + 2 * span_N, mask=exists_N, other=2**30))
-            highest_N = tl.maximum(highest_N, tl.load(spans_ptr + 2 * span_N + 1, mask=exists_N, other=-1))
-        first_N = lowest_N * R // BLOCK_I * BLOCK_I
-        end_N = tl.minimum(tl.cdiv((highest_N + 1) * R, BLOCK_I) * BLOCK_I, tl.cdiv(J, BLOCK_I) * BLOCK_I)
-        count_N = tl.zeros((BLOCK_N,), tl.int32)
-        previous_N = tl.zeros((BLOCK_N,), tl.int32)
-        for g in range(0, G):
-            from_N = tl.maximum((g * J + first_N) // BLOCK_J, previous_N)
-            previous_N = tl.minimum(tl.cdiv(g * J + end_N, BLOCK_J), tl.cdiv(G * J, BLOCK_J))
-            count_N += tl.where(highest_N < 0, 0, tl.maximum(previous_N - from_N, 0))
-        place_N = total + tl.cumsum(count_N, 0) - count_N
-        for i in tl.static_range(BLOCKS):
-            block_N = n_N * BLOCKS + i
-            tl.store(expected_ptr + block_N, 2 * count_N, mask=(n_N < num_item_blocks) & (block_N < num_blocks))
-            tl.store(counters_ptr + block_N, tl.zeros((BLOCK_N,), tl.int32), mask=block_N < num_blocks)
-        previous_N = tl.zeros((BLOCK_N,), tl.int32)
-        for g in range(0, G):
-            from_N = tl.maximum((g * J + first_N) // BLOCK_J, previous_N)
-            previous_N = tl.minimum(tl.cdiv(g * J + end_N, BLOCK_J), tl.cdiv(G * J, BLOCK_J))
-            more_N = tl.where(highest_N < 0, 0, tl.maximum(previous_N - from_N, 0))
-            for j in range(0, tl.max(more_N)):
-                tl.store(items_ptr + 1 + 2 * (place_N + j), n_N, mask=j < more_N)
-                tl.store(items_ptr + 2 + 2 * (place_N + j), from_N + j, mask=j < more_N)
-            place_N += more_N
-        total += tl.sum(count_N)
-    tl.store(items_ptr, total)
+    span = tl.program_id(0) * BLOCK_T // SPAN
+    first = tl.load(spans_ptr + 2 * span) * R // BLOCK_J
+    end = tl.cdiv(tl.minimum((tl.load(spans_ptr + 2 * span + 1) + 1) * R, J), BLOCK_J)
+    block = tl.program_id(1)
+    if (block < first) | (block >= end):
+        return
+    sibling = tl.program_id(2)
+    place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
+    id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
+    j_J = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    mine_TJ = id_T[:, None] == (j_J // R)[None, :]
+    sum_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
+    for split in tl.static_range(SPLITS):
+        row_T = (split * T + place_T).to(tl.int64) * C + sibling * R
+        sum_TJ += tl.load(partial_ptr + row_T[:, None] + (j_J % R)[None, :], mask=mine_TJ, other=0.0)
+    gate_T = tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0)
+    gate_T *= tl.load(scaling_ptr + id_T * G + sibling, mask=id_T >= 0, other=0.0)
+    h_TJ = tl.where(mine_TJ, sum_TJ * gate_T[:, None], 0.0)
+    tl.store(
+        h_ptr + place_T[:, None].to(tl.int64) * h_stride_t + (sibling * J + j_J)[None, :],
+        h_TJ.to(h_ptr.dtype.element_ty),
+        mask=(place_T < T)[:, None] & (j_J < J)[None, :],
+    )
 
 
 @gluon.jit
@@ -257,42 +278,6 @@ def _is_needed(
 
 
 @gluon.jit
-def _count_items(items_ptr, T, num_chunks, H_TOKENS: gl.constexpr, SORTED: gl.constexpr):
-    num_items = gl.cdiv(T, H_TOKENS) * num_chunks
-    if SORTED:
-        _instruct("griddepcontrol.wait")  # for the list
-        num_items = gl.load(items_ptr)
-    return num_items
-
-
-@gluon.jit
-def _find_item(
-    items_ptr,
-    spans_ptr,
-    work,
-    T,
-    G,
-    R,
-    J,
-    num_chunks,
-    H_TOKENS: gl.constexpr,
-    BLOCK_J: gl.constexpr,
-    BLOCK_I: gl.constexpr,
-    SORTED: gl.constexpr,
-):
-    """An item's first token, its chunk of columns and whether it is needed: those listed are, else each may be."""
-    if SORTED:
-        token = gl.load(items_ptr + 1 + 2 * work) * H_TOKENS
-        chunk = gl.load(items_ptr + 2 + 2 * work)
-        needed = chunk >= 0
-    else:
-        token = work // num_chunks * H_TOKENS
-        chunk = work % num_chunks
-        needed = _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I)
-    return token, chunk, needed
-
-
-@gluon.jit
 def _copy_pair(left_desc, right_desc, left, right, left_buffer, right_buffer, step, ready, empty):
     """Load one step of both operands into the next place of the ring, once it is empty."""
     STAGES: gl.constexpr = ready.shape[0]
@@ -326,18 +311,17 @@ def _load(
 ):
     """The warp that loads: for each item of H the tokens and A, for each tile of y the tokens and W, then H and B."""
     x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc = descriptors
-    ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr = tables
+    ids_ptr, spans_ptr, counters_ptr, order_ptr = tables
     T, O, I, G, E, R = sizes
     J = E * R
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = _count_items(items_ptr, T, num_chunks, H_TOKENS, SORTED)
+    num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
         if work < num_items:
-            token, chunk, needed = _find_item(
-                items_ptr, spans_ptr, work, T, G, R, J, num_chunks, H_TOKENS, BLOCK_J, BLOCK_I, SORTED
-            )
-            if needed:
+            token = work // num_chunks * H_TOKENS
+            chunk = work % num_chunks
+            if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
                 for i in range(0, I, BLOCK_I):
                     if H_TOKENS > BLOCK_T:  # the larger buffers hold the tokens
                         step = _copy_pair(
@@ -358,13 +342,11 @@ def _load(
                 sibling = 0
                 for bound in gl.static_range(len(BOUNDS)):
                     sibling += gl.where(n * BLOCK_O >= BOUNDS[bound], 1, 0)
-                expected = 2 * num_chunks
-                if SORTED:
-                    expected = gl.load(expected_ptr + m)
-                _instruct("griddepcontrol.wait")  # for the counters to be zeroed and B to be laid out
-                while gl.atomic_add(counters_ptr + m, 0, sem="acquire", scope="gpu") < expected:
-                    pass
-                _instruct("fence.proxy.async")  # H was seen by this thread: now by the copy engine
+                _instruct("griddepcontrol.wait")  # for the counters to be zeroed and B to be laid out, or for H
+                if not SORTED:
+                    while gl.atomic_add(counters_ptr + m, 0, sem="acquire", scope="gpu") < 2 * num_chunks:
+                        pass
+                    _instruct("fence.proxy.async")  # H was seen by this thread: now by the copy engine
                 for j in range(first * BLOCK_I, end * BLOCK_I, BLOCK_I):
                     b_row = n * BLOCK_O
                     b_column = j
@@ -523,7 +505,7 @@ def _compute(
     SORTED: gl.constexpr,
 ):
     """Four of the eight warps that multiply. They halve a tile of 128 tokens by rows, one of 64 by columns."""
-    ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr = tables
+    ids_ptr, spans_ptr, counters_ptr, order_ptr = tables
     T, O, I, G, E, R = sizes
     J = E * R
     BY_ROWS: gl.constexpr = BLOCK_T == 128
@@ -535,15 +517,14 @@ def _compute(
     h_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, H_N, 16])
     buffer = buffers.index(HALF)
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = _count_items(items_ptr, T, num_chunks, H_TOKENS, SORTED)
+    num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     num_steps = gl.cdiv(I, BLOCK_I)
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
         if work < num_items:
-            token, chunk, needed = _find_item(
-                items_ptr, spans_ptr, work, T, G, R, J, num_chunks, H_TOKENS, BLOCK_J, BLOCK_I, SORTED
-            )
-            if needed:
+            token = work // num_chunks * H_TOKENS
+            chunk = work % num_chunks
+            if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
                 column = chunk * BLOCK_J + COLUMN
                 if H_TOKENS > BLOCK_T:
                     row = token + HALF * 128
@@ -617,8 +598,6 @@ def _fused_fwd_kernel(
     ids_ptr,
     spans_ptr,
     counters_ptr,
-    items_ptr,
-    expected_ptr,
     order_ptr,
     T,
     O,
@@ -652,7 +631,7 @@ def _fused_fwd_kernel(
         mbarrier.init(empty.index(stage), count=2)
     sizes = (T, O, I, G, E, R)
     descriptors = (x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc)
-    tables = (ids_ptr, spans_ptr, counters_ptr, items_ptr, expected_ptr, order_ptr)
+    tables = (ids_ptr, spans_ptr, counters_ptr, order_ptr)
     gl.warp_specialize(
         [
             (
@@ -791,20 +770,11 @@ def fused(
     """
     (T, I), O, (G, E, R, _), K = x_TI.shape, w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J, dtype, device = E * R, x_TI.dtype, x_TI.device
-    tiles = _choose_tiles(T, widths, min(G * J, 2 * G * R) if sort else G * J, device)
+    num_columns = 0 if sort else G * J  # of H, which sorted tokens have before
+    tiles = _choose_tiles(T, widths, num_columns, device)
     assert tiles is not None  # suits() held
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    num_blocks, num_item_blocks = triton.cdiv(T, tiles.block_t), triton.cdiv(T, tiles.h_tokens)
-    num_chunks = triton.cdiv(G * J, tiles.block_j)
-
-    def table(size: int) -> Tensor:
-        return torch.empty(size, dtype=torch.int32, device=device)
-
-    if sort:
-        assert K == 1
-        x_TI, ids_TK, gates_TK, spans = _sort(x_TI, ids_TK, gates_TK, order_T, E)
-    counters, expected = table(num_blocks), table(num_blocks)
-    items = table(1 + 2 * num_item_blocks * num_chunks) if sort else counters
+    counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=device)
     h_TC = _empty_matrix(T, G * J, dtype, device)
     y_TO = torch.empty(T, O, dtype=dtype, device=device)
     b_OER, by_adapter, copies = b_EOR.transpose(0, 1), False, False
@@ -814,12 +784,15 @@ def fused(
         b_OJ, by_adapter = b_EOR.flatten(0, 1), True
     else:
         b_OJ, copies = _empty_matrix(O, J, dtype, device), True
+    if sort:
+        assert K == 1
+        x_TI, spans, partials = _sort_and_shrink(x_TI, a_GERI, ids_TK, order_T)
     if copies or not sort:
         _prepare_kernel[triton.cdiv(O, 32) if copies else 1,](
             b_EOR,
             b_OJ,
             counters,
-            num_blocks,
+            len(counters),
             *b_EOR.stride(),
             b_OJ.stride(0),
             O,
@@ -832,28 +805,29 @@ def fused(
             launch_pdl=True,
         )
     if sort:
-        _list_items_kernel[1,](
+        _spread_kernel[triton.cdiv(T, 32), triton.cdiv(J, _BLOCK_I), G](
+            partials,
+            scaling_EG,
+            gates_TK,
+            ids_TK,
+            order_T,
             spans,
-            items,
-            expected,
-            counters,
-            len(spans),
-            num_blocks,
-            num_item_blocks,
+            h_TC,
+            h_TC.stride(0),
+            T,
             G,
             R,
             J,
-            BLOCK_N=power_of_two(num_item_blocks, at_most=128),
-            SPANS=max(1, tiles.h_tokens // SPAN),
-            PER_SPAN=max(1, SPAN // tiles.h_tokens),
-            BLOCKS=tiles.h_tokens // tiles.block_t,
-            BLOCK_I=_BLOCK_I,
-            BLOCK_J=tiles.block_j,
+            G * R,
+            SPLITS=len(partials),
+            BLOCK_T=32,
+            BLOCK_J=_BLOCK_I,
+            SPAN=SPAN,
             launch_pdl=True,
         )
     bounds = tuple(sum(widths[:g]) for g in range(1, len(widths)))
     half = [64, min(128, tiles.block_o if tiles.block_t == 128 else tiles.block_o // 2)]
-    work = tiles.count_items(T, G * J) + tiles.count_tiles(T, O)
+    work = tiles.count_items(T, num_columns) + tiles.count_tiles(T, O)
     _fused_fwd_kernel[min(num_sms, work),](
         _describe(x_TI, tiles.block_t, _BLOCK_I),
         _describe(x_TI, tiles.h_tokens, _BLOCK_I),
@@ -870,8 +844,6 @@ def fused(
         ids_TK,
         spans,
         counters,
-        items,
-        expected,
         order_T,
         T,
         O,
@@ -899,29 +871,41 @@ def fused(
     return y_TO
 
 
-def _sort(x_TI: Tensor, ids_TK: Tensor, gates_TK: Tensor, order_T: Tensor, num_adapters: int) -> tuple[Tensor, ...]:
-    (T, I), num_spans = x_TI.shape, triton.cdiv(x_TI.shape[0], SPAN)
-    sorted_ids, sorted_gates = torch.empty_like(ids_TK), torch.empty_like(gates_TK)
-    spans = torch.empty(num_spans, 2, dtype=torch.int32, device=x_TI.device)
-    sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=x_TI.device)
-    _sort_kernel[num_spans, triton.cdiv(I, 512)](
+def _sort_and_shrink(
+    x_TI: Tensor, a_GERI: Tensor, ids_TK: Tensor, order_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x in the plan's order [T, I], the spans of that order, and partial sums of the hidden ranks [splits, T, G * R]."""
+    (T, I), (G, E, R, _), device = x_TI.shape, a_GERI.shape, x_TI.device
+    block_t, block_r = power_of_two(T // E, at_most=64), power_of_two(R, at_most=128)
+    num_splits = power_of_two(256 * block_t // T, at_least=1, at_most=16)
+    per_split = triton.cdiv(triton.cdiv(I, num_splits), 128) * 128
+    num_splits = triton.cdiv(I, per_split)
+    sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
+    partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
+    spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
+    _sort_and_shrink_kernel[triton.cdiv(T, block_t), num_splits, G * triton.cdiv(R, block_r)](
         x_TI,
+        a_GERI,
         ids_TK,
-        gates_TK,
         order_T,
         sorted_x,
-        sorted_ids,
-        sorted_gates,
+        partials,
         spans,
         x_TI.stride(0),
+        *a_GERI.stride()[:3],
         T,
-        num_adapters,
+        E,
         I,
-        BLOCK_T=SPAN,
-        BLOCK_I=512,
-        ROWS=16,
+        R,
+        G * R,
+        per_split,
+        BLOCK_T=block_t,
+        BLOCK_I=128,
+        BLOCK_R=block_r,
+        SPAN=SPAN,
+        num_stages=4,
     )
-    return sorted_x, sorted_ids, sorted_gates, spans
+    return sorted_x, spans, partials
 
 
 def _empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
