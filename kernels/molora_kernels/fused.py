@@ -38,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.arithmetic import power_of_two
+from molora_kernels.grouped import block_of_tokens, find_tile, max_tiles
 from molora_kernels.plan_tables import BLOCK_T as SPAN
 
 # Gluon gave these three other names between Triton 3.6 and 3.9.
@@ -130,6 +131,7 @@ def _sort_and_shrink_kernel(
     a_ptr,
     ids_ptr,
     order_ptr,
+    offsets_ptr,
     sorted_x_ptr,
     partial_ptr,
     spans_ptr,
@@ -141,54 +143,68 @@ def _sort_and_shrink_kernel(
     E,
     I,
     R,
-    C,
-    PER_SPLIT,
+    G,
+    num_shrinks,
+    per_split,
+    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    COPY_T: tl.constexpr,
+    COPY_I: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Copy x in the plan's order and, of the same tiles, make partial sums of each token's hidden ranks."""
+    """The first num_shrinks programs make partial sums of each token's hidden ranks; the others copy x in the plan's
+    order, one span of tokens each, and note the span's lowest and highest id."""
     gdc_launch_dependents()
-    split = tl.program_id(1)
-    num_blocks = tl.cdiv(R, BLOCK_R)
-    sibling = tl.program_id(2) // num_blocks
-    r_R = tl.program_id(2) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
-    id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
-    first, last = tl.min(tl.where(id_T < 0, E - 1, id_T)), tl.max(id_T)
-    a_ptr += sibling.to(tl.int64) * a_stride_g
-    sum_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-    for e in range(first, tl.maximum(first, last) + 1):
-        if (e == first) | (tl.max((id_T == e).to(tl.int32)) > 0):
+    if tl.program_id(0) < num_shrinks:
+        split = tl.program_id(0) % SPLITS
+        num_blocks = tl.cdiv(R, BLOCK_R)
+        block = tl.program_id(0) // SPLITS % (G * num_blocks)
+        adapter, place, end = find_tile(
+            tl.program_id(0) // (SPLITS * G * num_blocks), offsets_ptr, E, BLOCK_T, BLOCK_E
+        )
+        if place < end:
+            place_T = place + tl.arange(0, BLOCK_T)
+            token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
+            sibling = block // num_blocks
+            r_R = block % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+            a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
             acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-            for start in range(split * PER_SPLIT, tl.minimum(split * PER_SPLIT + PER_SPLIT, I), BLOCK_I):
+            for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
                 i_I = start + tl.arange(0, BLOCK_I)
-                mask_TI = (place_T < T)[:, None] & (i_I < I)[None, :]
-                x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask_TI, other=0.0)
+                x_TI = tl.load(
+                    x_ptr + token_T[:, None] * x_stride_t + i_I[None, :],
+                    mask=(place_T < end)[:, None] & (i_I < I)[None, :],
+                    other=0.0,
+                )
                 a_IR = tl.load(
-                    a_ptr + e.to(tl.int64) * a_stride_e + r_R[None, :] * a_stride_r + i_I[:, None],
+                    a_ptr + r_R[None, :] * a_stride_r + i_I[:, None],
                     mask=(r_R < R)[None, :] & (i_I < I)[:, None],
                     other=0.0,
                 )
                 acc_TR = tl.dot(x_TI, a_IR, acc_TR)
-                copies = (e == first) & (tl.program_id(2) == 0)
-                tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask_TI & copies)
-            sum_TR = tl.where((id_T == e)[:, None], acc_TR, sum_TR)
-    c_R = sibling * R + r_R
-    tl.store(
-        partial_ptr + (split * T + place_T[:, None]).to(tl.int64) * C + c_R[None, :],
-        sum_TR,
-        mask=(place_T < T)[:, None] & (r_R < R)[None, :],
-    )
-    if (split == 0) & (tl.program_id(2) == 0) & (tl.program_id(0) * BLOCK_T % SPAN == 0):
-        place_S = tl.program_id(0) * BLOCK_T + tl.arange(0, SPAN)
-        token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
-        id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
-        span = tl.program_id(0) * BLOCK_T // SPAN
-        tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
-        tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
+            row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
+            tl.store(
+                partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
+            )
+    else:
+        copy = tl.program_id(0) - num_shrinks
+        span = copy // tl.cdiv(I, COPY_I)
+        i_I = copy % tl.cdiv(I, COPY_I) * COPY_I + tl.arange(0, COPY_I)
+        for start in range(span * SPAN, span * SPAN + SPAN, COPY_T):
+            place_T = start + tl.arange(0, COPY_T)
+            token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+            mask = (place_T < T)[:, None] & (i_I < I)[None, :]
+            x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
+            tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
+        if copy % tl.cdiv(I, COPY_I) == 0:
+            place_S = span * SPAN + tl.arange(0, SPAN)
+            token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
+            id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
+            tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
+            tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
 
 
 @triton.jit
@@ -757,6 +773,7 @@ def fused(
     gates_TK: Tensor,
     ids_TK: Tensor,
     order_T: Tensor,
+    offsets: Tensor,
     spans: Tensor,
     widths: tuple[int, ...],
     *,
@@ -786,7 +803,7 @@ def fused(
         b_OJ, copies = _empty_matrix(O, J, dtype, device), True
     if sort:
         assert K == 1
-        x_TI, spans, partials = _sort_and_shrink(x_TI, a_GERI, ids_TK, order_T)
+        x_TI, spans, partials = _sort_and_shrink(x_TI, a_GERI, ids_TK, order_T, offsets)
     if copies or not sort:
         _prepare_kernel[triton.cdiv(O, 32) if copies else 1,](
             b_EOR,
@@ -872,22 +889,25 @@ def fused(
 
 
 def _sort_and_shrink(
-    x_TI: Tensor, a_GERI: Tensor, ids_TK: Tensor, order_T: Tensor
+    x_TI: Tensor, a_GERI: Tensor, ids_TK: Tensor, order_T: Tensor, offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x in the plan's order [T, I], the spans of that order, and partial sums of the hidden ranks [splits, T, G * R]."""
     (T, I), (G, E, R, _), device = x_TI.shape, a_GERI.shape, x_TI.device
-    block_t, block_r = power_of_two(T // E, at_most=64), power_of_two(R, at_most=128)
-    num_splits = power_of_two(256 * block_t // T, at_least=1, at_most=16)
-    per_split = triton.cdiv(triton.cdiv(I, num_splits), 128) * 128
-    num_splits = triton.cdiv(I, per_split)
+    block_t, block_r = block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
+    num_tiles, num_blocks = max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)
+    wanted = 264 // (triton.cdiv(T, block_t) * num_blocks)  # two programs an SM
+    per_split = triton.cdiv(triton.cdiv(I, power_of_two(wanted, at_least=1, at_most=16)), 128) * 128
+    num_splits, num_spans = triton.cdiv(I, per_split), triton.cdiv(T, SPAN)
     sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
     partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
-    spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
-    _sort_and_shrink_kernel[triton.cdiv(T, block_t), num_splits, G * triton.cdiv(R, block_r)](
+    spans = torch.empty(num_spans, 2, dtype=torch.int32, device=device)
+    num_shrinks = num_tiles * num_splits * num_blocks
+    _sort_and_shrink_kernel[num_shrinks + num_spans * triton.cdiv(I, 512),](
         x_TI,
         a_GERI,
         ids_TK,
         order_T,
+        offsets,
         sorted_x,
         partials,
         spans,
@@ -897,13 +917,18 @@ def _sort_and_shrink(
         E,
         I,
         R,
-        G * R,
+        G,
+        num_shrinks,
         per_split,
+        SPLITS=num_splits,
         BLOCK_T=block_t,
         BLOCK_I=128,
         BLOCK_R=block_r,
+        BLOCK_E=power_of_two(E, at_most=128),
+        COPY_T=16,
+        COPY_I=512,
         SPAN=SPAN,
-        num_stages=4,
+        num_stages=3,
     )
     return sorted_x, spans, partials
 

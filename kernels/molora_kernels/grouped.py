@@ -24,11 +24,12 @@ from molora_kernels.arithmetic import count_row_tiles, dot, find_rows, power_of_
 
 
 @triton.jit
-def _load_tile(
-    tile, order_ptr, offsets_ptr, ids_ptr, E, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_E: tl.constexpr
-):
-    """The tile's tokens, as int64 so that offsets cannot overflow, whether each exists, and their ids (-1 if not)."""
-    place, end, seen = 0, 0, 0
+def find_tile(tile, offsets_ptr, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The run of equal smallest ids that a tile lies in, its first place in the plan's order and the run's end.
+
+    A tile past the last has no place: its end is 0.
+    """
+    adapter, place, end, seen = 0, 0, 0, 0
     for start in range(0, E, BLOCK_E):
         e_E = start + tl.arange(0, BLOCK_E)
         first_E = tl.load(offsets_ptr + e_E, mask=e_E < E, other=0)
@@ -36,9 +37,27 @@ def _load_tile(
         tiles_E = tl.cdiv(end_E - first_E, BLOCK_T)
         before_E = seen + tl.cumsum(tiles_E, 0) - tiles_E
         mine_E = (before_E <= tile) & (tile < before_E + tiles_E)
+        adapter += tl.sum(tl.where(mine_E, e_E, 0))
         place += tl.sum(tl.where(mine_E, first_E + (tile - before_E) * BLOCK_T, 0))
         end += tl.sum(tl.where(mine_E, end_E, 0))
         seen += tl.sum(tiles_E)
+    return adapter, place, end
+
+
+@triton.jit
+def _load_tile(
+    tile,
+    order_ptr,
+    offsets_ptr,
+    ids_ptr,
+    E,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """The tile's tokens, as int64 so that offsets cannot overflow, whether each exists, and their ids (-1 if not)."""
+    _, place, end = find_tile(tile, offsets_ptr, E, BLOCK_T, BLOCK_E)
     place_T = place + tl.arange(0, BLOCK_T)
     k_K = tl.arange(0, BLOCK_K)
     token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
@@ -215,9 +234,9 @@ def shrink(
     """
     (T, I), (G, E, R, _), K = x_TI.shape, a_GERI.shape, ids_TK.shape[1]
     h_TKC = torch.empty(T, K, G * R, dtype=torch.float32, device=x_TI.device)
-    block_t, block_r = _block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
+    block_t, block_r = block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
     block_i = power_of_two(I, at_most=4096 // block_t if block_t <= 32 else 64)
-    _shrink_fwd_kernel[_max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)](
+    _shrink_fwd_kernel[max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)](
         x_TI,
         a_GERI,
         scaling_EG,
@@ -261,8 +280,8 @@ def expand_(
     Rows without an active id are neither read nor written.
     """
     T, E, R, K = y_TO.shape[0], b_EOR.shape[0], b_EOR.shape[2], ids_TK.shape[1]
-    block_t, block_o = _block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=128)
-    _expand_fwd_kernel[count_row_tiles(widths, block_o), _max_tiles(T, E, block_t)](
+    block_t, block_o = block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=128)
+    _expand_fwd_kernel[count_row_tiles(widths, block_o), max_tiles(T, E, block_t)](
         h_TKC,
         b_EOR,
         ids_TK,
@@ -285,10 +304,10 @@ def expand_(
     )
 
 
-def _block_of_tokens(T: int, E: int, at_most: int) -> int:
+def block_of_tokens(T: int, E: int, at_most: int) -> int:
     return power_of_two(T // E, at_most=at_most)
 
 
-def _max_tiles(T: int, E: int, block_t: int) -> int:
+def max_tiles(T: int, E: int, block_t: int) -> int:
     """Each run of equal smallest ids ends with one tile that may not be full."""
     return triton.cdiv(T, block_t) + min(E, T)

@@ -258,7 +258,7 @@ def _routed_linears_triton(
     if regime == "decode":
         return decoding.decode(*operands, groups, num_groups, widths)
     if regime in ("fused", "sorted"):
-        return fusing.fused(*operands, order, spans, widths, sort=regime == "sorted")
+        return fusing.fused(*operands, order, offsets, spans, widths, sort=regime == "sorted")
     return grouped(*operands, order, offsets, widths)
 
 
