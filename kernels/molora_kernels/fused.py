@@ -126,15 +126,45 @@ def _prepare_kernel(
 
 
 @triton.jit
-def _sort_and_shrink_kernel(
+def _sort_kernel(
     x_ptr,
-    a_ptr,
     ids_ptr,
     order_ptr,
-    offsets_ptr,
     sorted_x_ptr,
-    partial_ptr,
     spans_ptr,
+    x_stride_t,
+    T,
+    E,
+    I,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Copy x in the plan's order, and note the lowest and the highest id of each span of that order."""
+    gdc_launch_dependents()
+    span = tl.program_id(0)
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    for start in range(span * SPAN, span * SPAN + SPAN, BLOCK_T):
+        place_T = start + tl.arange(0, BLOCK_T)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+        mask = (place_T < T)[:, None] & (i_I < I)[None, :]
+        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
+        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
+    if tl.program_id(1) == 0:
+        place_S = span * SPAN + tl.arange(0, SPAN)
+        token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
+        id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
+        tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
+        tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr,
+    a_ptr,
+    order_ptr,
+    offsets_ptr,
+    partial_ptr,
     x_stride_t,
     a_stride_g,
     a_stride_e,
@@ -144,67 +174,43 @@ def _sort_and_shrink_kernel(
     I,
     R,
     G,
-    num_shrinks,
     per_split,
-    SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    COPY_T: tl.constexpr,
-    COPY_I: tl.constexpr,
-    SPAN: tl.constexpr,
 ):
-    """The first num_shrinks programs make partial sums of each token's hidden ranks; the others copy x in the plan's
-    order, one span of tokens each, and note the span's lowest and highest id."""
+    """Partial sums of each token's hidden ranks, over a part of I, in the plan's order.
+
+    It reads nothing that the kernel before it writes, so it may run beside it; it only ends after it.
+    """
     gdc_launch_dependents()
-    if tl.program_id(0) < num_shrinks:
-        split = tl.program_id(0) % SPLITS
-        num_blocks = tl.cdiv(R, BLOCK_R)
-        block = tl.program_id(0) // SPLITS % (G * num_blocks)
-        adapter, place, end = find_tile(
-            tl.program_id(0) // (SPLITS * G * num_blocks), offsets_ptr, E, BLOCK_T, BLOCK_E
-        )
-        if place < end:
-            place_T = place + tl.arange(0, BLOCK_T)
-            token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
-            sibling = block // num_blocks
-            r_R = block % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-            a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
-            acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-            for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
-                i_I = start + tl.arange(0, BLOCK_I)
-                x_TI = tl.load(
-                    x_ptr + token_T[:, None] * x_stride_t + i_I[None, :],
-                    mask=(place_T < end)[:, None] & (i_I < I)[None, :],
-                    other=0.0,
-                )
-                a_IR = tl.load(
-                    a_ptr + r_R[None, :] * a_stride_r + i_I[:, None],
-                    mask=(r_R < R)[None, :] & (i_I < I)[:, None],
-                    other=0.0,
-                )
-                acc_TR = tl.dot(x_TI, a_IR, acc_TR)
-            row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
-            tl.store(
-                partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
+    split = tl.program_id(1)
+    num_blocks = tl.cdiv(R, BLOCK_R)
+    sibling = tl.program_id(2) // num_blocks
+    r_R = tl.program_id(2) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    adapter, place, end = find_tile(tl.program_id(0), offsets_ptr, E, BLOCK_T, BLOCK_E)
+    if place < end:
+        place_T = place + tl.arange(0, BLOCK_T)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
+        a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
+        acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
+            i_I = start + tl.arange(0, BLOCK_I)
+            x_TI = tl.load(
+                x_ptr + token_T[:, None] * x_stride_t + i_I[None, :],
+                mask=(place_T < end)[:, None] & (i_I < I)[None, :],
+                other=0.0,
             )
-    else:
-        copy = tl.program_id(0) - num_shrinks
-        span = copy // tl.cdiv(I, COPY_I)
-        i_I = copy % tl.cdiv(I, COPY_I) * COPY_I + tl.arange(0, COPY_I)
-        for start in range(span * SPAN, span * SPAN + SPAN, COPY_T):
-            place_T = start + tl.arange(0, COPY_T)
-            token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
-            mask = (place_T < T)[:, None] & (i_I < I)[None, :]
-            x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
-            tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
-        if copy % tl.cdiv(I, COPY_I) == 0:
-            place_S = span * SPAN + tl.arange(0, SPAN)
-            token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
-            id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
-            tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
-            tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
+            a_IR = tl.load(
+                a_ptr + r_R[None, :] * a_stride_r + i_I[:, None], mask=(r_R < R)[None, :] & (i_I < I)[:, None], other=0.0
+            )
+            acc_TR = tl.dot(x_TI, a_IR, acc_TR)
+        row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
+        tl.store(
+            partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
+        )
+    gdc_wait()
 
 
 @triton.jit
@@ -221,7 +227,6 @@ def _spread_kernel(
     G,
     R,
     J,
-    C,
     SPLITS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -233,27 +238,25 @@ def _spread_kernel(
     span = tl.program_id(0) * BLOCK_T // SPAN
     first = tl.load(spans_ptr + 2 * span) * R // BLOCK_J
     end = tl.cdiv(tl.minimum((tl.load(spans_ptr + 2 * span + 1) + 1) * R, J), BLOCK_J)
-    block = tl.program_id(1)
-    if (block < first) | (block >= end):
-        return
-    sibling = tl.program_id(2)
+    sibling = tl.program_id(1)
     place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
     id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
-    j_J = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    mine_TJ = id_T[:, None] == (j_J // R)[None, :]
-    sum_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
-    for split in tl.static_range(SPLITS):
-        row_T = (split * T + place_T).to(tl.int64) * C + sibling * R
-        sum_TJ += tl.load(partial_ptr + row_T[:, None] + (j_J % R)[None, :], mask=mine_TJ, other=0.0)
     gate_T = tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0)
     gate_T *= tl.load(scaling_ptr + id_T * G + sibling, mask=id_T >= 0, other=0.0)
-    h_TJ = tl.where(mine_TJ, sum_TJ * gate_T[:, None], 0.0)
-    tl.store(
-        h_ptr + place_T[:, None].to(tl.int64) * h_stride_t + (sibling * J + j_J)[None, :],
-        h_TJ.to(h_ptr.dtype.element_ty),
-        mask=(place_T < T)[:, None] & (j_J < J)[None, :],
-    )
+    for block in range(first, end):
+        j_J = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        mine_TJ = id_T[:, None] == (j_J // R)[None, :]
+        sum_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
+        for split in tl.static_range(SPLITS):
+            row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
+            sum_TJ += tl.load(partial_ptr + row_T[:, None] + (j_J % R)[None, :], mask=mine_TJ, other=0.0)
+        h_TJ = tl.where(mine_TJ, sum_TJ * gate_T[:, None], 0.0)
+        tl.store(
+            h_ptr + place_T[:, None].to(tl.int64) * h_stride_t + (sibling * J + j_J)[None, :],
+            h_TJ.to(h_ptr.dtype.element_ty),
+            mask=(place_T < T)[:, None] & (j_J < J)[None, :],
+        )
 
 
 @gluon.jit
@@ -822,7 +825,7 @@ def fused(
             launch_pdl=True,
         )
     if sort:
-        _spread_kernel[triton.cdiv(T, 32), triton.cdiv(J, _BLOCK_I), G](
+        _spread_kernel[triton.cdiv(T, 32), G](
             partials,
             scaling_EG,
             gates_TK,
@@ -835,7 +838,6 @@ def fused(
             G,
             R,
             J,
-            G * R,
             SPLITS=len(partials),
             BLOCK_T=32,
             BLOCK_J=_BLOCK_I,
@@ -897,20 +899,30 @@ def _sort_and_shrink(
     num_tiles, num_blocks = max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)
     wanted = 264 // (triton.cdiv(T, block_t) * num_blocks)  # two programs an SM
     per_split = triton.cdiv(triton.cdiv(I, power_of_two(wanted, at_least=1, at_most=16)), 128) * 128
-    num_splits, num_spans = triton.cdiv(I, per_split), triton.cdiv(T, SPAN)
+    num_splits = triton.cdiv(I, per_split)
     sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
     partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
-    spans = torch.empty(num_spans, 2, dtype=torch.int32, device=device)
-    num_shrinks = num_tiles * num_splits * num_blocks
-    _sort_and_shrink_kernel[num_shrinks + num_spans * triton.cdiv(I, 512),](
+    spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
+    _sort_kernel[len(spans), triton.cdiv(I, 512)](
         x_TI,
-        a_GERI,
         ids_TK,
         order_T,
-        offsets,
         sorted_x,
-        partials,
         spans,
+        x_TI.stride(0),
+        T,
+        E,
+        I,
+        BLOCK_T=16,
+        BLOCK_I=512,
+        SPAN=SPAN,
+    )
+    _shrink_kernel[num_tiles, num_splits, num_blocks](
+        x_TI,
+        a_GERI,
+        order_T,
+        offsets,
+        partials,
         x_TI.stride(0),
         *a_GERI.stride()[:3],
         T,
@@ -918,17 +930,13 @@ def _sort_and_shrink(
         I,
         R,
         G,
-        num_shrinks,
         per_split,
-        SPLITS=num_splits,
         BLOCK_T=block_t,
-        BLOCK_I=128,
+        BLOCK_I=64 if block_t == 64 else 128,
         BLOCK_R=block_r,
         BLOCK_E=power_of_two(E, at_most=128),
-        COPY_T=16,
-        COPY_I=512,
-        SPAN=SPAN,
-        num_stages=3,
+        num_stages=4,
+        launch_pdl=True,
     )
     return sorted_x, spans, partials
 

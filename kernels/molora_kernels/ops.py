@@ -25,6 +25,7 @@ if HAS_TRITON:
 Impl = Literal["auto", "torch", "triton"]
 
 _MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
+_MAX_FUSED_COLUMNS_OF_A_BLEND = 4096  # more adapters a token cannot be sorted, and walking them costs more
 _MAX_SORTED_SCRATCH = 2**28  # elements of h, most of them never touched
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -226,9 +227,10 @@ def _choose_regime(
     if num_tokens <= decoding.MAX_TOKENS and rows_are_whole:
         return "decode"
     if fusing is not None and fusing.suits(x, weight, lora_a, lora_b, widths):
-        if num_adapters * rank <= _MAX_FUSED_COLUMNS:
+        top_k, num_columns = ids.shape[1], num_adapters * rank
+        if num_columns <= (_MAX_FUSED_COLUMNS if top_k == 1 else _MAX_FUSED_COLUMNS_OF_A_BLEND):
             return "fused"
-        if ids.shape[1] == 1 and num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH:
+        if top_k == 1 and num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH:
             return "sorted"
     return "grouped"
 

@@ -213,7 +213,7 @@ def test_the_choice_by_shape(
     assert ops._choose_regime(x, *rest) == expected
     if expected == "sorted":
         pairs = problem.ids.expand(-1, 2)
-        assert ops._choose_regime(x, *rest[:3], pairs, (512,)) == "grouped"
+        assert ops._choose_regime(x, *rest[:3], pairs, (512,)) == "fused"
     shifted = torch.empty(x.numel() + 1, dtype=dtype, device=x.device)[1:].view_as(x)  # no copy engine takes it
     if expected == "fused":
         assert ops._choose_regime(shifted, *rest) == "grouped"
