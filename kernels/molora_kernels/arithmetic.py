@@ -28,7 +28,7 @@ def round_to(value, dtype: tl.constexpr):
 
 @triton.jit
 def find_rows(tile, WIDTHS: tl.constexpr, BLOCK_O: tl.constexpr):
-    """The rows of O that a tile covers, as (sibling, first row, end of the sibling's rows): no tile crosses siblings."""
+    """The rows of O that a tile covers, as (sibling, first row, end of the sibling's rows); none crosses siblings."""
     sibling, first, end, start = 0, 0, 0, 0
     for g in tl.static_range(len(WIDTHS)):
         here = tile >= 0

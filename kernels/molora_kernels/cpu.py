@@ -1,13 +1,18 @@
 """The CPU's forward: what `reference.py` computes, in fewer steps, and only for the adapters that act.
 
-On a CPU the host reads ids for nothing, so it knows which adapters act. One token with one adapter, a decode step, adds
-two small products to the base's; they take hardly longer than their calls, so every call that is saved counts. Else
-the adapters stand side by side as in the reference, but all is done in place: copies of y cost more than the adapters'
-arithmetic, which is also why tokens are not gathered by adapter. There is no backward here, and nothing is checked
-(`ops.py` does that).
+On a CPU the host reads ids for nothing, so it knows which adapters act. They stand side by side as in the reference, but
+all is done in place: copies of y cost more than the adapters' arithmetic, which is also why tokens are not gathered by
+adapter.
 
-Legend: T tokens, K top-k, E adapters, P adapters that act, G sibling linears, R rank, C = G * R, I in-features,
-O out-features of all siblings.
+A decode step is a case of its own. The products of one token take no longer than it takes to call them, and the base's
+weights, streaming through the caches, leave none of the host's code and data there: checks and views that are made for
+each linear cost as much as the adapters. So `find_token` reads the routes once a forward, `adapter_views` are made once
+a bank, and between them a linear is left with two calls for each adapter.
+
+Nothing here has a backward, and nothing is checked (`ops.py` does that).
+
+Legend: T tokens, K top-k, G sibling linears, E adapters, P adapters that act, R rank, I in-features, O out-features of
+all siblings.
 """
 
 from collections.abc import Sequence
@@ -17,16 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-class Lone(NamedTuple):
-    """One token with one adapter, which stands in these columns of its ids and gates."""
-
-    adapter: int
-    columns: list[int]
+Token = list[tuple[int, float]]
+"""The adapters of one token with their gates. Equal adapters add up; none is the base."""
 
 
-class SideBySide(NamedTuple):
-    """Any tokens with any adapters.
+class Present(NamedTuple):
+    """What the host knows of a plan's ids, for all linears that share the plan.
 
     Attributes:
         adapters: the P adapters that act on some token, ascending; a slice where they are consecutive.
@@ -41,60 +42,74 @@ class SideBySide(NamedTuple):
     off_TP: Tensor
 
 
-Present = Lone | SideBySide | None
-"""What the host knows of a plan's ids, for all linears that share the plan; None where no adapter acts."""
+class AdapterView(NamedTuple):
+    """One adapter of one linear, as views of the linear's tensors."""
+
+    a_RI: Tensor
+    b_1RO: Tensor
+    scaling: Tensor
 
 
-def find_present(ids_TK: Tensor) -> Present:
-    """Read a plan's `ids`, each -1 or an adapter."""
+def find_present(ids_TK: Tensor) -> Present | None:
+    """Read a plan's `ids`, each -1 or an adapter; None if no adapter acts."""
     ids = ids_TK.tolist()
     adapters = sorted({adapter for row in ids for adapter in row if adapter >= 0})
     if not adapters:
         return None
-    if len(ids) == len(adapters) == 1:
-        return Lone(adapters[0], [column for column, adapter in enumerate(ids[0]) if adapter >= 0])
     first, end, num_adapters = adapters[0], adapters[-1] + 1, len(adapters)
     place_of = {adapter: place for place, adapter in enumerate(adapters)}
     place_TK = torch.tensor([[place_of.get(adapter, num_adapters) for adapter in row] for row in ids])
     off_TP = torch.ones(len(ids), num_adapters + 1, dtype=torch.bool).scatter_(1, place_TK, False)[:, :-1]
-    return SideBySide(slice(first, end) if end - first == num_adapters else adapters, num_adapters, place_TK, off_TP)
+    return Present(slice(first, end) if end - first == num_adapters else adapters, num_adapters, place_TK, off_TP)
 
 
 def routed_linears_cpu(
     x_TI: Tensor,
     w_OI: Tensor,
     bias_O: Tensor | None,
-    a_ECI: Tensor,
+    a_GERI: Tensor,
     b_EOR: Tensor,
     scaling_EG: Tensor,
     gates_TK: Tensor,
-    present: Present,
+    present: Present | None,
     out_features: Sequence[int],
 ) -> tuple[Tensor, ...]:
     """`routed_linears_reference` on CPU tensors of which none needs a gradient, given `find_present(ids_TK)`."""
-    widths = list(out_features)
     y_TO = F.linear(x_TI, w_OI, bias_O)
-    y_per_sibling = _split(y_TO, widths, dim=1)
-    if isinstance(present, Lone):
-        adapter, columns = present
-        h_1C, b_OR, gates_K = F.linear(x_TI, a_ECI[adapter]), b_EOR[adapter], gates_TK.tolist()[0]
-        gate = sum([gates_K[column] for column in columns])
-        h_per_sibling = _split(h_1C, [b_OR.shape[1]] * len(widths), dim=1)
-        b_per_sibling = _split(b_OR, widths, dim=0)
-        for y, h, b, scale in zip(y_per_sibling, h_per_sibling, b_per_sibling, scaling_EG.tolist()[adapter], strict=True):
-            y.addmm_(h, b.t(), alpha=gate * scale)
-    elif isinstance(present, SideBySide):
-        adapters, num_adapters, place_TK, off_TP = present
-        num_tokens = x_TI.shape[0]
-        h_TPGR = F.linear(x_TI, a_ECI[adapters].flatten(0, 1)).view(num_tokens, num_adapters, len(widths), -1)
-        gate_TP = gates_TK.new_zeros(num_tokens, num_adapters + 1).scatter_add_(1, place_TK, gates_TK)[:, :-1]
-        h_TPGR.masked_fill_(off_TP[:, :, None, None], 0)  # not a product: 0 * inf is not 0
-        h_TPGR.mul_((gate_TP[:, :, None] * scaling_EG[adapters])[..., None])
-        b_POR = b_EOR[adapters]
-        for g, (y, b) in enumerate(zip(y_per_sibling, _split(b_POR, widths, dim=1), strict=True)):
-            y.addmm_(h_TPGR[:, :, g].flatten(1), b.transpose(0, 1).flatten(1).t())
+    widths = list(out_features)
+    y_per_sibling = y_TO.split_with_sizes(widths, dim=1)
+    if present is None:
+        return y_per_sibling
+    adapters, num_adapters, place_TK, off_TP = present
+    num_tokens, num_siblings, rank = x_TI.shape[0], a_GERI.shape[0], a_GERI.shape[2]
+    gate_TP = gates_TK.new_zeros(num_tokens, num_adapters + 1).scatter_add_(1, place_TK, gates_TK)[:, :-1]
+    h_TGPR = F.linear(x_TI, a_GERI[:, adapters].flatten(0, 2)).view(num_tokens, num_siblings, num_adapters, rank)
+    h_TGPR.masked_fill_(off_TP[:, None, :, None], 0)  # not a product: 0 * inf is not 0
+    h_TGPR.mul_((gate_TP[:, None, :] * scaling_EG[adapters].t())[..., None])
+    b_per_sibling = b_EOR[adapters].split_with_sizes(widths, dim=1)
+    for g, (y, b) in enumerate(zip(y_per_sibling, b_per_sibling, strict=True)):
+        y.addmm_(h_TGPR[:, g].flatten(1), b.transpose(0, 1).flatten(1).t())
     return y_per_sibling
 
 
-def _split(x: Tensor, sizes: list[int], dim: int) -> tuple[Tensor, ...]:
-    return x.split_with_sizes(sizes, dim) if len(sizes) > 1 else (x,)
+def find_token(ids_TK: Tensor, gates_TK: Tensor, num_adapters: int) -> Token | None:
+    """The routes of a forward of one token, where `add_adapters_` may serve it; None everywhere else."""
+    if ids_TK.shape[0] != 1 or ids_TK.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return None
+    routes = zip(ids_TK[0].tolist(), gates_TK[0].tolist(), strict=True)
+    return [(adapter, gate) for adapter, gate in routes if 0 <= adapter < num_adapters]
+
+
+def adapter_views(a_ERI: Tensor, b_EOR: Tensor, scaling_E: Tensor) -> list[AdapterView]:
+    """The adapters of a linear. They follow changes of the tensors' values; B is read fastest when stored by rows of R."""
+    b_ERO = b_EOR.detach().mT
+    return [AdapterView(a_RI, b_ERO[e : e + 1], scaling_E[e]) for e, a_RI in enumerate(a_ERI.detach())]
+
+
+def add_adapters_(y_11O: Tensor, x_11I: Tensor, adapters: Sequence[AdapterView], token: Token) -> None:
+    """y += sum of gate * scaling * B (A x) over the token's adapters, all in one dtype."""
+    for adapter, gate in token:
+        a_RI, b_1RO, scaling = adapters[adapter]
+        y_11O.baddbmm_(F.linear(x_11I, a_RI), b_1RO, alpha=gate * scaling.item())

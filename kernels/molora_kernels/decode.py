@@ -13,7 +13,7 @@ atomic, and the order of each sum is fixed.
 Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, I in-features, O out-features of all siblings,
 J = groups * R padded to a power of two: the columns of h.
 """
-# ruff: noqa: E741 (I and O are the legend's)
+# ruff: noqa: E741, SIM108 (I and O are the legend's; a ternary of two shapes is not Triton)
 
 from typing import Any
 
@@ -83,7 +83,9 @@ def _shrink_fwd_kernel(
         x_mask, a_mask = (t_T < T)[:, None], (r_R < R)[None, :]
         if not EVEN_I:
             x_mask, a_mask = x_mask & (i_I < I)[None, :], a_mask & (i_I < I)[:, None]
-        x_TI = tl.load(x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0)
+        x_TI = tl.load(
+            x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0
+        )
         a_IR = tl.load(a_ptr + r_R[None, :] * a_stride_r + i_I[:, None] * a_stride_i, mask=a_mask, other=0.0)
         acc_TR = dot(x_TI, a_IR, acc_TR)
     # Not a product with a zero gate: an adapter that overflows must not reach the tokens that did not select it.
@@ -325,9 +327,9 @@ def _choose_tiles(block_t: int, block_j: int, O: int, I: int, device: torch.devi
     if INTERPRETED:
         return {"BLOCK_O": 32, "BLOCK_I": power_of_two(I, at_most=64), "TRANSPOSED": False, "num_stages": 1}
     num_sms, smem = _describe(device)
-    if O < 24 * num_sms:  # too narrow for 64 rows each
+    if 24 * num_sms > O:  # too narrow for 64 rows each
         block_o, block_i, depth = 32, 128, 5
-    elif O < 64 * num_sms:  # one program an SM: a deep pipeline
+    elif 64 * num_sms > O:  # one program an SM: a deep pipeline
         block_o, block_i, depth = 64, 128, 6
     elif block_t < 64:  # two programs an SM
         block_o, block_i, depth = 64, 128, 4
@@ -341,15 +343,9 @@ def _choose_tiles(block_t: int, block_j: int, O: int, I: int, device: torch.devi
 
 def _describe(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, getattr(
-        properties, "shared_memory_per_block_optin", _SMEM_WITHOUT_OPT_IN
-    )
+    return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", _SMEM_WITHOUT_OPT_IN)
 
 
 def _overlaps(device: torch.device) -> bool:
     """Whether launches may overlap: on CUDA from compute capability 9.0 on."""
-    return (
-        not INTERPRETED
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(device) >= (9, 0)
-    )
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -119,9 +119,13 @@ def _shrink_fwd_kernel(
                 x_mask, a_mask = exists_T[:, None], (r_R < R)[None, :]
                 if not EVEN_I:
                     x_mask, a_mask = x_mask & (i_I < I)[None, :], a_mask & (i_I < I)[:, None]
-                x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0)
+                x_TI = tl.load(
+                    x_ptr + token_T[:, None] * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0
+                )
                 a_IR = tl.load(
-                    a_ptr + e * a_stride_e + r_R[None, :] * a_stride_r + i_I[:, None] * a_stride_i, mask=a_mask, other=0.0
+                    a_ptr + e * a_stride_e + r_R[None, :] * a_stride_r + i_I[:, None] * a_stride_i,
+                    mask=a_mask,
+                    other=0.0,
                 )
                 acc_TR = dot(x_TI, a_IR, acc_TR)
             scaling = tl.load(scaling_ptr + e * (C // R) + sibling)
@@ -310,4 +314,4 @@ def block_of_tokens(T: int, E: int, at_most: int) -> int:
 
 def max_tiles(T: int, E: int, block_t: int) -> int:
     """Each run of equal smallest ids ends with one tile that may not be full."""
-    return triton.cdiv(T, block_t) + min(E, T)
+    return int(triton.cdiv(T, block_t)) + min(E, T)

@@ -3,24 +3,26 @@
 Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, I in-features, O out-features of all siblings.
 """
 
+import importlib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from molora_kernels.backend import HAS_TRITON, INTERPRETED, triton_runs_on
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
 
+fusing: Any = None
 if HAS_TRITON:
     from molora_kernels import decode as decoding
     from molora_kernels.grouped import grouped
 
-    try:
-        from molora_kernels import fused as fusing
-    except ImportError:  # a Triton without Gluon
-        fusing = None  # type: ignore[assignment]
+    with suppress(ImportError):  # a Triton without Gluon
+        fusing = importlib.import_module("molora_kernels.fused")
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -52,8 +54,9 @@ def routed_linear(
     adapter must be finite, selected or not.
 
     It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
-    gates, each in its own dtype. There are no Triton backward kernels yet: under impl="triton" the backward pass
-    recomputes and differentiates the torch implementation.
+    gates, each in its own dtype. On Hopper, for more than 64 tokens in 16 bits and up to 256 columns of adapters, the
+    backward pass has a kernel of its own and the forward keeps h [T, E * R] for it; elsewhere it recomputes and
+    differentiates the torch implementation.
 
     Args:
         x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change it.
@@ -65,7 +68,7 @@ def routed_linear(
         gates: [T, k] float32, ignored where plan.ids is -1.
         plan: from `make_plan`, on x's device.
         impl: "torch" (K-concat), "triton" (the kernels, in the regime that suits the shape), or "auto": Triton for x on
-            a GPU when no gradient is needed, else torch.
+            a GPU when no gradient is needed or the backward pass has a kernel, else torch.
 
     Returns:
         [T, O] in x's dtype.
@@ -129,11 +132,12 @@ def routed_linears(
     weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
     lora_a, lora_b, scaling = lora_a.to(x.dtype), lora_b.to(x.dtype), scaling.detach()
     with torch.autocast(x.device.type, enabled=False):
-        if _choose(impl, x, lora_a, lora_b, gates) == "torch":
+        keep_h = _keeps_h(x, lora_a, lora_b, gates)
+        if _choose(impl, keep_h, x, lora_a, lora_b, gates) == "torch":
             return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
         assert plan.tables is not None  # its ids are on x's device, where Triton runs
         tables = plan.tables
-        y = _routed_linears_triton(
+        y, _ = _routed_linears_triton(
             x,
             weight,
             bias,
@@ -148,15 +152,35 @@ def routed_linears(
             tables.groups,
             tables.num_groups,
             widths,
+            keep_h,
         )
         return tuple(y.split_with_sizes(widths, dim=1))
 
 
-def _choose(impl: str, x: Tensor, *others: Tensor) -> str:
+def _needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
+    """Whether a backward pass will come that has kernels of its own, for which the forward keeps h."""
+    (num_siblings, num_adapters, rank, _), num_out = lora_a.shape, lora_b.shape[1]
+    return (
+        fusing is not None
+        and _needs_grad(x, lora_a, lora_b, gates)
+        and fusing.runs_on(x.device)
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and num_siblings == 1
+        and x.shape[0] > decoding.MAX_TOKENS
+        and num_adapters * rank <= _MAX_FUSED_COLUMNS
+        and x.shape[1] % 8 == 0
+        and num_out % 8 == 0
+    )
+
+
+def _choose(impl: str, keep_h: bool, x: Tensor, *others: Tensor) -> str:
     if impl == "auto":
-        needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *others))
-        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES and not needs_grad
-        return "triton" if suits else "torch"
+        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES
+        return "triton" if suits and (keep_h or not _needs_grad(x, *others)) else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
     if impl == "triton":
@@ -226,7 +250,7 @@ def _choose_regime(
     rows_are_whole = all(matrix.stride(1) == 1 and matrix.stride(0) % 8 == 0 for matrix in (x, weight))
     if num_tokens <= decoding.MAX_TOKENS and rows_are_whole:
         return "decode"
-    if fusing is not None and fusing.suits(x, weight, lora_a, lora_b, widths):
+    if fusing is not None and fusing.suits(x, weight, lora_a, widths):
         top_k, num_columns = ids.shape[1], num_adapters * rank
         if num_columns <= (_MAX_FUSED_COLUMNS if top_k == 1 else _MAX_FUSED_COLUMNS_OF_A_BLEND):
             return "fused"
@@ -251,27 +275,98 @@ def _routed_linears_triton(
     groups: Tensor,
     num_groups: Tensor,
     out_features: Sequence[int],
-) -> Tensor:
-    widths = tuple(out_features)
+    keep_h: bool,
+) -> tuple[Tensor, Tensor]:
+    widths, scaling, gates = tuple(out_features), scaling.float().contiguous(), gates.float().contiguous()
     if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0])
-    operands = (x, weight, bias, lora_a, lora_b, scaling.float().contiguous(), gates.float().contiguous(), ids)
-    regime = _choose_regime(x, weight, lora_a, lora_b, ids, widths)
+        return x.new_empty(0, weight.shape[0]), x.new_empty(0)
+    if keep_h:
+        x, weight, lora_a = (_addressable(tensor) for tensor in (x, weight, lora_a))
+    operands = (x, weight, bias, lora_a, lora_b, scaling, gates, ids)
+    regime = "fused" if keep_h else _choose_regime(x, weight, lora_a, lora_b, ids, widths)
     if regime == "decode":
-        return decoding.decode(*operands, groups, num_groups, widths)
+        return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
     if regime in ("fused", "sorted"):
-        return fusing.fused(*operands, order, offsets, spans, widths, sort=regime == "sorted")
-    return grouped(*operands, order, offsets, widths)
+        y, h = fusing.fused(*operands, order, offsets, spans, widths, sort=regime == "sorted")
+        return y, _whole_rows(h) if keep_h else x.new_empty(0)
+    return grouped(*operands, order, offsets, widths), x.new_empty(0)
 
 
 @_routed_linears_triton.register_fake
-def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _fake(*args: Any) -> tuple[Tensor, Tensor]:
+    x, weight, lora_a, keep_h = args[0], args[1], args[3], args[14]
+    num_columns = lora_a.shape[1] * lora_a.shape[2]
+    h = x.new_empty(x.shape[0], (num_columns + 7) // 8 * 8) if keep_h else x.new_empty(0)
+    return x.new_empty(x.shape[0], weight.shape[0]), h
 
 
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.out_features = inputs[-1]
-    ctx.save_for_backward(*inputs[:8])
+@torch.library.custom_op("molora::routed_linear_dx", mutates_args=())
+def _dx_triton(
+    dy: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    spans: Tensor,
+) -> tuple[Tensor, Tensor]:
+    dy, weight, lora_a = (_addressable(tensor) for tensor in (dy, weight, lora_a))
+    routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, spans)
+    dx, g = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing)
+    return dx, _whole_rows(g)
+
+
+@_dx_triton.register_fake
+def _fake_dx(dy: Tensor, weight: Tensor, lora_a: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    num_columns = lora_a.shape[1] * lora_a.shape[2]
+    return dy.new_empty(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], (num_columns + 7) // 8 * 8)
+
+
+def _addressable(tensor: Tensor) -> Tensor:
+    """The same values where the copy engine can read them."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _whole_rows(matrix: Tensor) -> Tensor:
+    """A matrix with the padding that its rows have in memory."""
+    return matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.out_features, ctx.kept_h = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy_TO is None:
+        return (None,) * 15
+    differentiate = _differentiate_fused if ctx.kept_h else _differentiate_reference
+    return *differentiate(ctx, dy_TO), *[None] * 8
+
+
+def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+    """dx and G by the kernel, dA = G^T x and dB = dy^T H by the library: both are masked, so one product serves all
+    adapters, and sums in a fixed order."""
+    x_TI, weight, _, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, _, spans, *_, h_TJ = ctx.saved_tensors
+    needs_x, _, _, needs_a, needs_b, _, needs_gates, *_ = ctx.needs_input_grad
+    _, E, R, _ = a_1ERI.shape
+    dx = da = db = dgates = None
+    if needs_x or needs_a:
+        dx, g_TJ = _dx_triton(dy_TO, weight, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, spans)
+        if needs_a:
+            da = (g_TJ[:, : E * R].t() @ x_TI).view_as(a_1ERI)
+    if needs_b:
+        db = (dy_TO.t() @ h_TJ[:, : E * R]).view(-1, E, R).transpose(0, 1)
+    if needs_gates:
+        u_TER = F.linear(x_TI, a_1ERI.flatten(0, 2)).view(-1, E, R).float()
+        v_TER = (dy_TO @ b_EOR.transpose(0, 1).flatten(1)).view(-1, E, R).float()
+        dgate_TE = (u_TER * v_TER).sum(dim=2) * scaling_E1.squeeze(1)
+        dgates = dgate_TE.gather(1, ids_TK.clamp(min=0).long()).masked_fill(ids_TK < 0, 0).to(gates_TK.dtype)
+    return dx if needs_x else None, None, None, da, db, None, dgates
 
 
 def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
@@ -287,7 +382,7 @@ def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ..
         y_per_sibling = routed_linears_reference(*operands)
     wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
     grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
-    return *(next(grads) if need else None for need in needed), *[None] * 7
+    return tuple(next(grads) if need else None for need in needed)
 
 
-_routed_linears_triton.register_autograd(_differentiate_reference, setup_context=_save_for_backward)
+_routed_linears_triton.register_autograd(_backward, setup_context=_save_for_backward)

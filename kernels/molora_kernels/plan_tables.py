@@ -18,7 +18,9 @@ _BLOCK_E = 64
 
 
 @triton.jit
-def _load_ids(raw_ptr, ids_ptr, stride_t, stride_k, T, E, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr):
+def _load_ids(
+    raw_ptr, ids_ptr, stride_t, stride_k, T, E, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr
+):
     """The block's ids with those out of range as -1, also stored; and each token's smallest: E if it has none."""
     t_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     k_K = tl.arange(0, BLOCK_K)

@@ -6,6 +6,7 @@ import torch
 from molora_kernels import routed_linear, routed_linears
 
 TRAINED = ("x", "lora_a", "lora_b", "gates")
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
 def with_leaves(problem: Any, dtype: torch.dtype | None = None) -> Any:
@@ -108,3 +109,25 @@ def test_siblings_share_the_gradient_of_their_input(make_problem: Callable, impl
     expected = gradients(exact, torch.cat(routed_linears(*exact.args, out_features=[16, 8], impl="torch"), dim=1))
     for name in TRAINED:
         torch.testing.assert_close(actual[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the backward kernel needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("routes", ["uniform", "zipf", "none", "duplicates"])
+@pytest.mark.parametrize("shape", [(300, 136, 264, 5, 24, 1), (1000, 520, 512, 3, 16, 2), (129, 64, 72, 12, 8, 1)])
+def test_gradients_of_the_backward_kernel(
+    make_problem: Callable, dtype: torch.dtype, routes: str, shape: tuple[int, ...]
+) -> None:
+    problem = with_leaves(make_problem(*shape, dtype=dtype, routes=routes))
+    exact = with_leaves(problem, torch.float64)
+    exact = exact.replace(weight=problem.weight.double(), bias=problem.bias.double())
+    expected = gradients(exact, routed_linear(*exact.args, impl="torch"))
+    y = routed_linear(*problem.args)
+    actual = gradients(problem, y)
+    again = gradients(problem, routed_linear(*problem.args))
+    assert "routed_linears" in type(y.grad_fn).__name__.lower() or "molora" in str(y.grad_fn).lower()
+    for name in TRAINED:
+        assert actual[name].dtype == getattr(problem, name).dtype
+        assert torch.equal(actual[name], again[name]), name
+        error = (actual[name].double() - expected[name]).norm()
+        assert error <= (1e-3 if dtype == torch.float16 else 6e-3) * expected[name].norm(), name

@@ -105,7 +105,7 @@ def test_the_custom_op_passes_opcheck(make_problem: Callable, impl: str, needs_g
     x, lora_a, lora_b, gates = leaves
     plan = problem.plan
     tables = vars(plan.tables).values()
-    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, *tables, [16, 8])
+    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, *tables, [16, 8], False)
     torch.library.opcheck(ops._routed_linears_triton, args)
 
 
@@ -142,9 +142,10 @@ def test_a_captured_graph_follows_new_ids(make_problem: Callable, impl: str, dty
 @needs_cuda
 def test_auto_takes_triton_only_without_gradients(make_problem: Callable) -> None:
     x, lora_a = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", requires_grad=True)
-    assert ops._choose("auto", x, lora_a) == "torch"
+    assert ops._choose("auto", False, x, lora_a) == "torch"
+    assert ops._choose("auto", True, x, lora_a) == "triton"
     with torch.no_grad():
-        assert ops._choose("auto", x, lora_a) == "triton"
+        assert ops._choose("auto", False, x, lora_a) == "triton"
 
 
 @needs_cuda

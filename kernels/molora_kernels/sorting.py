@@ -1,0 +1,238 @@
+"""For the fused regime with many columns: x copied in the plan's order, and H made of it beforehand.
+
+In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Three launches:
+the copy; beside it the hidden ranks as partial sums, by tiles that never cross adapters; and their spread under the
+columns of their adapters. One adapter a token only.
+
+Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features.
+"""
+# ruff: noqa: E741 (I is the legend's)
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from molora_kernels.arithmetic import power_of_two
+from molora_kernels.grouped import block_of_tokens, find_tile, max_tiles
+from molora_kernels.plan_tables import BLOCK_T as SPAN
+
+
+@triton.jit
+def _sort_kernel(
+    x_ptr,
+    ids_ptr,
+    order_ptr,
+    sorted_x_ptr,
+    spans_ptr,
+    x_stride_t,
+    T,
+    E,
+    I,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Copy x in the plan's order, and note the lowest and the highest id of each span of that order."""
+    gdc_launch_dependents()
+    span = tl.program_id(0)
+    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+    for start in range(span * SPAN, span * SPAN + SPAN, BLOCK_T):
+        place_T = start + tl.arange(0, BLOCK_T)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+        mask = (place_T < T)[:, None] & (i_I < I)[None, :]
+        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
+        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
+    if tl.program_id(1) == 0:
+        place_S = span * SPAN + tl.arange(0, SPAN)
+        token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
+        id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
+        tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
+        tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
+
+
+@triton.jit
+def _shrink_kernel(
+    x_ptr,
+    a_ptr,
+    order_ptr,
+    offsets_ptr,
+    partial_ptr,
+    x_stride_t,
+    a_stride_g,
+    a_stride_e,
+    a_stride_r,
+    T,
+    E,
+    I,
+    R,
+    G,
+    per_split,
+    BLOCK_T: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Partial sums of each token's hidden ranks, over a part of I, in the plan's order.
+
+    It reads nothing that the kernel before it writes, so it may run beside it; it only ends after it.
+    """
+    gdc_launch_dependents()
+    split = tl.program_id(1)
+    num_blocks = tl.cdiv(R, BLOCK_R)
+    sibling = tl.program_id(2) // num_blocks
+    r_R = tl.program_id(2) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
+    adapter, place, end = find_tile(tl.program_id(0), offsets_ptr, E, BLOCK_T, BLOCK_E)
+    if place < end:
+        place_T = place + tl.arange(0, BLOCK_T)
+        token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
+        a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
+        acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+        for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
+            i_I = start + tl.arange(0, BLOCK_I)
+            x_TI = tl.load(
+                x_ptr + token_T[:, None] * x_stride_t + i_I[None, :],
+                mask=(place_T < end)[:, None] & (i_I < I)[None, :],
+                other=0.0,
+            )
+            a_IR = tl.load(
+                a_ptr + r_R[None, :] * a_stride_r + i_I[:, None],
+                mask=(r_R < R)[None, :] & (i_I < I)[:, None],
+                other=0.0,
+            )
+            acc_TR = tl.dot(x_TI, a_IR, acc_TR)
+        row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
+        tl.store(
+            partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
+        )
+    gdc_wait()
+
+
+@triton.jit
+def _spread_kernel(
+    partial_ptr,
+    scaling_ptr,
+    gates_ptr,
+    ids_ptr,
+    order_ptr,
+    spans_ptr,
+    h_ptr,
+    h_stride_t,
+    T,
+    G,
+    R,
+    J,
+    SPLITS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Add up the partial sums and lay them under their adapter's columns, zeros beside them, where tiles will read."""
+    gdc_wait()
+    gdc_launch_dependents()
+    span = tl.program_id(0) * BLOCK_T // SPAN
+    first = tl.load(spans_ptr + 2 * span) * R // BLOCK_J
+    end = tl.cdiv(tl.minimum((tl.load(spans_ptr + 2 * span + 1) + 1) * R, J), BLOCK_J)
+    sibling = tl.program_id(1)
+    place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
+    id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
+    gate_T = tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0)
+    gate_T *= tl.load(scaling_ptr + id_T * G + sibling, mask=id_T >= 0, other=0.0)
+    for block in range(first, end):
+        j_J = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        mine_TJ = id_T[:, None] == (j_J // R)[None, :]
+        sum_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
+        for split in tl.static_range(SPLITS):
+            row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
+            sum_TJ += tl.load(partial_ptr + row_T[:, None] + (j_J % R)[None, :], mask=mine_TJ, other=0.0)
+        h_TJ = tl.where(mine_TJ, sum_TJ * gate_T[:, None], 0.0)
+        tl.store(
+            h_ptr + place_T[:, None].to(tl.int64) * h_stride_t + (sibling * J + j_J)[None, :],
+            h_TJ.to(h_ptr.dtype.element_ty),
+            mask=(place_T < T)[:, None] & (j_J < J)[None, :],
+        )
+
+
+def sort_and_shrink(
+    x_TI: Tensor, a_GERI: Tensor, ids_TK: Tensor, order_T: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x in the plan's order [T, I], that order's spans, and partial sums of the hidden ranks [splits, T, G * R]."""
+    (T, I), (G, E, R, _), device = x_TI.shape, a_GERI.shape, x_TI.device
+    block_t, block_r = block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
+    num_tiles, num_blocks = max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)
+    wanted = 264 // (triton.cdiv(T, block_t) * num_blocks)  # two programs an SM
+    per_split = triton.cdiv(triton.cdiv(I, power_of_two(wanted, at_least=1, at_most=16)), 128) * 128
+    num_splits = triton.cdiv(I, per_split)
+    sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
+    partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
+    spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
+    _sort_kernel[len(spans), triton.cdiv(I, 512)](
+        x_TI,
+        ids_TK,
+        order_T,
+        sorted_x,
+        spans,
+        x_TI.stride(0),
+        T,
+        E,
+        I,
+        BLOCK_T=16,
+        BLOCK_I=512,
+        SPAN=SPAN,
+    )
+    _shrink_kernel[num_tiles, num_splits, num_blocks](
+        x_TI,
+        a_GERI,
+        order_T,
+        offsets,
+        partials,
+        x_TI.stride(0),
+        *a_GERI.stride()[:3],
+        T,
+        E,
+        I,
+        R,
+        G,
+        per_split,
+        BLOCK_T=block_t,
+        BLOCK_I=64 if block_t == 64 else 128,
+        BLOCK_R=block_r,
+        BLOCK_E=power_of_two(E, at_most=128),
+        num_stages=4,
+        launch_pdl=True,
+    )
+    return sorted_x, spans, partials
+
+
+def spread_(
+    h_TC: Tensor,
+    partials: Tensor,
+    scaling_EG: Tensor,
+    gates_TK: Tensor,
+    ids_TK: Tensor,
+    order_T: Tensor,
+    spans: Tensor,
+) -> None:
+    """Fill those columns of H [T, G * E * R] that tiles of the sorted tokens will read."""
+    (num_splits, T, GR), (E, G) = partials.shape, scaling_EG.shape
+    _spread_kernel[triton.cdiv(T, 32), G](
+        partials,
+        scaling_EG,
+        gates_TK,
+        ids_TK,
+        order_T,
+        spans,
+        h_TC,
+        h_TC.stride(0),
+        T,
+        G,
+        GR // G,
+        E * GR // G,
+        SPLITS=num_splits,
+        BLOCK_T=32,
+        BLOCK_J=64,
+        SPAN=SPAN,
+        launch_pdl=True,
+    )
