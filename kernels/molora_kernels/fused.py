@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from molora_kernels.hopper_gemm import BLOCK_I, Operands, Routing, launch
 from molora_kernels.sorting import sort_and_shrink, spread_
-from molora_kernels.tiles import choose_tiles
+from molora_kernels.tiles import choose_backward_tiles, choose_tiles
 
 
 @triton.jit
@@ -150,8 +150,7 @@ def fused_backward(
     dx = [dy | G] [W ; A_all],    G = (dy B_all) masked by route, times gate and scaling
     """
     (T, _), (E, R, I) = dy_TO.shape, a_ERI.shape
-    tiles = choose_tiles(T, (I,), E * R, dy_TO.device, block_t=128)
-    assert tiles is not None  # one sibling has no boundary
+    tiles = choose_backward_tiles(T, I, E * R, dy_TO.device)
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=dy_TO.device)
     g_TJ = _empty_matrix(T, E * R, dy_TO.dtype, dy_TO.device)
     dx_TI = torch.empty(T, I, dtype=dy_TO.dtype, device=dy_TO.device)

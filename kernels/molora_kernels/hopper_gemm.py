@@ -74,10 +74,15 @@ def _is_needed(
 
 @gluon.jit
 def _place(ring, stage, desc):
-    """A place of the ring, as a tile of the descriptor's shape where operands take each other's buffers."""
+    """A place of the ring in the shape of the descriptor's tile: its first rows or, of an operand that stands in the
+    other's buffers, another shape of as many elements."""
     tile = ring.index(stage)
-    if tile.shape[0] != desc.block_type.shape[0]:
+    rows: gl.constexpr = desc.block_type.shape[0]
+    columns: gl.constexpr = desc.block_type.shape[1]
+    if tile.shape[1] != columns:
         tile = tile._reinterpret(tile.dtype, desc.block_type.shape, desc.layout)
+    elif tile.shape[0] != rows:
+        tile = tile.slice(0, rows)
     return tile
 
 
@@ -328,9 +333,13 @@ def _compute(
     N: gl.constexpr = BLOCK_O if BY_ROWS else BLOCK_O // 2
     H_N: gl.constexpr = BLOCK_J if BY_ROWS else BLOCK_J // 2
     COLUMN: gl.constexpr = 0 if BY_ROWS else HALF * N
+    H_COLUMN: gl.constexpr = 0 if BY_ROWS else HALF * H_N
     layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
     h_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, H_N, 16])
     buffer = buffers.index(HALF)
+    h_buffer = buffer
+    if buffer.shape[1] != H_N:
+        h_buffer = buffer._reinterpret(buffer.dtype, h_desc.block_type.shape, h_desc.layout)
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
     num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     num_steps = gl.cdiv(I, BLOCK_I)
@@ -340,22 +349,22 @@ def _compute(
             token = work // num_chunks * H_TOKENS
             chunk = work % num_chunks
             if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
-                column = chunk * BLOCK_J + COLUMN
+                column = chunk * BLOCK_J + H_COLUMN
                 if H_TOKENS > BLOCK_T:
                     row = token + HALF * 128
                     upper, lower, step = _multiply_twice(
                         step, num_steps, w_ring, x_ring, ready, empty, HALF * 128, H_N, TRANSPOSED, h_layout
                     )
-                    _store_h(h_desc, upper, row, column, buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout)
+                    _store_h(h_desc, upper, row, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout)
                     _store_h(
-                        h_desc, lower, row + 64, column, buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
+                        h_desc, lower, row + 64, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
                     )
                 else:
                     acc, step = _multiply(
-                        step, num_steps, x_ring, w_ring, ready, empty, ROW, COLUMN, H_N, TRANSPOSED, h_layout
+                        step, num_steps, x_ring, w_ring, ready, empty, ROW, H_COLUMN, H_N, TRANSPOSED, h_layout
                     )
                     _store_h(
-                        h_desc, acc, token + ROW, column, buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
+                        h_desc, acc, token + ROW, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
                     )
                 _instruct("cp.async.bulk.wait_group 0")  # until the writes are done, not only read from the buffer
                 _instruct("fence.proxy.async")
@@ -567,7 +576,8 @@ def launch(
     scaling, gates, ids, spans, counters, order = routing
     (T, I), O, (G, E, R) = x_TI.shape, y_TO.shape[1], sizes
     work = tiles.count_items(T, 0 if sort else G * E * R) + tiles.count_tiles(T, O)
-    half = (64, min(128, tiles.block_o if tiles.block_t == 128 else tiles.block_o // 2))
+    halves = 1 if tiles.block_t == 128 else 2  # of a tile's columns, if its rows are not halved
+    buffer_columns = min(128, tiles.block_o // halves)
 
     def right(matrix: Tensor, outer: int) -> TensorDescriptor:
         return _describe(matrix, *((BLOCK_I, outer) if transposed else (outer, BLOCK_I)))
@@ -578,9 +588,9 @@ def launch(
         right(w, tiles.block_o),
         right(a, tiles.block_j),
         _describe(h_TC, tiles.block_t, BLOCK_I),
-        _describe(h_TC, *half),
+        _describe(h_TC, 64, tiles.block_j // halves),
         right(b, tiles.block_o),
-        _describe(y_TO, *half),
+        _describe(y_TO, 64, buffer_columns),
         y_TO,
         bias,
         scaling,

@@ -1,6 +1,6 @@
 """How the fused regime cuts its work, and what a cut costs. Knows nothing about kernels."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,13 +15,10 @@ class Tiles:
 
     block_t: int
     block_o: int
+    block_j: int
     num_stages: int
     num_registers: int
     cost_us: float
-
-    @property
-    def block_j(self) -> int:
-        return min(self.block_o, 128)
 
     @property
     def h_tokens(self) -> int:
@@ -35,31 +32,47 @@ class Tiles:
 
 
 _TILES = (
-    Tiles(128, 256, 4, 168, 44.0),
-    Tiles(128, 128, 5, 168, 22.5),
-    Tiles(128, 64, 8, 104, 16.0),
-    Tiles(64, 64, 11, 80, 11.5),
+    Tiles(128, 256, 128, num_stages=4, num_registers=168, cost_us=44.0),
+    Tiles(128, 128, 128, num_stages=5, num_registers=168, cost_us=22.5),
+    Tiles(128, 64, 64, num_stages=8, num_registers=104, cost_us=16.0),
+    Tiles(64, 64, 64, num_stages=11, num_registers=80, cost_us=11.5),
 )
+_SMALLEST_BLOCK_J = 32
 
 
 def _cdiv(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def choose_tiles(
-    num_tokens: int, widths: tuple[int, ...], num_columns: int, device: torch.device, block_t: int | None = None
+def choose_tiles(num_tokens: int, widths: tuple[int, ...], num_columns: int, device: torch.device) -> Tiles | None:
+    """The tiles whose rounds over the GPU take least, of those that no boundary between siblings cuts.
+
+    Where a last round has room for them, smaller items of H are ready sooner.
+    """
+    whole = [tiles for tiles in _TILES if all(width % tiles.block_o == 0 for width in widths[:-1])]
+    finer = [replace(tiles, block_j=tiles.block_j >> i) for tiles in whole for i in range(3)]
+    candidates = [tiles for tiles in finer if tiles.block_j >= _SMALLEST_BLOCK_J]
+    return _cheapest(candidates, num_tokens, sum(widths), num_columns, device)
+
+
+def choose_backward_tiles(num_tokens: int, in_features: int, num_columns: int, device: torch.device) -> Tiles:
+    """Likewise where the right operands' rows are summed over: the kernel then halves no tile by columns."""
+    candidates = [tiles for tiles in _TILES if tiles.block_t == 128]
+    tiles = _cheapest(candidates, num_tokens, in_features, num_columns, device)
+    assert tiles is not None
+    return tiles
+
+
+def _cheapest(
+    candidates: list[Tiles], num_tokens: int, out_features: int, num_columns: int, device: torch.device
 ) -> Tiles | None:
-    """The tiles whose rounds over the GPU take least, of those that no boundary between siblings cuts."""
     num_sms = count_sms(device)
 
-    def cost_us(tiles: Tiles) -> float:
-        num_items = tiles.count_items(num_tokens, num_columns)
-        work = num_items + tiles.count_tiles(num_tokens, sum(widths))
-        return _cdiv(work, num_sms) * tiles.cost_us
+    def cost(tiles: Tiles) -> tuple[float, int]:
+        work = tiles.count_items(num_tokens, num_columns) + tiles.count_tiles(num_tokens, out_features)
+        return _cdiv(work, num_sms) * tiles.cost_us, tiles.block_j
 
-    fitting = [tiles for tiles in _TILES if block_t in (None, tiles.block_t)]
-    whole = [tiles for tiles in fitting if all(width % tiles.block_o == 0 for width in widths[:-1])]
-    return min(whole, key=cost_us, default=None)
+    return min(candidates, key=cost, default=None)
 
 
 def count_sms(device: torch.device) -> int:
