@@ -26,9 +26,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from molora_kernels.plan_tables import BLOCK_T as SPAN
 from molora_kernels.tiles import Tiles, count_sms
 
-# Gluon gave these three other names between Triton 3.6 and 3.9.
+# Gluon gave these other names between Triton 3.6 and 3.9.
 _barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 _copy_in = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+_as_shape = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 _SPAN = gl.constexpr(SPAN)  # tokens that one entry of the plan's spans covers
@@ -80,7 +81,7 @@ def _place(ring, stage, desc):
     rows: gl.constexpr = desc.block_type.shape[0]
     columns: gl.constexpr = desc.block_type.shape[1]
     if tile.shape[1] != columns:
-        tile = tile._reinterpret(tile.dtype, desc.block_type.shape, desc.layout)
+        tile = _as_shape(tile, tile.dtype, desc.block_type.shape, desc.layout)
     elif tile.shape[0] != rows:
         tile = tile.slice(0, rows)
     return tile
@@ -234,11 +235,9 @@ def _multiply_twice(
         if TRANSPOSED:
             left_shape: gl.constexpr = [left.shape[1], left.shape[0]]
             right_shape: gl.constexpr = [right.shape[1], right.shape[0]]
-            left = left._reinterpret(
-                left.dtype, left_shape, gl.NVMMASharedLayout.get_default_for(left_shape, left.dtype)
-            )
-            right = right._reinterpret(
-                right.dtype, right_shape, gl.NVMMASharedLayout.get_default_for(right_shape, right.dtype)
+            left = _as_shape(left, left.dtype, left_shape, gl.NVMMASharedLayout.get_default_for(left_shape, left.dtype))
+            right = _as_shape(
+                right, right.dtype, right_shape, gl.NVMMASharedLayout.get_default_for(right_shape, right.dtype)
             )
         else:
             right = right.slice(0, N).permute([1, 0])
@@ -339,7 +338,7 @@ def _compute(
     buffer = buffers.index(HALF)
     h_buffer = buffer
     if buffer.shape[1] != H_N:
-        h_buffer = buffer._reinterpret(buffer.dtype, h_desc.block_type.shape, h_desc.layout)
+        h_buffer = _as_shape(buffer, buffer.dtype, h_desc.block_type.shape, h_desc.layout)
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
     num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     num_steps = gl.cdiv(I, BLOCK_I)
