@@ -1,4 +1,4 @@
-"""Draw what adapters cost above the base, against tokens, from a result of the `tokens` suite.
+"""Draw what adapters cost above the base, against tokens, from results that hold one layer at several of them.
 
 python kernels/bench.py --suite tokens --out tokens.json
 python kernels/plot.py tokens.json tokens.svg
@@ -12,18 +12,23 @@ from typing import Any
 OURS = ("auto", "torch", "triton")
 
 
-def load(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The result, and its rows of the tokens suite at its first dtype, by tokens.
+LAYER = ("in_features", "out_features", "rank", "adapters", "routes", "top_k", "dtype")
+
+
+def load(files: list[Path]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The first result, and the rows of the layer that was timed at most numbers of tokens, by tokens.
 
     Raises:
-        ValueError: the file holds no such rows.
+        ValueError: no layer was timed at several.
     """
-    result = json.loads(file.read_text())
-    rows = [row for row in result["rows"] if row["suite"] == "tokens"]
-    if not rows:
-        raise ValueError(f"{file} has no rows of the tokens suite; make it with bench.py --suite tokens")
-    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
-    return result, sorted(rows, key=lambda row: row["tokens"])
+    results = [json.loads(file.read_text()) for file in files]
+    layers: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in (row for result in results for row in result["rows"] if row["kind"] == "forward"):
+        layers.setdefault(str([row[key] for key in LAYER]), {}).setdefault(row["tokens"], row)
+    rows_of = max(layers.values(), key=len, default={})
+    if len(rows_of) < 2:
+        raise ValueError("no layer was timed at several numbers of tokens; bench.py --suite tokens makes such a result")
+    return results[0], [rows_of[tokens] for tokens in sorted(rows_of)]
 
 
 def draw(result: dict[str, Any], rows: list[dict[str, Any]], file: Path) -> None:
@@ -78,11 +83,11 @@ def _is_timed(row: dict[str, Any], name: str) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("result", type=Path, help="a JSON file that bench.py wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that bench.py wrote")
     parser.add_argument("plot", type=Path, help="the file to draw, .svg or .png")
     args = parser.parse_args()
     try:
-        draw(*load(args.result), args.plot)
+        draw(*load(args.results), args.plot)
     except ImportError:
         raise SystemExit("plot.py needs matplotlib: pip install matplotlib") from None
     except (OSError, ValueError) as error:

@@ -1,10 +1,11 @@
-"""What every Triton kernel here computes with: the dot, the rounding, and the tiles of siblings' outputs.
+"""What the Triton kernels here share: the dot, the rounding, the order of launches and the tiles of siblings' outputs.
 
 Legend: T tokens, O out-features of all siblings.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # as TRITON_INTERPRET stands now, for @triton.jit below
 
@@ -24,6 +25,20 @@ def round_to(value, dtype: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return value.to(dtype)
+
+
+@triton.jit
+def wait_for_previous():
+    """Wait until the kernel launched before is done and what it wrote is seen, where launches may overlap."""
+    if not INTERPRETED:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start():
+    """The next kernel may start beside this one once every program has said so; it must wait for what it reads."""
+    if not INTERPRETED:
+        gdc_launch_dependents()
 
 
 @triton.jit

@@ -30,14 +30,13 @@ class Present(NamedTuple):
     """What the host knows of a plan's ids, for all linears that share the plan.
 
     Attributes:
-        adapters: the P adapters that act on some token, ascending; a slice where they are consecutive.
-        num_adapters: P.
+        first, end: the P adapters from the lowest that acts to the highest; a choice among them would be a copy.
         place_TK: int64, the place of each id among those adapters, P where there is none.
         off_TP: True where an adapter does not act on a token.
     """
 
-    adapters: slice | list[int]
-    num_adapters: int
+    first: int
+    end: int
     place_TK: Tensor
     off_TP: Tensor
 
@@ -52,15 +51,13 @@ class AdapterView(NamedTuple):
 
 def find_present(ids_TK: Tensor) -> Present | None:
     """Read a plan's `ids`, each -1 or an adapter; None if no adapter acts."""
-    ids = ids_TK.tolist()
-    adapters = sorted({adapter for row in ids for adapter in row if adapter >= 0})
-    if not adapters:
+    present = [adapter for row in ids_TK.tolist() for adapter in row if adapter >= 0]
+    if not present:
         return None
-    first, end, num_adapters = adapters[0], adapters[-1] + 1, len(adapters)
-    place_of = {adapter: place for place, adapter in enumerate(adapters)}
-    place_TK = torch.tensor([[place_of.get(adapter, num_adapters) for adapter in row] for row in ids])
-    off_TP = torch.ones(len(ids), num_adapters + 1, dtype=torch.bool).scatter_(1, place_TK, False)[:, :-1]
-    return Present(slice(first, end) if end - first == num_adapters else adapters, num_adapters, place_TK, off_TP)
+    first, end = min(present), max(present) + 1
+    place_TK = torch.where(ids_TK < 0, end - first, ids_TK - first).long()
+    off_TP = torch.ones(len(ids_TK), end - first + 1, dtype=torch.bool).scatter_(1, place_TK, False)[:, :-1]
+    return Present(first, end, place_TK, off_TP)
 
 
 def routed_linears_cpu(
@@ -80,13 +77,14 @@ def routed_linears_cpu(
     y_per_sibling = y_TO.split_with_sizes(widths, dim=1)
     if present is None:
         return y_per_sibling
-    adapters, num_adapters, place_TK, off_TP = present
-    num_tokens, num_siblings, rank = x_TI.shape[0], a_GERI.shape[0], a_GERI.shape[2]
+    first, end, place_TK, off_TP = present
+    a_GPRI, b_POR, scaling_PG = a_GERI[:, first:end], b_EOR[first:end], scaling_EG[first:end]
+    num_tokens, (num_siblings, num_adapters, rank, _) = x_TI.shape[0], a_GPRI.shape
     gate_TP = gates_TK.new_zeros(num_tokens, num_adapters + 1).scatter_add_(1, place_TK, gates_TK)[:, :-1]
-    h_TGPR = F.linear(x_TI, a_GERI[:, adapters].flatten(0, 2)).view(num_tokens, num_siblings, num_adapters, rank)
+    h_TGPR = F.linear(x_TI, a_GPRI.flatten(0, 2)).view(num_tokens, num_siblings, num_adapters, rank)
     h_TGPR.masked_fill_(off_TP[:, None, :, None], 0)  # not a product: 0 * inf is not 0
-    h_TGPR.mul_((gate_TP[:, None, :] * scaling_EG[adapters].t())[..., None])
-    b_per_sibling = b_EOR[adapters].split_with_sizes(widths, dim=1)
+    h_TGPR.mul_((gate_TP[:, None, :] * scaling_PG.t())[..., None])
+    b_per_sibling = b_POR.split_with_sizes(widths, dim=1)
     for g, (y, b) in enumerate(zip(y_per_sibling, b_per_sibling, strict=True)):
         y.addmm_(h_TGPR[:, g].flatten(1), b.transpose(0, 1).flatten(1).t())
     return y_per_sibling

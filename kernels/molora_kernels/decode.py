@@ -21,9 +21,17 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.arithmetic import INTERPRETED, count_row_tiles, dot, find_rows, power_of_two, round_to
+from molora_kernels.arithmetic import (
+    INTERPRETED,
+    count_row_tiles,
+    dot,
+    find_rows,
+    let_next_start,
+    power_of_two,
+    round_to,
+    wait_for_previous,
+)
 
 MAX_TOKENS = 64
 _SMEM_WITHOUT_OPT_IN = 48 * 1024
@@ -59,8 +67,8 @@ def _shrink_fwd_kernel(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_wait()
-        gdc_launch_dependents()
+        wait_for_previous()
+        let_next_start()
     group = tl.program_id(0)
     if group >= tl.load(num_groups_ptr):
         return
@@ -176,7 +184,7 @@ def _linear_fwd_kernel(
     OVERLAP: tl.constexpr,
 ):
     if OVERLAP:
-        gdc_launch_dependents()
+        let_next_start()
     sibling, first, end = find_rows(tl.program_id(0), WIDTHS, BLOCK_O)
     t_T = tl.arange(0, BLOCK_T)
     o_O = first + tl.arange(0, BLOCK_O)
@@ -201,7 +209,7 @@ def _linear_fwd_kernel(
         acc = _accumulate(acc, x_TI, w_OI, TRANSPOSED)
 
     if OVERLAP:
-        gdc_wait()
+        wait_for_previous()
     h_ptr += sibling * MAX_GROUPS * BLOCK_J
     acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
     for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):

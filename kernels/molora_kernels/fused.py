@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from molora_kernels.arithmetic import let_next_start, wait_for_previous
 from molora_kernels.hopper_gemm import BLOCK_I, Operands, Routing, launch
 from molora_kernels.sorting import sort_and_shrink, spread_
 from molora_kernels.tiles import choose_backward_tiles, choose_tiles
@@ -49,8 +49,8 @@ def _prepare_kernel(
     BLOCK_J: tl.constexpr,
 ):
     """Zero the counters and, where B is not stored by rows of O, lay it out so."""
-    gdc_wait()  # only then let the GEMM start: whatever earlier kernels wrote is there for it to read
-    gdc_launch_dependents()
+    wait_for_previous()  # only then let the GEMM start: whatever earlier kernels wrote is there for it to read
+    let_next_start()
     program = tl.program_id(0)
     if program == 0:
         for start in range(0, num_counters, 256):

@@ -154,7 +154,7 @@ def routed_linears(
             widths,
             keep_h,
         )
-        return tuple(y.split_with_sizes(widths, dim=1))
+        return tuple(y.split_with_sizes(widths, dim=1)) if len(widths) > 1 else (y,)  # a split's gradient is a copy
 
 
 def _needs_grad(*tensors: Tensor) -> bool:

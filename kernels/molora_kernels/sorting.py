@@ -12,9 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from molora_kernels.arithmetic import power_of_two
+from molora_kernels.arithmetic import dot, let_next_start, power_of_two, round_to, wait_for_previous
 from molora_kernels.grouped import block_of_tokens, find_tile, max_tiles
 from molora_kernels.plan_tables import BLOCK_T as SPAN
 
@@ -35,7 +34,7 @@ def _sort_kernel(
     SPAN: tl.constexpr,
 ):
     """Copy x in the plan's order, and note the lowest and the highest id of each span of that order."""
-    gdc_launch_dependents()
+    let_next_start()
     span = tl.program_id(0)
     i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     for start in range(span * SPAN, span * SPAN + SPAN, BLOCK_T):
@@ -78,7 +77,7 @@ def _shrink_kernel(
 
     It reads nothing that the kernel before it writes, so it may run beside it; it only ends after it.
     """
-    gdc_launch_dependents()
+    let_next_start()
     split = tl.program_id(1)
     num_blocks = tl.cdiv(R, BLOCK_R)
     sibling = tl.program_id(2) // num_blocks
@@ -101,12 +100,12 @@ def _shrink_kernel(
                 mask=(r_R < R)[None, :] & (i_I < I)[:, None],
                 other=0.0,
             )
-            acc_TR = tl.dot(x_TI, a_IR, acc_TR)
+            acc_TR = dot(x_TI, a_IR, acc_TR)
         row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
         tl.store(
             partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
         )
-    gdc_wait()
+    wait_for_previous()
 
 
 @triton.jit
@@ -129,8 +128,8 @@ def _spread_kernel(
     SPAN: tl.constexpr,
 ):
     """Add up the partial sums and lay them under their adapter's columns, zeros beside them, where tiles will read."""
-    gdc_wait()
-    gdc_launch_dependents()
+    wait_for_previous()
+    let_next_start()
     span = tl.program_id(0) * BLOCK_T // SPAN
     first = tl.load(spans_ptr + 2 * span) * R // BLOCK_J
     end = tl.cdiv(tl.minimum((tl.load(spans_ptr + 2 * span + 1) + 1) * R, J), BLOCK_J)
@@ -140,7 +139,7 @@ def _spread_kernel(
     id_T = tl.load(ids_ptr + token_T, mask=place_T < T, other=-1)
     gate_T = tl.load(gates_ptr + token_T, mask=id_T >= 0, other=0.0)
     gate_T *= tl.load(scaling_ptr + id_T * G + sibling, mask=id_T >= 0, other=0.0)
-    for block in range(first, end):
+    for block in range(first + tl.program_id(2), end, tl.num_programs(2)):
         j_J = block * BLOCK_J + tl.arange(0, BLOCK_J)
         mine_TJ = id_T[:, None] == (j_J // R)[None, :]
         sum_TJ = tl.zeros((BLOCK_T, BLOCK_J), tl.float32)
@@ -150,7 +149,7 @@ def _spread_kernel(
         h_TJ = tl.where(mine_TJ, sum_TJ * gate_T[:, None], 0.0)
         tl.store(
             h_ptr + place_T[:, None].to(tl.int64) * h_stride_t + (sibling * J + j_J)[None, :],
-            h_TJ.to(h_ptr.dtype.element_ty),
+            round_to(h_TJ, h_ptr.dtype.element_ty),
             mask=(place_T < T)[:, None] & (j_J < J)[None, :],
         )
 
@@ -217,7 +216,8 @@ def spread_(
 ) -> None:
     """Fill those columns of H [T, G * E * R] that tiles of the sorted tokens will read."""
     (num_splits, T, GR), (E, G) = partials.shape, scaling_EG.shape
-    _spread_kernel[triton.cdiv(T, 32), G](
+    num_blocks = triton.cdiv(T, 32) * G
+    _spread_kernel[triton.cdiv(T, 32), G, power_of_two(512 // num_blocks, at_least=1, at_most=16)](
         partials,
         scaling_EG,
         gates_TK,

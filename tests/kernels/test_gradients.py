@@ -125,7 +125,7 @@ def test_gradients_of_the_backward_kernel(
     y = routed_linear(*problem.args)
     actual = gradients(problem, y)
     again = gradients(problem, routed_linear(*problem.args))
-    assert "routed_linears" in type(y.grad_fn).__name__.lower() or "molora" in str(y.grad_fn).lower()
+    assert "routed_linears" in type(y.grad_fn).__name__  # not the torch implementation
     for name in TRAINED:
         assert actual[name].dtype == getattr(problem, name).dtype
         assert torch.equal(actual[name], again[name]), name
