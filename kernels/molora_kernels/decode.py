@@ -83,7 +83,7 @@ def _shrink_fwd_kernel(
         gate_T += tl.load(gates_ptr + t_T * K + k, mask=hit_T, other=0.0)
         selected_T = tl.where(hit_T, 1, selected_T)
     scaling = tl.load(scaling_ptr + e * G + sibling)
-    a_ptr += sibling * a_stride_g + e * a_stride_e
+    a_ptr += sibling.to(tl.int64) * a_stride_g + e * a_stride_e
 
     acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for start in range(0, I, BLOCK_I):

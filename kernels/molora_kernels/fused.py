@@ -103,13 +103,14 @@ def fused(
     spans: Tensor,
     widths: tuple[int, ...],
     *,
-    sort: bool,
+    sort: bool = False,
+    keep_h: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`routed_linears` where `suits` holds: y [T, O] and H [T, G * E * R], in the order of y's tokens unless sorted.
 
     As the tokens come, its price grows with the adapters that meet in a block of tokens, up to E * R columns. With
     `sort` it works on a copy of x in the plan's order, in which few meet, and scatters the rows of y: for many columns,
-    and one adapter a token.
+    and one adapter a token. H is whole only with `keep_h`: else what no tile reads is left unwritten.
     """
     T, O, (G, E, R, _), K = x_TI.shape[0], w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J = E * R
@@ -117,6 +118,8 @@ def fused(
     assert tiles is not None  # suits() held
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=x_TI.device)
     h_TC = _empty_matrix(T, G * J, x_TI.dtype, x_TI.device)
+    if keep_h:
+        h_TC.zero_()
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     if sort:
         assert K == 1
@@ -152,7 +155,7 @@ def fused_backward(
     (T, _), (E, R, I) = dy_TO.shape, a_ERI.shape
     tiles = choose_backward_tiles(T, I, E * R, dy_TO.device)
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=dy_TO.device)
-    g_TJ = _empty_matrix(T, E * R, dy_TO.dtype, dy_TO.device)
+    g_TJ = _empty_matrix(T, E * R, dy_TO.dtype, dy_TO.device).zero_()  # what no tile reads is left unwritten
     dx_TI = torch.empty(T, I, dtype=dy_TO.dtype, device=dy_TO.device)
     b_OJ, copies = _lay_by_rows(b_EOR)
     _prepare(b_EOR, b_OJ, counters, copies)

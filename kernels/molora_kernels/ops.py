@@ -21,14 +21,16 @@ if HAS_TRITON:
     from molora_kernels import decode as decoding
     from molora_kernels.grouped import grouped
 
-    with suppress(ImportError):  # a Triton without Gluon
+    with suppress(ImportError, AttributeError):  # Gluon is experimental: where it is missing or another, so is `fused`
         fusing = importlib.import_module("molora_kernels.fused")
 
 Impl = Literal["auto", "torch", "triton"]
 
 _MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
-_MAX_FUSED_COLUMNS_OF_A_BLEND = 4096  # more adapters a token cannot be sorted, and walking them costs more
-_MAX_SORTED_SCRATCH = 2**28  # elements of h, most of them never touched
+_MAX_FUSED_COLUMNS_OF_A_BLEND = (
+    4096  # tokens of several adapters cannot be sorted, and walking their adapters costs more
+)
+_MAX_SORTED_SCRATCH = 2**27  # elements of h, most of them never touched
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,16 +52,18 @@ def routed_linear(
         y[t] = weight @ x[t] + bias
              + sum_k gates[t, k] * scaling[e] * lora_b[e] @ (lora_a[e] @ x[t]),  e = plan.ids[t, k]
 
-    A token whose ids are all -1 gets exactly the base result. Products accumulate in float32. The weights of every
+    A token whose ids are all -1 gets exactly the base result: to the bit what the same call gives with a plan of no
+    adapters (`weight @ x` as the kernel that runs computes it). Products accumulate in float32. The weights of every
     adapter must be finite, selected or not.
 
     It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
     gates, each in its own dtype. On Hopper, for more than 64 tokens in 16 bits and up to 256 columns of adapters, the
     backward pass has a kernel of its own and the forward keeps h [T, E * R] for it; elsewhere it recomputes and
-    differentiates the torch implementation.
+    differentiates the torch implementation. On Hopper, programs of a launch may wait for each other: do not run these
+    calls on streams of different priority beside other kernels that wait so.
 
     Args:
-        x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change it.
+        x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change the result.
         weight: [O, I], frozen. It, lora_a and lora_b are cast to x's dtype.
         bias: [O] or None, frozen.
         lora_a: [E, R, I]; rows past an adapter's own rank are zero.
@@ -254,7 +258,13 @@ def _choose_regime(
         top_k, num_columns = ids.shape[1], num_adapters * rank
         if num_columns <= (_MAX_FUSED_COLUMNS if top_k == 1 else _MAX_FUSED_COLUMNS_OF_A_BLEND):
             return "fused"
-        if top_k == 1 and num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH:
+        num_spans, in_features = -(-num_tokens // 128), x.shape[1]
+        walks_little = (
+            num_columns <= num_spans * in_features
+        )  # the walk into the columns of all spans, against the base
+        siblings_are_whole = len(widths) == 1 or num_columns % 64 == 0  # a step reads 64 columns and may not read on
+        fits = num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH
+        if top_k == 1 and walks_little and siblings_are_whole and fits:
             return "sorted"
     return "grouped"
 
@@ -278,18 +288,21 @@ def _routed_linears_triton(
     keep_h: bool,
 ) -> tuple[Tensor, Tensor]:
     widths, scaling, gates = tuple(out_features), scaling.float().contiguous(), gates.float().contiguous()
+    bias = None if bias is None else bias.contiguous()
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0)
     if keep_h:
         x, weight, lora_a = (_addressable(tensor) for tensor in (x, weight, lora_a))
     operands = (x, weight, bias, lora_a, lora_b, scaling, gates, ids)
     regime = "fused" if keep_h else _choose_regime(x, weight, lora_a, lora_b, ids, widths)
-    if regime == "decode":
-        return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
-    if regime in ("fused", "sorted"):
-        y, h = fusing.fused(*operands, order, offsets, spans, widths, sort=regime == "sorted")
-        return y, _whole_rows(h) if keep_h else x.new_empty(0)
-    return grouped(*operands, order, offsets, widths), x.new_empty(0)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        if regime == "decode":
+            return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
+        if regime in ("fused", "sorted"):
+            tables = (order, offsets, spans)
+            y, h = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
+            return y, _whole_rows(h) if keep_h else x.new_empty(0)
+        return grouped(*operands, order, offsets, widths), x.new_empty(0)
 
 
 @_routed_linears_triton.register_fake
@@ -314,7 +327,8 @@ def _dx_triton(
 ) -> tuple[Tensor, Tensor]:
     dy, weight, lora_a = (_addressable(tensor) for tensor in (dy, weight, lora_a))
     routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, spans)
-    dx, g = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing)
+    with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
+        dx, g = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing)
     return dx, _whole_rows(g)
 
 
@@ -342,10 +356,13 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError('these gradients cannot be differentiated again (create_graph=True); use impl="torch"')
     if dy_TO is None:
         return (None,) * 15
     differentiate = _differentiate_fused if ctx.kept_h else _differentiate_reference
-    return *differentiate(ctx, dy_TO), *[None] * 8
+    with torch.autocast(dy_TO.device.type, enabled=False):
+        return *differentiate(ctx, dy_TO), *[None] * 8
 
 
 def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:

@@ -85,7 +85,8 @@ def make_plan(ids: Tensor, num_adapters: int, check: bool = False) -> Plan:
 
 @torch.library.custom_op("molora::make_plan", mutates_args=())
 def _build_tables(ids: Tensor, num_adapters: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return build_tables(ids, num_adapters)
+    with torch.cuda.device_of(ids):  # type: ignore[no-untyped-call]  # Triton launches on the current device
+        return build_tables(ids, num_adapters)
 
 
 @_build_tables.register_fake

@@ -113,12 +113,17 @@ def test_siblings_share_the_gradient_of_their_input(make_problem: Callable, impl
 
 @pytest.mark.skipif(not ON_HOPPER, reason="the backward kernel needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("routes", ["uniform", "zipf", "none", "duplicates"])
+@pytest.mark.parametrize("routes", ["uniform", "zipf", "none", "duplicates", "runs"])
 @pytest.mark.parametrize("shape", [(300, 136, 264, 5, 24, 1), (1000, 520, 512, 3, 16, 2), (129, 64, 72, 12, 8, 1)])
 def test_gradients_of_the_backward_kernel(
     make_problem: Callable, dtype: torch.dtype, routes: str, shape: tuple[int, ...]
 ) -> None:
-    problem = with_leaves(make_problem(*shape, dtype=dtype, routes=routes))
+    problem = with_leaves(make_problem(*shape, dtype=dtype, routes="none" if routes == "runs" else routes))
+    if routes == "runs":  # whole blocks of tokens without an adapter, or of one
+        problem.ids[130:] = 0
+        problem.ids[290:] = shape[3] - 1
+    junk = torch.full((2**22,), torch.nan, device="cuda")  # what the allocator hands out next
+    del junk
     exact = with_leaves(problem, torch.float64)
     exact = exact.replace(weight=problem.weight.double(), bias=problem.bias.double())
     expected = gradients(exact, routed_linear(*exact.args, impl="torch"))
@@ -131,3 +136,13 @@ def test_gradients_of_the_backward_kernel(
         assert torch.equal(actual[name], again[name]), name
         error = (actual[name].double() - expected[name]).norm()
         assert error <= (1e-3 if dtype == torch.float16 else 6e-3) * expected[name].norm(), name
+
+
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
+def test_a_second_derivative_is_refused(make_problem: Callable, impl: str) -> None:
+    if impl == "torch":
+        pytest.skip("autograd differentiates plain torch any number of times")
+    problem = with_leaves(make_problem(5))
+    y = routed_linear(*problem.args, impl=impl)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(y.sum(), problem.x, create_graph=True)

@@ -193,6 +193,22 @@ def test_a_captured_graph_follows_new_ids(make_problem: Callable, regime: str, t
         assert torch.equal(y, call())
 
 
+@pytest.mark.skipif(not ON_HOPPER, reason="tiles of the fused regime")
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("regime", ["fused", "sorted"], indirect=True)
+def test_every_tile_of_the_fused_regime(
+    make_problem: Callable, solve: Callable, monkeypatch: pytest.MonkeyPatch, regime: str, index: int
+) -> None:
+    from molora_kernels import tiles
+
+    monkeypatch.setattr(tiles, "_TILES", tiles._TILES[index : index + 1])
+    problem = make_problem(513, 136, 520, 5, 24, 1, dtype=torch.float16, routes="zipf")
+    problem.ids[128:300] = -1
+    y = routed_linear(*problem.args, impl="triton")
+    assert relative_error(y, solve(problem)) < 5e-4
+    assert torch.equal(y, routed_linear(*problem.args, impl="triton"))
+
+
 @pytest.mark.skipif(not ON_HOPPER, reason="the choice is for a Hopper GPU")
 @pytest.mark.parametrize(
     ("tokens", "adapters", "rank", "dtype", "expected"),

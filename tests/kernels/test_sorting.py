@@ -14,8 +14,8 @@ sorting = pytest.importorskip("molora_kernels.sorting")
 def test_h_lies_under_the_columns_of_each_tokens_adapter(
     make_problem: Callable, device: torch.device, routes: str, num_tokens: int, rank: int, num_siblings: int
 ) -> None:
-    if not backend.triton_runs_on(device):
-        pytest.skip("no Triton")
+    if not backend.triton_runs_on(device) or (device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9):
+        pytest.skip("needs Triton's interpreter, or a GPU whose launches overlap")
     dtype = torch.float16
     problem = make_problem(
         num_tokens, 136, 64, 7, rank, 1, num_siblings=num_siblings, dtype=dtype, routes=routes, integers=True

@@ -84,6 +84,7 @@ def test_operands_may_be_strided(make_problem: Callable, solve: Callable, impl: 
         weight=problem.weight.t().contiguous().t(),
         lora_a=problem.lora_a.mT.contiguous().mT,
         lora_b=problem.lora_b.transpose(0, 1).contiguous().transpose(0, 1),
+        bias=problem.bias.repeat_interleave(2)[::2],
         gates=problem.gates.t().contiguous().t(),
         ids=problem.ids.t().contiguous().t(),
     )
