@@ -9,16 +9,11 @@ base, and public multi-LoRA kernels that are installed are timed too. On a CPU t
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
-import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import torch
+from benchmarks.machine import describe_machine
 from benchmarks.measure import Bench, WrongResultError
 from benchmarks.peers import installed_peers
 from benchmarks.problem import LIMITS
@@ -50,37 +45,6 @@ def parse_arguments(on_gpu: bool) -> argparse.Namespace:
         parser.error(str(error))
     args.cases = chosen or [(suite, case) for suite in args.suite for case in SUITES[suite]]
     return args
-
-
-def describe_machine(device: torch.device, peers: list[str]) -> dict[str, Any]:
-    return {
-        "command": shlex.join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "cuda": torch.version.cuda,
-            **{name: _version(name) for name in ("torch", "triton", *peers)},
-        },
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if (changes := _git("status", "--porcelain")) is None else bool(changes),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """None where git or the repository is missing."""
-    try:
-        ran = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
-    except OSError:
-        return None
-    return ran.stdout.strip() if ran.returncode == 0 else None
 
 
 def main() -> None:
