@@ -1,6 +1,6 @@
 """Run the kernels' tests and write what happened beside the benchmarks.
 
-    python kernels/record_tests.py kernels/results/tests.json -m gpu
+python kernels/record_tests.py kernels/results/tests.json -m gpu
 """
 
 import json

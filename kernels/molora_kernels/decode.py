@@ -177,6 +177,7 @@ def _linear_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    B_STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # the accumulator is [O, T]: then 64 rows of W feed Hopper's wide products
     EVEN_I: tl.constexpr,
     EVEN_O: tl.constexpr,
@@ -212,7 +213,7 @@ def _linear_fwd_kernel(
         wait_for_previous()
     h_ptr += sibling * MAX_GROUPS * BLOCK_J
     acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
-    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):
+    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=B_STAGES):
         h_TC = _load_h(h_ptr, t_T, 0, start, num_columns, J, BLOCK_C)
         b_OC = _load_b(
             b_ptr,
@@ -261,7 +262,7 @@ def decode(
     device, max_groups = x_TI.device, groups.shape[0]
     block_t, block_j = power_of_two(T), power_of_two(R)
     block_r = min(block_j, 64)
-    tiles = _choose_tiles(block_t, block_j, O, I, device)
+    tiles = _choose_tiles(block_t, block_j, max_groups, O, I, device)
     overlap = _overlaps(device)
     options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
 
@@ -317,36 +318,44 @@ def decode(
         WIDTHS=widths,
         BLOCK_T=block_t,
         BLOCK_J=block_j,
-        BLOCK_C=power_of_two(max_groups * block_j, at_most=256 if tiles["BLOCK_O"] <= 64 and block_j > 16 else 128),
         EVEN_I=I % tiles["BLOCK_I"] == 0,
         EVEN_O=all(width % tiles["BLOCK_O"] == 0 for width in widths),
         ALIGNED=R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0,
         OVERLAP=overlap,
-        num_warps=4,
         **tiles,
         **options,
     )
     return y_TO
 
 
-def _choose_tiles(block_t: int, block_j: int, O: int, I: int, device: torch.device) -> dict[str, Any]:
+def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device) -> dict[str, Any]:
     """Tiles of the base weight, from the sweeps in kernels/results: enough programs to occupy the GPU, and in each of
     them enough bytes of W under way to keep memory busy."""
     if INTERPRETED:
-        return {"BLOCK_O": 32, "BLOCK_I": power_of_two(I, at_most=64), "TRANSPOSED": False, "num_stages": 1}
-    num_sms, smem = _describe(device)
-    if 24 * num_sms > O:  # too narrow for 64 rows each
-        block_o, block_i, depth = 32, 128, 5
-    elif 64 * num_sms > O:  # one program an SM: a deep pipeline
-        block_o, block_i, depth = 64, 128, 6
-    elif block_t < 64:  # two programs an SM
-        block_o, block_i, depth = 64, 128, 4
+        block_o, block_i, block_c, num_stages = 32, power_of_two(I, at_most=64), 128, 1
     else:
-        block_o, block_i, depth = 128, 64, 6
-    block_i = power_of_two(I, at_most=block_i)
-    rest = 2 * (block_o + block_t) * max(block_j, 128)  # the columns of B and h
-    num_stages = max(2, min(depth, (smem - rest) // (2 * (block_o + block_t) * block_i)))
-    return {"BLOCK_O": block_o, "BLOCK_I": block_i, "TRANSPOSED": block_o >= 64, "num_stages": num_stages}
+        num_sms, smem = _describe(device)
+        if 24 * num_sms > O:  # too narrow for 64 rows each
+            block_o, block_i, depth = 32, 128, 5
+        elif 64 * num_sms > O:  # one program an SM: a deep pipeline
+            block_o, block_i, depth = 64, 128, 6
+        elif block_t < 64:  # two programs an SM
+            block_o, block_i, depth = 64, 128, 4
+        else:
+            block_o, block_i, depth = 128, 64, 6
+        block_i = power_of_two(I, at_most=block_i)
+        block_c = 256 if block_o <= 64 and block_j > 16 else 128
+        rest = 2 * (block_o + block_t) * max(block_j, 128)  # the columns of B and h
+        num_stages = max(2, min(depth, (smem - rest) // (2 * (block_o + block_t) * block_i)))
+    return {
+        "BLOCK_O": block_o,
+        "BLOCK_I": block_i,
+        "BLOCK_C": power_of_two(max_groups * block_j, at_most=block_c),
+        "B_STAGES": 2,
+        "TRANSPOSED": not INTERPRETED and block_o >= 64,
+        "num_stages": num_stages,
+        "num_warps": 4,
+    }
 
 
 def _describe(device: torch.device) -> tuple[int, int]:

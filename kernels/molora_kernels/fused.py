@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molora_kernels.arithmetic import let_next_start, wait_for_previous
+from molora_kernels.arithmetic import let_next_start, power_of_two, wait_for_previous
 from molora_kernels.hopper_gemm import BLOCK_I, Operands, Routing, launch
 from molora_kernels.sorting import sort_and_shrink, spread_
 from molora_kernels.tiles import choose_backward_tiles, choose_tiles
@@ -68,6 +68,37 @@ def _prepare_kernel(
             tl.store(b_all_ptr + o_O[:, None] * b_all_stride_o + j_J[None, :], b_OJ, mask=mask)
 
 
+@triton.jit
+def _gates_bwd_kernel(
+    u_ptr,
+    v_ptr,
+    scaling_ptr,
+    ids_ptr,
+    dgates_ptr,
+    u_stride_t,
+    v_stride_t,
+    P,
+    R,
+    K: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Each pair of a token and a slot: u . v over the ranks of its adapter, scaled."""
+    p_P = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    id_P = tl.load(ids_ptr + p_P, mask=p_P < P, other=-1)
+    row_P = (p_P // K).to(tl.int64)
+    sum_P = tl.zeros((BLOCK_P,), tl.float32)
+    for start in range(0, R, BLOCK_R):
+        r_R = start + tl.arange(0, BLOCK_R)
+        mask = (id_P >= 0)[:, None] & (r_R < R)[None, :]
+        column_PR = id_P[:, None] * R + r_R[None, :]
+        u_PR = tl.load(u_ptr + row_P[:, None] * u_stride_t + column_PR, mask=mask, other=0.0).to(tl.float32)
+        v_PR = tl.load(v_ptr + row_P[:, None] * v_stride_t + column_PR, mask=mask, other=0.0).to(tl.float32)
+        sum_P += tl.sum(u_PR * v_PR, axis=1)
+    scaling_P = tl.load(scaling_ptr + id_P, mask=id_P >= 0, other=0.0)
+    tl.store(dgates_ptr + p_P, sum_P * scaling_P, mask=p_P < P)
+
+
 def runs_on(device: torch.device) -> bool:
     """True on Hopper: wgmma and its shared-memory layouts are that generation's own."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
@@ -105,21 +136,21 @@ def fused(
     *,
     sort: bool = False,
     keep_h: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """`routed_linears` where `suits` holds: y [T, O] and H [T, G * E * R], in the order of y's tokens unless sorted.
+) -> tuple[Tensor, Tensor | None]:
+    """`routed_linears` where `suits` holds: y [T, O] and, with `keep_h`, the hidden ranks for a backward pass.
 
     As the tokens come, its price grows with the adapters that meet in a block of tokens, up to E * R columns. With
     `sort` it works on a copy of x in the plan's order, in which few meet, and scatters the rows of y: for many columns,
-    and one adapter a token. H is whole only with `keep_h`: else what no tile reads is left unwritten.
+    and one adapter a token.
+
+    Returns y and [2, T, E * R]: H, and x A_all^T where some token of the block selected the adapter.
     """
     T, O, (G, E, R, _), K = x_TI.shape[0], w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J = E * R
     tiles = choose_tiles(T, widths, 0 if sort else G * J, x_TI.device)  # of sorted tokens, H is there before
     assert tiles is not None  # suits() held
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=x_TI.device)
-    h_TC = _empty_matrix(T, G * J, x_TI.dtype, x_TI.device)
-    if keep_h:
-        h_TC.zero_()
+    h_TC, kept = _empty_hidden(T, G * J, x_TI, keep_h)
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     if sort:
         assert K == 1
@@ -131,10 +162,11 @@ def fused(
     if sort:
         spread_(h_TC, partials, scaling_EG, gates_TK, ids_TK, order_T, spans)
     bounds = tuple(sum(widths[:g]) for g in range(1, len(widths)))
-    operands = Operands(x_TI, w_OI, bias_O, a_GERI.flatten(0, 2), h_TC, b_rows, y_TO)
+    u_TC = None if kept is None else kept[1]
+    operands = Operands(x_TI, w_OI, bias_O, a_GERI.flatten(0, 2), h_TC, u_TC, b_rows, y_TO)
     routing = Routing(scaling_EG, gates_TK, ids_TK, spans, counters, order_T)
     launch(tiles, operands, routing, (G, E, R), bounds, sort=sort, by_adapter=by_adapter)
-    return y_TO, h_TC
+    return y_TO, kept
 
 
 def fused_backward(
@@ -147,22 +179,51 @@ def fused_backward(
     ids_TK: Tensor,
     order_T: Tensor,
     spans: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """The gradients to x [T, I] and to x A_all^T [T, E * R], the forward's product read the other way around:
+    u_TJ: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to x [T, I], to x A_all^T [T, E * R] and to the gates, the forward's product the other way around:
 
-    dx = [dy | G] [W ; A_all],    G = (dy B_all) masked by route, times gate and scaling
+    dx = [dy | G] [W ; A_all],    G = V masked by route, times gate and scaling,    V = dy B_all
+    dgates[t, k] = scaling[e] * sum_r U[t, e, r] * V[t, e, r],    e = ids[t, k],    U = x A_all^T
     """
-    (T, _), (E, R, I) = dy_TO.shape, a_ERI.shape
+    (T, _), (E, R, I), K = dy_TO.shape, a_ERI.shape, ids_TK.shape[1]
     tiles = choose_backward_tiles(T, I, E * R, dy_TO.device)
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=dy_TO.device)
-    g_TJ = _empty_matrix(T, E * R, dy_TO.dtype, dy_TO.device).zero_()  # what no tile reads is left unwritten
+    g_TJ, kept = _empty_hidden(T, E * R, dy_TO, keep=True)
+    assert kept is not None
     dx_TI = torch.empty(T, I, dtype=dy_TO.dtype, device=dy_TO.device)
     b_OJ, copies = _lay_by_rows(b_EOR)
     _prepare(b_EOR, b_OJ, counters, copies)
-    operands = Operands(dy_TO, w_OI, None, b_OJ, g_TJ, a_ERI.flatten(0, 1), dx_TI)
+    operands = Operands(dy_TO, w_OI, None, b_OJ, g_TJ, kept[1], a_ERI.flatten(0, 1), dx_TI)
     routing = Routing(scaling_E1, gates_TK, ids_TK, spans, counters, order_T)
     launch(tiles, operands, routing, (1, E, R), (), transposed=True)
-    return dx_TI, g_TJ
+    dgates_TK = torch.empty(T, K, dtype=torch.float32, device=dy_TO.device)
+    _gates_bwd_kernel[triton.cdiv(T * K, 32),](
+        u_TJ,
+        kept[1],
+        scaling_E1,
+        ids_TK,
+        dgates_TK,
+        u_TJ.stride(0),
+        g_TJ.stride(0),
+        T * K,
+        R,
+        K=K,
+        BLOCK_P=32,
+        BLOCK_R=power_of_two(R, at_most=64),
+    )
+    return dx_TI, g_TJ, dgates_TK
+
+
+def _empty_hidden(T: int, columns: int, like: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """Room for H and, to keep, for [2, T, columns]: H and what it is before mask and gate.
+
+    What no tile reads is left unwritten; but what is kept is also summed over all tokens, and H is zero there.
+    """
+    if not keep:
+        return _empty_matrix(T, columns, like.dtype, like.device), None
+    kept = _empty_matrix(2 * T, columns, like.dtype, like.device).unflatten(0, (2, T))
+    return kept[0].zero_(), kept
 
 
 def _lay_by_rows(b_EOR: Tensor) -> tuple[Tensor, bool]:

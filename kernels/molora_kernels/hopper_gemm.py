@@ -277,10 +277,24 @@ def _scatter(y_ptr, order_ptr, value, row, column, T, O, buffer):
 
 @gluon.jit
 def _store_h(
-    desc, acc, row, column, buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K: gl.constexpr, layout: gl.constexpr
+    desc,
+    u_desc,
+    acc,
+    row,
+    column,
+    buffer,
+    scaling_ptr,
+    gates_ptr,
+    ids_ptr,
+    sizes,
+    K: gl.constexpr,
+    KEEP_U: gl.constexpr,
+    layout: gl.constexpr,
 ):
-    """Keep what each token selected, gated and scaled, and write it: [64, N] of H."""
+    """Write [64, N] of H: what each token selected, gated and scaled; and, to keep them, the products themselves."""
     T, _, _, G, E, R = sizes
+    if KEEP_U:
+        _store(u_desc, acc, row, column, buffer)
     t_T = row + gl.arange(0, 64, gl.SliceLayout(1, layout))
     c_N = column + gl.arange(0, acc.shape[1], gl.SliceLayout(0, layout))
     e_N = (c_N // R) % E
@@ -301,6 +315,7 @@ def _store_h(
 def _compute(
     y_desc,
     h_desc,
+    u_desc,
     y_ptr,
     bias_ptr,
     scaling_ptr,
@@ -321,6 +336,7 @@ def _compute(
     GROUP: gl.constexpr,
     K: gl.constexpr,
     SORTED: gl.constexpr,
+    KEEP_U: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
     """Four of the eight warps that multiply. They halve a tile of 128 tokens by rows, one of 64 by columns."""
@@ -354,16 +370,54 @@ def _compute(
                     upper, lower, step = _multiply_twice(
                         step, num_steps, w_ring, x_ring, ready, empty, HALF * 128, H_N, TRANSPOSED, h_layout
                     )
-                    _store_h(h_desc, upper, row, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout)
                     _store_h(
-                        h_desc, lower, row + 64, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
+                        h_desc,
+                        u_desc,
+                        upper,
+                        row,
+                        column,
+                        h_buffer,
+                        scaling_ptr,
+                        gates_ptr,
+                        ids_ptr,
+                        sizes,
+                        K,
+                        KEEP_U,
+                        h_layout,
+                    )
+                    _store_h(
+                        h_desc,
+                        u_desc,
+                        lower,
+                        row + 64,
+                        column,
+                        h_buffer,
+                        scaling_ptr,
+                        gates_ptr,
+                        ids_ptr,
+                        sizes,
+                        K,
+                        KEEP_U,
+                        h_layout,
                     )
                 else:
                     acc, step = _multiply(
                         step, num_steps, x_ring, w_ring, ready, empty, ROW, H_COLUMN, H_N, TRANSPOSED, h_layout
                     )
                     _store_h(
-                        h_desc, acc, token + ROW, column, h_buffer, scaling_ptr, gates_ptr, ids_ptr, sizes, K, h_layout
+                        h_desc,
+                        u_desc,
+                        acc,
+                        token + ROW,
+                        column,
+                        h_buffer,
+                        scaling_ptr,
+                        gates_ptr,
+                        ids_ptr,
+                        sizes,
+                        K,
+                        KEEP_U,
+                        h_layout,
                     )
                 _instruct("cp.async.bulk.wait_group 0")  # until the writes are done, not only read from the buffer
                 _instruct("fence.proxy.async")
@@ -409,6 +463,7 @@ def _fused_fwd_kernel(
     a_desc,
     h_desc,
     h_store_desc,
+    u_desc,
     b_desc,
     y_desc,
     y_ptr,
@@ -435,6 +490,7 @@ def _fused_fwd_kernel(
     GROUP: gl.constexpr,
     K: gl.constexpr,
     SORTED: gl.constexpr,
+    KEEP_U: gl.constexpr,
     BY_ADAPTER: gl.constexpr,  # B's rows stand adapter by adapter, else those of one o side by side
     TRANSPOSED: gl.constexpr,  # the right operands' rows are the dimension summed over, as a backward pass has them
     REGISTERS: gl.constexpr,
@@ -460,6 +516,7 @@ def _fused_fwd_kernel(
                 (
                     y_desc,
                     h_store_desc,
+                    u_desc,
                     y_ptr,
                     bias_ptr,
                     scaling_ptr,
@@ -480,6 +537,7 @@ def _fused_fwd_kernel(
                     GROUP,
                     K,
                     SORTED,
+                    KEEP_U,
                     TRANSPOSED,
                 ),
             ),
@@ -488,6 +546,7 @@ def _fused_fwd_kernel(
                 (
                     y_desc,
                     h_store_desc,
+                    u_desc,
                     y_ptr,
                     bias_ptr,
                     scaling_ptr,
@@ -508,6 +567,7 @@ def _fused_fwd_kernel(
                     GROUP,
                     K,
                     SORTED,
+                    KEEP_U,
                     TRANSPOSED,
                 ),
             ),
@@ -547,6 +607,7 @@ class Operands(NamedTuple):
     bias_O: Tensor | None
     a: Tensor  # [G * J, I]
     h_TC: Tensor  # [T, G * J], written here unless the tokens are sorted
+    u_TC: Tensor | None  # likewise, x a^T as it is: neither masked by route nor gated; only where a tile reads h
     b: Tensor  # [O, J]; adapter by adapter [E * O, R]
     y_TO: Tensor  # written here
 
@@ -571,7 +632,7 @@ def launch(
     by_adapter: bool = False,
     transposed: bool = False,
 ) -> None:
-    x_TI, w, bias, a, h_TC, b, y_TO = operands
+    x_TI, w, bias, a, h_TC, u_TC, b, y_TO = operands
     scaling, gates, ids, spans, counters, order = routing
     (T, I), O, (G, E, R) = x_TI.shape, y_TO.shape[1], sizes
     work = tiles.count_items(T, 0 if sort else G * E * R) + tiles.count_tiles(T, O)
@@ -588,6 +649,7 @@ def launch(
         right(a, tiles.block_j),
         _describe(h_TC, tiles.block_t, BLOCK_I),
         _describe(h_TC, 64, tiles.block_j // halves),
+        _describe(h_TC if u_TC is None else u_TC, 64, tiles.block_j // halves),
         right(b, tiles.block_o),
         _describe(y_TO, 64, buffer_columns),
         y_TO,
@@ -614,6 +676,7 @@ def launch(
         GROUP=16,
         K=ids.shape[1],
         SORTED=sort,
+        KEEP_U=u_TC is not None,
         BY_ADAPTER=by_adapter,
         TRANSPOSED=transposed,
         # maxnreg times 12 warps is the program's share; the loading warps keep 24 and these eight get the rest

@@ -9,7 +9,6 @@ from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from molora_kernels.backend import HAS_TRITON, INTERPRETED, triton_runs_on
@@ -300,8 +299,8 @@ def _routed_linears_triton(
             return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
         if regime in ("fused", "sorted"):
             tables = (order, offsets, spans)
-            y, h = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
-            return y, _whole_rows(h) if keep_h else x.new_empty(0)
+            y, kept = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
+            return y, x.new_empty(0) if kept is None else _whole_rows(kept)
         return grouped(*operands, order, offsets, widths), x.new_empty(0)
 
 
@@ -309,8 +308,8 @@ def _routed_linears_triton(
 def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     x, weight, lora_a, keep_h = args[0], args[1], args[3], args[14]
     num_columns = lora_a.shape[1] * lora_a.shape[2]
-    h = x.new_empty(x.shape[0], (num_columns + 7) // 8 * 8) if keep_h else x.new_empty(0)
-    return x.new_empty(x.shape[0], weight.shape[0]), h
+    kept = x.new_empty(2, x.shape[0], (num_columns + 7) // 8 * 8) if keep_h else x.new_empty(0)
+    return x.new_empty(x.shape[0], weight.shape[0]), kept
 
 
 @torch.library.custom_op("molora::routed_linear_dx", mutates_args=())
@@ -324,18 +323,23 @@ def _dx_triton(
     ids: Tensor,
     order: Tensor,
     spans: Tensor,
-) -> tuple[Tensor, Tensor]:
+    kept: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
     dy, weight, lora_a = (_addressable(tensor) for tensor in (dy, weight, lora_a))
     routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, spans)
     with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
-        dx, g = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing)
-    return dx, _whole_rows(g)
+        dx, g, dgates = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing, kept[1])
+    return dx, _whole_rows(g), dgates
 
 
 @_dx_triton.register_fake
-def _fake_dx(dy: Tensor, weight: Tensor, lora_a: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    num_columns = lora_a.shape[1] * lora_a.shape[2]
-    return dy.new_empty(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], (num_columns + 7) // 8 * 8)
+def _fake_dx(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dy, weight, kept, gates = args[0], args[1], args[9], args[5]
+    return (
+        dy.new_empty(dy.shape[0], weight.shape[1]),
+        torch.empty_like(kept[0]),
+        gates.new_empty(gates.shape, dtype=torch.float32),
+    )
 
 
 def _addressable(tensor: Tensor) -> Tensor:
@@ -345,8 +349,8 @@ def _addressable(tensor: Tensor) -> Tensor:
 
 
 def _whole_rows(matrix: Tensor) -> Tensor:
-    """A matrix with the padding that its rows have in memory."""
-    return matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
+    """A matrix, or some, with the padding that its rows have in memory."""
+    return matrix.as_strided((*matrix.shape[:-1], matrix.stride(-2)), matrix.stride())
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -366,24 +370,21 @@ def _backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor 
 
 
 def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """dx and G by the kernel, dA = G^T x and dB = dy^T H by the library: both are masked, so one product serves all
-    adapters, and sums in a fixed order."""
-    x_TI, weight, _, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, _, spans, *_, h_TJ = ctx.saved_tensors
+    """dx, G and dgates by kernels, dA = G^T x and dB = dy^T H by the library: G and H are masked, so one product serves
+    all adapters, and sums in a fixed order."""
+    x_TI, weight, _, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, _, spans, *_, kept_2TJ = ctx.saved_tensors
     needs_x, _, _, needs_a, needs_b, _, needs_gates, *_ = ctx.needs_input_grad
     _, E, R, _ = a_1ERI.shape
     dx = da = db = dgates = None
-    if needs_x or needs_a:
-        dx, g_TJ = _dx_triton(dy_TO, weight, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, spans)
+    if needs_x or needs_a or needs_gates:
+        routing = (scaling_E1, gates_TK, ids_TK, order, spans)
+        dx, g_TJ, dgates = _dx_triton(dy_TO, weight, a_1ERI, b_EOR, *routing, kept_2TJ)
+        dgates = dgates.to(gates_TK.dtype)
         if needs_a:
             da = (g_TJ[:, : E * R].t() @ x_TI).view_as(a_1ERI)
     if needs_b:
-        db = (dy_TO.t() @ h_TJ[:, : E * R]).view(-1, E, R).transpose(0, 1)
-    if needs_gates:
-        u_TER = F.linear(x_TI, a_1ERI.flatten(0, 2)).view(-1, E, R).float()
-        v_TER = (dy_TO @ b_EOR.transpose(0, 1).flatten(1)).view(-1, E, R).float()
-        dgate_TE = (u_TER * v_TER).sum(dim=2) * scaling_E1.squeeze(1)
-        dgates = dgate_TE.gather(1, ids_TK.clamp(min=0).long()).masked_fill(ids_TK < 0, 0).to(gates_TK.dtype)
-    return dx if needs_x else None, None, None, da, db, None, dgates
+        db = (dy_TO.t() @ kept_2TJ[0, :, : E * R]).view(-1, E, R).transpose(0, 1)
+    return dx if needs_x else None, None, None, da, db, None, dgates if needs_gates else None
 
 
 def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,8 +1,8 @@
 """For the fused regime with many columns: x copied in the plan's order, and H made of it beforehand.
 
-In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Three launches:
-the copy; beside it the hidden ranks as partial sums, by tiles that never cross adapters; and their spread under the
-columns of their adapters. One adapter a token only.
+In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Two launches: the
+hidden ranks as partial sums, by tiles that never cross adapters and copy the x that they read; and the sums' spread
+under the columns of their adapters. One adapter a token only.
 
 Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features.
 """
@@ -19,44 +19,14 @@ from molora_kernels.plan_tables import BLOCK_T as SPAN
 
 
 @triton.jit
-def _sort_kernel(
-    x_ptr,
-    ids_ptr,
-    order_ptr,
-    sorted_x_ptr,
-    spans_ptr,
-    x_stride_t,
-    T,
-    E,
-    I,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Copy x in the plan's order, and note the lowest and the highest id of each span of that order."""
-    let_next_start()
-    span = tl.program_id(0)
-    i_I = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-    for start in range(span * SPAN, span * SPAN + SPAN, BLOCK_T):
-        place_T = start + tl.arange(0, BLOCK_T)
-        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
-        mask = (place_T < T)[:, None] & (i_I < I)[None, :]
-        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
-        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
-    if tl.program_id(1) == 0:
-        place_S = span * SPAN + tl.arange(0, SPAN)
-        token_S = tl.load(order_ptr + place_S, mask=place_S < T, other=0)
-        id_S = tl.load(ids_ptr + token_S, mask=place_S < T, other=-1)
-        tl.store(spans_ptr + 2 * span, tl.min(tl.where(id_S < 0, E, id_S)))
-        tl.store(spans_ptr + 2 * span + 1, tl.max(id_S))
-
-
-@triton.jit
 def _shrink_kernel(
     x_ptr,
     a_ptr,
+    ids_ptr,
     order_ptr,
     offsets_ptr,
+    sorted_x_ptr,
+    spans_ptr,
     partial_ptr,
     x_stride_t,
     a_stride_g,
@@ -68,44 +38,62 @@ def _shrink_kernel(
     R,
     G,
     per_split,
+    num_tiles,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    SPAN: tl.constexpr,
 ):
-    """Partial sums of each token's hidden ranks, over a part of I, in the plan's order.
+    """Copy x in the plan's order and sum each token's hidden ranks, over a part of I.
 
-    It reads nothing that the kernel before it writes, so it may run beside it; it only ends after it.
+    Programs past the tiles of adapters only copy: their tokens have none. The first ones also note the lowest and the
+    highest id of each span of the order.
     """
+    wait_for_previous()  # only then let the next kernels start: whatever earlier ones wrote is there for them to read
     let_next_start()
-    split = tl.program_id(1)
-    num_blocks = tl.cdiv(R, BLOCK_R)
-    sibling = tl.program_id(2) // num_blocks
-    r_R = tl.program_id(2) % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
-    adapter, place, end = find_tile(tl.program_id(0), offsets_ptr, E, BLOCK_T, BLOCK_E)
+    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_active = tl.load(offsets_ptr + E)
+    if (tile * SPAN < T) & (split == 0) & (block == 0):
+        last = tl.minimum(tile * SPAN + SPAN, num_active) - 1
+        some = last >= tile * SPAN
+        lowest = tl.load(ids_ptr + tl.load(order_ptr + tile * SPAN), mask=some, other=E)
+        highest = tl.load(ids_ptr + tl.load(order_ptr + last, mask=some, other=0), mask=some, other=-1)
+        tl.store(spans_ptr + 2 * tile, lowest)
+        tl.store(spans_ptr + 2 * tile + 1, highest)
+    adapter, place, end = find_tile(tile, offsets_ptr, E, BLOCK_T, BLOCK_E)
+    if tile >= num_tiles:
+        place, end = num_active + (tile - num_tiles) * BLOCK_T, T
     if place < end:
+        num_blocks = tl.cdiv(R, BLOCK_R)
+        sibling = block // num_blocks
+        r_R = block % num_blocks * BLOCK_R + tl.arange(0, BLOCK_R)
         place_T = place + tl.arange(0, BLOCK_T)
         token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
         a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
+        copy_end = tl.where(block == 0, end, 0)
         acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
         for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
             i_I = start + tl.arange(0, BLOCK_I)
-            x_TI = tl.load(
-                x_ptr + token_T[:, None] * x_stride_t + i_I[None, :],
-                mask=(place_T < end)[:, None] & (i_I < I)[None, :],
-                other=0.0,
-            )
+            mask = (place_T < end)[:, None] & (i_I < I)[None, :]
+            x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
             a_IR = tl.load(
                 a_ptr + r_R[None, :] * a_stride_r + i_I[:, None],
                 mask=(r_R < R)[None, :] & (i_I < I)[:, None],
                 other=0.0,
             )
             acc_TR = dot(x_TI, a_IR, acc_TR)
+            tl.store(
+                sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :],
+                x_TI,
+                mask=mask & (place_T < copy_end)[:, None],
+            )
         row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
         tl.store(
-            partial_ptr + row_T[:, None] + r_R[None, :], acc_TR, mask=(place_T < end)[:, None] & (r_R < R)[None, :]
+            partial_ptr + row_T[:, None] + r_R[None, :],
+            acc_TR,
+            mask=(place_T < tl.minimum(end, num_active))[:, None] & (r_R < R)[None, :],
         )
-    wait_for_previous()
 
 
 @triton.jit
@@ -167,25 +155,14 @@ def sort_and_shrink(
     sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
     partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
     spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
-    _sort_kernel[len(spans), triton.cdiv(I, 512)](
-        x_TI,
-        ids_TK,
-        order_T,
-        sorted_x,
-        spans,
-        x_TI.stride(0),
-        T,
-        E,
-        I,
-        BLOCK_T=16,
-        BLOCK_I=512,
-        SPAN=SPAN,
-    )
-    _shrink_kernel[num_tiles, num_splits, num_blocks](
+    _shrink_kernel[num_tiles + triton.cdiv(T, block_t), num_splits, num_blocks](
         x_TI,
         a_GERI,
+        ids_TK,
         order_T,
         offsets,
+        sorted_x,
+        spans,
         partials,
         x_TI.stride(0),
         *a_GERI.stride()[:3],
@@ -195,10 +172,12 @@ def sort_and_shrink(
         R,
         G,
         per_split,
+        num_tiles,
         BLOCK_T=block_t,
         BLOCK_I=64 if block_t == 64 else 128,
         BLOCK_R=block_r,
         BLOCK_E=power_of_two(E, at_most=128),
+        SPAN=SPAN,
         num_stages=4,
         launch_pdl=True,
     )

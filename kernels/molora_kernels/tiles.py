@@ -33,7 +33,7 @@ class Tiles:
 
 _TILES = (
     Tiles(128, 256, 128, num_stages=4, num_registers=168, cost_us=44.0),
-    Tiles(128, 128, 128, num_stages=5, num_registers=168, cost_us=22.5),
+    Tiles(128, 128, 128, num_stages=5, num_registers=168, cost_us=23.8),
     Tiles(128, 64, 64, num_stages=8, num_registers=104, cost_us=16.0),
     Tiles(64, 64, 64, num_stages=11, num_registers=80, cost_us=11.5),
 )
