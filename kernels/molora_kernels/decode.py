@@ -336,7 +336,7 @@ def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, d
     else:
         num_sms, smem = _describe(device)
         if 24 * num_sms > O:  # too narrow for 64 rows each
-            block_o, block_i, depth = 32, 128, 5
+            block_o, block_i, depth = (16, 128, 6) if block_t <= 16 else (32, 256, 4)
         elif 64 * num_sms > O:  # one program an SM: a deep pipeline
             block_o, block_i, depth = 64, 128, 6
         elif block_t < 64:  # two programs an SM

@@ -26,9 +26,8 @@ if HAS_TRITON:
 Impl = Literal["auto", "torch", "triton"]
 
 _MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
-_MAX_FUSED_COLUMNS_OF_A_BLEND = (
-    4096  # tokens of several adapters cannot be sorted, and walking their adapters costs more
-)
+_MAX_UNSORTED_TOKENS = 256  # of so few, sorting takes longer than the columns that it saves
+_MAX_FUSED_COLUMNS_OF_A_BLEND = 4096  # tokens of several adapters cannot be sorted, and walking them costs more
 _MAX_SORTED_SCRATCH = 2**27  # elements of h, most of them never touched
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -255,7 +254,8 @@ def _choose_regime(
         return "decode"
     if fusing is not None and fusing.suits(x, weight, lora_a, widths):
         top_k, num_columns = ids.shape[1], num_adapters * rank
-        if num_columns <= (_MAX_FUSED_COLUMNS if top_k == 1 else _MAX_FUSED_COLUMNS_OF_A_BLEND):
+        sorts = top_k == 1 and num_tokens > _MAX_UNSORTED_TOKENS
+        if num_columns <= (_MAX_FUSED_COLUMNS if sorts else _MAX_FUSED_COLUMNS_OF_A_BLEND):
             return "fused"
         num_spans, in_features = -(-num_tokens // 128), x.shape[1]
         walks_little = (

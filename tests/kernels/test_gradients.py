@@ -5,6 +5,8 @@ import pytest
 import torch
 from molora_kernels import routed_linear, routed_linears
 
+# The first product of a process may be one of the backward thread, which has no CUDA context yet.
+pytestmark = pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 TRAINED = ("x", "lora_a", "lora_b", "gates")
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
@@ -23,8 +25,6 @@ def gradients(problem: Any, y: torch.Tensor) -> dict[str, torch.Tensor]:
     return dict(zip(TRAINED, grads, strict=True))
 
 
-# The first product of a process may be one of the backward thread, which has no CUDA context yet.
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 @pytest.mark.parametrize("routes", ["uniform", "none", "duplicates"])
 def test_gradcheck(make_problem: Callable, routes: str) -> None:
     problem = with_leaves(make_problem(4, 3, 5, 2, 2, 2, routes=routes), torch.float64)
@@ -138,7 +138,6 @@ def test_gradients_of_the_backward_kernel(
         assert error <= (1e-3 if dtype == torch.float16 else 6e-3) * expected[name].norm(), name
 
 
-@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")
 def test_a_second_derivative_is_refused(make_problem: Callable, impl: str) -> None:
     if impl == "torch":
         pytest.skip("autograd differentiates plain torch any number of times")

@@ -217,7 +217,8 @@ def test_every_tile_of_the_fused_regime(
         (64, 32, 64, torch.float16, "decode"),
         (65, 8, 16, torch.bfloat16, "fused"),
         (2000, 3, 24, torch.bfloat16, "fused"),
-        (65, 32, 64, torch.bfloat16, "sorted"),
+        (200, 32, 64, torch.bfloat16, "fused"),
+        (2000, 32, 64, torch.bfloat16, "sorted"),
         (4096, 8, 16, torch.float32, "grouped"),
     ],
 )
