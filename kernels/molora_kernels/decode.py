@@ -177,7 +177,6 @@ def _linear_fwd_kernel(
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    B_STAGES: tl.constexpr,
     TRANSPOSED: tl.constexpr,  # the accumulator is [O, T]: then 64 rows of W feed Hopper's wide products
     EVEN_I: tl.constexpr,
     EVEN_O: tl.constexpr,
@@ -213,7 +212,7 @@ def _linear_fwd_kernel(
         wait_for_previous()
     h_ptr += sibling * MAX_GROUPS * BLOCK_J
     acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
-    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=B_STAGES):
+    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):
         h_TC = _load_h(h_ptr, t_T, 0, start, num_columns, J, BLOCK_C)
         b_OC = _load_b(
             b_ptr,
@@ -335,23 +334,23 @@ def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, d
         block_o, block_i, block_c, num_stages = 32, power_of_two(I, at_most=64), 128, 1
     else:
         num_sms, smem = _describe(device)
+        block_c = 128
         if 24 * num_sms > O:  # too narrow for 64 rows each
-            block_o, block_i, depth = (16, 128, 6) if block_t <= 16 else (32, 256, 4)
+            block_o, block_i, depth = (16, 128, 6) if block_t <= 16 else (32, 256, 4) if block_t == 32 else (32, 128, 5)
         elif 64 * num_sms > O:  # one program an SM: a deep pipeline
             block_o, block_i, depth = 64, 128, 6
+            block_c = 256 if block_j > 16 else 128
         elif block_t < 64:  # two programs an SM
             block_o, block_i, depth = 64, 128, 4
         else:
             block_o, block_i, depth = 128, 64, 6
         block_i = power_of_two(I, at_most=block_i)
-        block_c = 256 if block_o <= 64 and block_j > 16 else 128
         rest = 2 * (block_o + block_t) * max(block_j, 128)  # the columns of B and h
         num_stages = max(2, min(depth, (smem - rest) // (2 * (block_o + block_t) * block_i)))
     return {
         "BLOCK_O": block_o,
         "BLOCK_I": block_i,
         "BLOCK_C": power_of_two(max_groups * block_j, at_most=block_c),
-        "B_STAGES": 2,
         "TRANSPOSED": not INTERPRETED and block_o >= 64,
         "num_stages": num_stages,
         "num_warps": 4,

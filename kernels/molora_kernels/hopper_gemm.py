@@ -34,6 +34,7 @@ _copy_out = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_s
 
 _SPAN = gl.constexpr(SPAN)  # tokens that one entry of the plan's spans covers
 BLOCK_I = 64  # 128 bytes: the widest row that the copy engine swizzles
+_PIECE = 32  # rows, of a block of tokens that is not full
 
 
 @gluon.jit
@@ -88,14 +89,29 @@ def _place(ring, stage, desc):
 
 
 @gluon.jit
-def _copy_pair(left_desc, right_desc, left, right, left_buffer, right_buffer, step, ready, empty):
-    """Load one step of both operands into the next place of the ring, once it is empty."""
+def _copy_pair(left_desc, tail_desc, right_desc, left, right, left_buffer, right_buffer, rows, step, ready, empty):
+    """Load one step of both operands into the next place of the ring, once it is empty.
+
+    Where fewer rows than a tile are left of the left one, only those are loaded, in pieces: the copy engine takes longer
+    to fill rows with zeros than to read them, and what stands in their place is multiplied but never stored.
+    """
     STAGES: gl.constexpr = ready.shape[0]
+    NUM_PIECES: gl.constexpr = left_desc.block_type.shape[0] // tail_desc.block_type.shape[0]
+    PIECE: gl.constexpr = tail_desc.block_type.shape[0]
     stage = step % STAGES
     barrier = ready.index(stage)
+    tile = _place(left_buffer, stage, left_desc)
     mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-    mbarrier.expect(barrier, left_desc.block_type.nbytes + right_desc.block_type.nbytes)
-    _copy_in(left_desc, left, barrier, _place(left_buffer, stage, left_desc))
+    if rows > (NUM_PIECES - 1) * PIECE:
+        mbarrier.expect(barrier, left_desc.block_type.nbytes + right_desc.block_type.nbytes)
+        _copy_in(left_desc, left, barrier, tile)
+    else:
+        for num_pieces in gl.static_range(1, NUM_PIECES):
+            if gl.cdiv(rows, PIECE) == num_pieces:
+                mbarrier.expect(barrier, num_pieces * tail_desc.block_type.nbytes + right_desc.block_type.nbytes)
+        for piece in gl.static_range(NUM_PIECES - 1):
+            if piece * PIECE < rows:
+                _copy_in(tail_desc, [left[0] + piece * PIECE, left[1]], barrier, tile.slice(piece * PIECE, PIECE))
     _copy_in(right_desc, right, barrier, _place(right_buffer, stage, right_desc))
     return step + 1
 
@@ -130,7 +146,7 @@ def _load(
     TRANSPOSED: gl.constexpr,
 ):
     """The warp that loads: for each item of H the tokens and A, for each tile of y the tokens and W, then H and B."""
-    x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc = descriptors
+    x_desc, tokens_desc, tail_desc, w_desc, a_desc, h_desc, b_desc = descriptors
     _, spans_ptr, counters_ptr, _ = tables
     T, O, I, G, E, R = sizes
     J = E * R
@@ -144,15 +160,23 @@ def _load(
             if _is_needed(spans_ptr, token, T, chunk, G, R, J, H_TOKENS, BLOCK_J, BLOCK_I):
                 for i in range(0, I, BLOCK_I):
                     place = _at(chunk * BLOCK_J, i, TRANSPOSED)
+                    left = [token, i]
+                    rows = T - token
                     if H_TOKENS > BLOCK_T:  # the larger buffers hold the tokens
-                        step = _copy_pair(tokens_desc, a_desc, [token, i], place, w_ring, x_ring, step, ready, empty)
+                        step = _copy_pair(
+                            tokens_desc, tail_desc, a_desc, left, place, w_ring, x_ring, rows, step, ready, empty
+                        )
                     else:
-                        step = _copy_pair(x_desc, a_desc, [token, i], place, x_ring, w_ring, step, ready, empty)
+                        step = _copy_pair(
+                            x_desc, tail_desc, a_desc, left, place, x_ring, w_ring, rows, step, ready, empty
+                        )
         else:
             m, n = _tile_of(work - num_items, num_m, num_n, GROUP)
+            rows = T - m * BLOCK_T
             for i in range(0, I, BLOCK_I):
                 place = _at(n * BLOCK_O, i, TRANSPOSED)
-                step = _copy_pair(x_desc, w_desc, [m * BLOCK_T, i], place, x_ring, w_ring, step, ready, empty)
+                left = [m * BLOCK_T, i]
+                step = _copy_pair(x_desc, tail_desc, w_desc, left, place, x_ring, w_ring, rows, step, ready, empty)
             first, end = _steps_of(spans_ptr, m * BLOCK_T, R, J, BLOCK_I)
             if end > first:
                 sibling = 0
@@ -168,7 +192,7 @@ def _load(
                     if BY_ADAPTER:
                         place = (j // R * O + n * BLOCK_O, j % R)
                     left = [m * BLOCK_T, sibling * J + j]
-                    step = _copy_pair(h_desc, b_desc, left, place, x_ring, w_ring, step, ready, empty)
+                    step = _copy_pair(h_desc, h_desc, b_desc, left, place, x_ring, w_ring, BLOCK_T, step, ready, empty)
 
 
 @gluon.jit
@@ -459,6 +483,7 @@ def _compute(
 def _fused_fwd_kernel(
     x_desc,
     tokens_desc,
+    tail_desc,
     w_desc,
     a_desc,
     h_desc,
@@ -507,7 +532,7 @@ def _fused_fwd_kernel(
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=2)
     sizes = (T, O, I, G, E, R)
-    descriptors = (x_desc, tokens_desc, w_desc, a_desc, h_desc, b_desc)
+    descriptors = (x_desc, tokens_desc, tail_desc, w_desc, a_desc, h_desc, b_desc)
     tables = (ids_ptr, spans_ptr, counters_ptr, order_ptr)
     gl.warp_specialize(
         [
@@ -645,6 +670,7 @@ def launch(
     _fused_fwd_kernel[min(count_sms(x_TI.device), work),](
         _describe(x_TI, tiles.block_t, BLOCK_I),
         _describe(x_TI, tiles.h_tokens, BLOCK_I),
+        _describe(x_TI, _PIECE, BLOCK_I),
         right(w, tiles.block_o),
         right(a, tiles.block_j),
         _describe(h_TC, tiles.block_t, BLOCK_I),

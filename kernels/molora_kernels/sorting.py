@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from molora_kernels.arithmetic import dot, let_next_start, power_of_two, round_to, wait_for_previous
-from molora_kernels.grouped import block_of_tokens, find_tile, max_tiles
+from molora_kernels.grouped import find_tile, max_tiles
 from molora_kernels.plan_tables import BLOCK_T as SPAN
 
 
@@ -147,7 +147,7 @@ def sort_and_shrink(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x in the plan's order [T, I], that order's spans, and partial sums of the hidden ranks [splits, T, G * R]."""
     (T, I), (G, E, R, _), device = x_TI.shape, a_GERI.shape, x_TI.device
-    block_t, block_r = block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
+    block_t, block_r = power_of_two(2 * T // E, at_most=64), power_of_two(R, at_most=64)
     num_tiles, num_blocks = max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)
     wanted = 264 // (triton.cdiv(T, block_t) * num_blocks)  # two programs an SM
     per_split = triton.cdiv(triton.cdiv(I, power_of_two(wanted, at_least=1, at_most=16)), 128) * 128

@@ -10,7 +10,7 @@ class Tiles:
     """How y is cut: block_t tokens by block_o rows of W, in a pipeline of num_stages blocks of 64 in-features.
 
     H is cut into items of h_tokens by block_j columns. cost_us is the time of a tile and its epilogue at 4096
-    in-features, on an H200 (kernels/results): below 256 rows the bytes from the L2 cache bound it, not arithmetic.
+    in-features, on an H200 (kernels/results): but for the largest, bytes from the L2 cache bound it.
     """
 
     block_t: int
@@ -23,6 +23,10 @@ class Tiles:
     @property
     def h_tokens(self) -> int:
         return 256 if self.block_o == 256 else self.block_t
+
+    @property
+    def item_cost_us(self) -> float:
+        return min(self.cost_us, _COST_OF_A_ROW_US * (self.h_tokens + self.block_j))
 
     def count_items(self, num_tokens: int, num_columns: int) -> int:
         return _cdiv(num_tokens, self.h_tokens) * _cdiv(num_columns, self.block_j)
@@ -38,6 +42,7 @@ _TILES = (
     Tiles(64, 64, 64, num_stages=11, num_registers=80, cost_us=11.5),
 )
 _SMALLEST_BLOCK_J = 32
+_COST_OF_A_ROW_US = 0.09  # of 4096 in-features, from the L2 cache
 
 
 def _cdiv(size: int, block: int) -> int:
@@ -69,8 +74,12 @@ def _cheapest(
     num_sms = count_sms(device)
 
     def cost(tiles: Tiles) -> tuple[float, int]:
-        work = tiles.count_items(num_tokens, num_columns) + tiles.count_tiles(num_tokens, out_features)
-        return _cdiv(work, num_sms) * tiles.cost_us, tiles.block_j
+        """Programs take the work in turns, items first: of the first program, and of the first that has no item."""
+        num_items = tiles.count_items(num_tokens, num_columns)
+        num_tiles = tiles.count_tiles(num_tokens, out_features)
+        rounds, rounds_of_items = _cdiv(num_items + num_tiles, num_sms), _cdiv(num_items, num_sms)
+        first = rounds_of_items * tiles.item_cost_us + (rounds - rounds_of_items) * tiles.cost_us
+        return max(first, _cdiv(num_tiles, num_sms) * tiles.cost_us), tiles.block_j
 
     return min(candidates, key=cost, default=None)
 
