@@ -3,26 +3,20 @@
 Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, I in-features, O out-features of all siblings.
 """
 
-import importlib
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from molora_kernels.backend import HAS_TRITON, INTERPRETED, triton_runs_on
+from molora_kernels.backend import HAS_TRITON, INTERPRETED, fusing, triton_runs_on
+from molora_kernels.gradients import addressable, backward, save_for_backward, whole_rows
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
 
-fusing: Any = None
 if HAS_TRITON:
     from molora_kernels import decode as decoding
     from molora_kernels.grouped import grouped
-
-    with suppress(ImportError, AttributeError):  # Gluon is experimental: where it is missing or another, so is `fused`
-        fusing = importlib.import_module("molora_kernels.fused")
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -292,7 +286,7 @@ def _routed_linears_triton(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0)
     if keep_h:
-        x, weight, lora_a = (_addressable(tensor) for tensor in (x, weight, lora_a))
+        x, weight, lora_a = (addressable(tensor) for tensor in (x, weight, lora_a))
     operands = (x, weight, bias, lora_a, lora_b, scaling, gates, ids)
     regime = "fused" if keep_h else _choose_regime(x, weight, lora_a, lora_b, ids, widths)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
@@ -301,7 +295,7 @@ def _routed_linears_triton(
         if regime in ("fused", "sorted"):
             tables = (order, offsets, spans)
             y, h = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
-            return y, _whole_rows(h) if keep_h else x.new_empty(0)
+            return y, whole_rows(h) if keep_h else x.new_empty(0)
         return grouped(*operands, order, offsets, widths), x.new_empty(0)
 
 
@@ -313,93 +307,4 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), h
 
 
-@torch.library.custom_op("molora::routed_linear_dx", mutates_args=())
-def _dx_triton(
-    dy: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    gates: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    spans: Tensor,
-) -> tuple[Tensor, Tensor]:
-    dy, weight, lora_a = (_addressable(tensor) for tensor in (dy, weight, lora_a))
-    routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, spans)
-    with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
-        dx, g = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing)
-    return dx, _whole_rows(g)
-
-
-@_dx_triton.register_fake
-def _fake_dx(dy: Tensor, weight: Tensor, lora_a: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
-    num_columns = lora_a.shape[1] * lora_a.shape[2]
-    return dy.new_empty(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], (num_columns + 7) // 8 * 8)
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    """The same values where the copy engine can read them."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _whole_rows(matrix: Tensor) -> Tensor:
-    """A matrix with the padding that its rows have in memory."""
-    return matrix.as_strided((matrix.shape[0], matrix.stride(0)), (matrix.stride(0), 1))
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.out_features, ctx.kept_h = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError('these gradients cannot be differentiated again (create_graph=True); use impl="torch"')
-    if dy_TO is None:
-        return (None,) * 15
-    differentiate = _differentiate_fused if ctx.kept_h else _differentiate_reference
-    with torch.autocast(dy_TO.device.type, enabled=False):
-        return *differentiate(ctx, dy_TO), *[None] * 8
-
-
-def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """dx and G by the kernel, dA = G^T x and dB = dy^T H by the library: both are masked, so one product serves all
-    adapters, and sums in a fixed order."""
-    x_TI, weight, _, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, _, spans, *_, h_TJ = ctx.saved_tensors
-    needs_x, _, _, needs_a, needs_b, _, needs_gates, *_ = ctx.needs_input_grad
-    _, E, R, _ = a_1ERI.shape
-    dx = da = db = dgates = None
-    if needs_x or needs_a:
-        dx, g_TJ = _dx_triton(dy_TO, weight, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, spans)
-        if needs_a:
-            da = (g_TJ[:, : E * R].t() @ x_TI).view_as(a_1ERI)
-    if needs_b:
-        db = (dy_TO.t() @ h_TJ[:, : E * R]).view(-1, E, R).transpose(0, 1)
-    if needs_gates:
-        u_TER = F.linear(x_TI, a_1ERI.flatten(0, 2)).view(-1, E, R).float()
-        v_TER = (dy_TO @ b_EOR.transpose(0, 1).flatten(1)).view(-1, E, R).float()
-        dgate_TE = (u_TER * v_TER).sum(dim=2) * scaling_E1.squeeze(1)
-        dgates = dgate_TE.gather(1, ids_TK.clamp(min=0).long()).masked_fill(ids_TK < 0, 0).to(gates_TK.dtype)
-    return dx if needs_x else None, None, None, da, db, None, dgates
-
-
-def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """Recompute the torch implementation and differentiate it: exact wherever the forward ran."""
-    *tensors, ids = ctx.saved_tensors[:8]
-    needed = [tensor is not None and need for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)]
-    leaves: list[Any] = [
-        tensor if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip(tensors, needed, strict=True)
-    ]
-    operands = (*leaves, ids, ctx.out_features)
-    with torch.enable_grad():
-        y_per_sibling = routed_linears_reference(*operands)
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
-    return tuple(next(grads) if need else None for need in needed)
-
-
-_routed_linears_triton.register_autograd(_backward, setup_context=_save_for_backward)
+_routed_linears_triton.register_autograd(backward, setup_context=save_for_backward)
