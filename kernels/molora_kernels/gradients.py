@@ -4,14 +4,17 @@ Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, J = E * R, I i
 siblings.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molora_kernels.backend import fusing
-from molora_kernels.reference import routed_linears_reference
+from molora_kernels.backend import HAS_TRITON, fusing
+
+if HAS_TRITON:
+    from molora_kernels.grouped_backward import Wanted, grouped_backward
 
 
 @torch.library.custom_op("molora::routed_linear_dx", mutates_args=())
@@ -39,6 +42,40 @@ def _fake_dx(dy: Tensor, weight: Tensor, lora_a: Tensor, *_: Tensor) -> tuple[Te
     return dy.new_empty(dy.shape[0], weight.shape[1]), dy.new_empty(dy.shape[0], (num_columns + 7) // 8 * 8)
 
 
+@torch.library.custom_op("molora::routed_linears_grads", mutates_args=())
+def _grads_triton(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: Tensor,
+    gates: Tensor,
+    ids: Tensor,
+    order: Tensor,
+    offsets: Tensor,
+    out_features: Sequence[int],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, offsets)
+    with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
+        widths, wants = tuple(out_features), Wanted(*wanted)
+        dx, da, db, dgates = grouped_backward(dy, x, weight, lora_a, lora_b, *routing, widths, wants)
+    return dx, da, db, dgates.to(gates.dtype)
+
+
+@_grads_triton.register_fake
+def _fake_grads(*args: Any) -> tuple[Tensor, ...]:
+    x, (_, _, _, lora_a, lora_b, _, gates, *_, wanted) = args[1], args
+    grads = (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        lora_a.new_empty(lora_a.transpose(0, 1).shape).transpose(0, 1),
+        torch.empty_like(lora_b),
+        torch.empty_like(gates, memory_format=torch.contiguous_format),
+    )
+    return tuple(grad if needed else grad.new_empty(0) for grad, needed in zip(grads, wanted, strict=True))
+
+
 def addressable(tensor: Tensor) -> Tensor:
     """The same values where the copy engine can read them."""
     tensor = tensor.contiguous()
@@ -61,7 +98,7 @@ def backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         raise RuntimeError('these gradients cannot be differentiated again (create_graph=True); use impl="torch"')
     if dy_TO is None:
         return (None,) * 15
-    differentiate = _differentiate_fused if ctx.kept_h else _differentiate_reference
+    differentiate = _differentiate_fused if ctx.kept_h else _differentiate_grouped
     with torch.autocast(dy_TO.device.type, enabled=False):
         return *differentiate(ctx, dy_TO), *[None] * 8
 
@@ -87,17 +124,10 @@ def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
     return dx if needs_x else None, None, None, da, db, None, dgates
 
 
-def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """Recompute the torch implementation and differentiate it: exact wherever the forward ran."""
-    *tensors, ids = ctx.saved_tensors[:8]
-    needed = [tensor is not None and need for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)]
-    leaves: list[Any] = [
-        tensor if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip(tensors, needed, strict=True)
-    ]
-    operands = (*leaves, ids, ctx.out_features)
-    with torch.enable_grad():
-        y_per_sibling = routed_linears_reference(*operands)
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
-    return tuple(next(grads) if need else None for need in needed)
+def _differentiate_grouped(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+    x_TI, weight, _, *routed, order, offsets, _, _, _, _ = ctx.saved_tensors
+    needs_x, _, _, needs_a, needs_b, _, needs_gates, *_ = ctx.needs_input_grad
+    wanted = [needs_x, needs_a, needs_b, needs_gates]
+    grads = _grads_triton(dy_TO, x_TI, weight, *routed, order, offsets, ctx.out_features, wanted)
+    dx, da, db, dgates = (grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
+    return dx, None, None, da, db, None, dgates

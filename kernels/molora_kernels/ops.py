@@ -51,10 +51,11 @@ def routed_linear(
     adapter must be finite, selected or not.
 
     It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
-    gates, each in its own dtype. On Hopper, for more than 64 tokens in 16 bits and up to 256 columns of adapters, the
-    backward pass has a kernel of its own and the forward keeps h [T, E * R] for it; elsewhere it recomputes and
-    differentiates the torch implementation. On Hopper, programs of a launch may wait for each other: do not run these
-    calls on streams of different priority beside other kernels that wait so.
+    gates, each in its own dtype; the gradients that Triton computes cannot be differentiated again. Its backward pass
+    is grouped by adapter and works on scratch of k ranks a token; on Hopper, for one linear, more than 64 tokens in 16
+    bits and up to 256 columns of adapters, it is one fused kernel, for which the forward keeps h [T, E * R]. On Hopper,
+    programs of a launch may wait for each other: do not run these calls on streams of different priority beside other
+    kernels that wait so.
 
     Args:
         x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change the result.
@@ -66,7 +67,7 @@ def routed_linear(
         gates: [T, k] float32, ignored where plan.ids is -1.
         plan: from `make_plan`, on x's device.
         impl: "torch" (K-concat), "triton" (the kernels, in the regime that suits the shape), or "auto": Triton for x on
-            a GPU when no gradient is needed or the backward pass has a kernel, else torch.
+            a GPU unless it is float64, else torch.
 
     Returns:
         [T, O] in x's dtype.
@@ -131,7 +132,7 @@ def routed_linears(
     lora_a, lora_b, scaling = lora_a.to(x.dtype), lora_b.to(x.dtype), scaling.detach()
     with torch.autocast(x.device.type, enabled=False):
         keep_h = _keeps_h(x, lora_a, lora_b, gates)
-        if _choose(impl, keep_h, x, lora_a, lora_b, gates) == "torch":
+        if _choose(impl, x) == "torch":
             return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
         assert plan.tables is not None  # its ids are on x's device, where Triton runs
         tables = plan.tables
@@ -160,7 +161,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 
 def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
-    """Whether a backward pass will come that has kernels of its own, for which the forward keeps h."""
+    """Whether a backward pass will come that is the fused one, for which the forward keeps h."""
     (num_siblings, num_adapters, rank, _), num_out = lora_a.shape, lora_b.shape[1]
     return (
         fusing is not None
@@ -175,10 +176,9 @@ def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
     )
 
 
-def _choose(impl: str, keep_h: bool, x: Tensor, *others: Tensor) -> str:
+def _choose(impl: str, x: Tensor) -> str:
     if impl == "auto":
-        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES
-        return "triton" if suits and (keep_h or not _needs_grad(x, *others)) else "torch"
+        return "triton" if HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
     if impl == "triton":
