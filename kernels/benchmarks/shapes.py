@@ -133,7 +133,11 @@ SUITES: dict[str, list[Case]] = {
         Case("plan", Shape(tokens, 64, (64,), 16, 8, "uniform", top_k))
         for tokens, top_k in product((1, 32, 1024, 8192), (1, 2))
     ],
-    "backward": [Case("backward", Shape(tokens, 4096, (4096,), 16, 8, "uniform")) for tokens in (1024, 4096, 8192)],
+    "backward": [
+        Case("backward", Shape(tokens, 4096, (4096,), rank, adapters, "uniform"))
+        for rank, adapters in ((16, 8), (64, 32))
+        for tokens in (1024, 4096, 8192)
+    ],
     "tiny": [  # every kind of case, in seconds on a CPU
         *forward_cases(["1x256x256x8x4xuniform", "64x256x256x8x4xuniform", "64x256x256x8x4xskewedx2"]),
         *forward_cases(["8x256x128+64+64x8x4xuniform", "8x256x256x8x4xnone"]),

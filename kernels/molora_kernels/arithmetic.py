@@ -21,9 +21,9 @@ def dot(left, right, acc):
 @triton.jit
 def round_to(value, dtype: tl.constexpr):
     """float32 to dtype, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates: round before it does
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates, and subnormals wrongly: do it before
         bits = value.to(tl.uint32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 << 16).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 

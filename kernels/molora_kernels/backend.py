@@ -1,13 +1,20 @@
 """Where the Triton kernels can run. Knows nothing about what they compute."""
 
+import importlib
+from contextlib import suppress
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 HAS_TRITON = find_spec("triton") is not None  # Triton has no wheels for macOS
 
+fusing: Any = None
 if HAS_TRITON:
     from molora_kernels import arithmetic
+
+    with suppress(ImportError, AttributeError):  # Gluon is experimental: where it is missing or another, so is `fused`
+        fusing = importlib.import_module("molora_kernels.fused")
 
 INTERPRETED: bool = HAS_TRITON and arithmetic.INTERPRETED.value
 

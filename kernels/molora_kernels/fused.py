@@ -220,8 +220,8 @@ def _empty_hidden(T: int, columns: int, like: Tensor, keep: bool) -> tuple[Tenso
 
     What no tile reads is left unwritten; but what is kept is also summed over all tokens, and H is zero there.
     """
-    if not keep:
-        return _empty_matrix(T, columns, like.dtype, like.device), None
+    if not keep:  # whole blocks of tokens: `hopper_gemm._copy_pair` says why
+        return _empty_matrix(triton.cdiv(T, 128) * 128, columns, like.dtype, like.device), None
     kept = _empty_matrix(2 * T, columns, like.dtype, like.device).unflatten(0, (2, T))
     return kept[0].zero_(), kept
 

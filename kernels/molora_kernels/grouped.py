@@ -239,7 +239,7 @@ def shrink(
     (T, I), (G, E, R, _), K = x_TI.shape, a_GERI.shape, ids_TK.shape[1]
     h_TKC = torch.empty(T, K, G * R, dtype=torch.float32, device=x_TI.device)
     block_t, block_r = block_of_tokens(T, E, at_most=64), power_of_two(R, at_most=64)
-    block_i = power_of_two(I, at_most=4096 // block_t if block_t <= 32 else 64)
+    block_i = power_of_two(I, at_most=(256 if block_t <= 32 else 128) // x_TI.element_size())
     _shrink_fwd_kernel[max_tiles(T, E, block_t), G * triton.cdiv(R, block_r)](
         x_TI,
         a_GERI,
@@ -284,7 +284,8 @@ def expand_(
     Rows without an active id are neither read nor written.
     """
     T, E, R, K = y_TO.shape[0], b_EOR.shape[0], b_EOR.shape[2], ids_TK.shape[1]
-    block_t, block_o = block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=128)
+    size = y_TO.element_size()  # in float32 a larger tile would not fit into registers
+    block_t, block_o = block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=256 // size)
     _expand_fwd_kernel[count_row_tiles(widths, block_o), max_tiles(T, E, block_t)](
         h_TKC,
         b_EOR,
@@ -302,7 +303,7 @@ def expand_(
         BLOCK_K=triton.next_power_of_2(K),
         BLOCK_E=power_of_two(E, at_most=128),
         BLOCK_T=block_t,
-        BLOCK_R=power_of_two(R, at_most=64),
+        BLOCK_R=power_of_two(R, at_most=128 // size),
         BLOCK_O=block_o,
         num_stages=1,  # the dot's left operand is in registers: see the top of the file
     )

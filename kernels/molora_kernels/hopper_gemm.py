@@ -92,8 +92,8 @@ def _place(ring, stage, desc):
 def _copy_pair(left_desc, tail_desc, right_desc, left, right, left_buffer, right_buffer, rows, step, ready, empty):
     """Load one step of both operands into the next place of the ring, once it is empty.
 
-    Where fewer rows than a tile are left of the left one, only those are loaded, in pieces: the copy engine takes longer
-    to fill rows with zeros than to read them, and what stands in their place is multiplied but never stored.
+    Where fewer rows than a tile are left of the left one, only those are loaded, in pieces: the copy engine takes
+    longer to fill rows with zeros than to read them, and what stands in their place is multiplied but never stored.
     """
     STAGES: gl.constexpr = ready.shape[0]
     NUM_PIECES: gl.constexpr = left_desc.block_type.shape[0] // tail_desc.block_type.shape[0]

@@ -3,25 +3,20 @@
 Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, I in-features, O out-features of all siblings.
 """
 
-import importlib
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from molora_kernels.backend import HAS_TRITON, INTERPRETED, triton_runs_on
+from molora_kernels.backend import HAS_TRITON, INTERPRETED, fusing, triton_runs_on
+from molora_kernels.gradients import addressable, backward, save_for_backward, whole_rows
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
 
-fusing: Any = None
 if HAS_TRITON:
     from molora_kernels import decode as decoding
     from molora_kernels.grouped import grouped
-
-    with suppress(ImportError, AttributeError):  # Gluon is experimental: where it is missing or another, so is `fused`
-        fusing = importlib.import_module("molora_kernels.fused")
 
 Impl = Literal["auto", "torch", "triton"]
 
@@ -55,10 +50,11 @@ def routed_linear(
     adapter must be finite, selected or not.
 
     It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
-    gates, each in its own dtype. On Hopper, for more than 64 tokens in 16 bits and up to 256 columns of adapters, the
-    backward pass has a kernel of its own and the forward keeps h [T, E * R] for it; elsewhere it recomputes and
-    differentiates the torch implementation. On Hopper, programs of a launch may wait for each other: do not run these
-    calls on streams of different priority beside other kernels that wait so.
+    gates, each in its own dtype; the gradients that Triton computes cannot be differentiated again. Its backward pass
+    is grouped by adapter and works on scratch of k ranks a token; on Hopper, for one linear, more than 64 tokens in 16
+    bits and up to 256 columns of adapters, it is one fused kernel, for which the forward keeps h [T, E * R]. On Hopper,
+    programs of a launch may wait for each other: do not run these calls on streams of different priority beside other
+    kernels that wait so.
 
     Args:
         x: [T, I] float32, float16 or bfloat16; impl="torch" also takes float64. Autocast does not change the result.
@@ -70,7 +66,7 @@ def routed_linear(
         gates: [T, k] float32, ignored where plan.ids is -1.
         plan: from `make_plan`, on x's device.
         impl: "torch" (K-concat), "triton" (the kernels, in the regime that suits the shape), or "auto": Triton for x on
-            a GPU when no gradient is needed or the backward pass has a kernel, else torch.
+            a GPU unless it is float64, else torch.
 
     Returns:
         [T, O] in x's dtype.
@@ -135,7 +131,7 @@ def routed_linears(
     lora_a, lora_b, scaling = lora_a.to(x.dtype), lora_b.to(x.dtype), scaling.detach()
     with torch.autocast(x.device.type, enabled=False):
         keep_h = _keeps_h(x, lora_a, lora_b, gates)
-        if _choose(impl, keep_h, x, lora_a, lora_b, gates) == "torch":
+        if _choose(impl, x) == "torch":
             return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
         assert plan.tables is not None  # its ids are on x's device, where Triton runs
         tables = plan.tables
@@ -164,7 +160,7 @@ def _needs_grad(*tensors: Tensor) -> bool:
 
 
 def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
-    """Whether a backward pass will come that has kernels of its own, for which the forward keeps h."""
+    """Whether a backward pass will come that is the fused one, for which the forward keeps h."""
     (num_siblings, num_adapters, rank, _), num_out = lora_a.shape, lora_b.shape[1]
     return (
         fusing is not None
@@ -179,10 +175,9 @@ def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
     )
 
 
-def _choose(impl: str, keep_h: bool, x: Tensor, *others: Tensor) -> str:
+def _choose(impl: str, x: Tensor) -> str:
     if impl == "auto":
-        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES
-        return "triton" if suits and (keep_h or not _needs_grad(x, *others)) else "torch"
+        return "triton" if HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
     if impl == "triton":
@@ -258,12 +253,10 @@ def _choose_regime(
         if num_columns <= (_MAX_FUSED_COLUMNS if sorts else _MAX_FUSED_COLUMNS_OF_A_BLEND):
             return "fused"
         num_spans, in_features = -(-num_tokens // 128), x.shape[1]
-        walks_little = (
-            num_columns <= num_spans * in_features
-        )  # the walk into the columns of all spans, against the base
+        walks_little = num_columns <= num_spans * in_features  # into the columns of all spans, against the base
         siblings_are_whole = len(widths) == 1 or num_columns % 64 == 0  # a step reads 64 columns and may not read on
         fits = num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH
-        if top_k == 1 and walks_little and siblings_are_whole and fits:
+        if sorts and walks_little and siblings_are_whole and fits:
             return "sorted"
     return "grouped"
 
@@ -291,7 +284,7 @@ def _routed_linears_triton(
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0)
     if keep_h:
-        x, weight, lora_a = (_addressable(tensor) for tensor in (x, weight, lora_a))
+        x, weight, lora_a = (addressable(tensor) for tensor in (x, weight, lora_a))
     operands = (x, weight, bias, lora_a, lora_b, scaling, gates, ids)
     regime = "fused" if keep_h else _choose_regime(x, weight, lora_a, lora_b, ids, widths)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
@@ -300,7 +293,7 @@ def _routed_linears_triton(
         if regime in ("fused", "sorted"):
             tables = (order, offsets, spans)
             y, kept = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
-            return y, x.new_empty(0) if kept is None else _whole_rows(kept)
+            return y, x.new_empty(0) if kept is None else whole_rows(kept)
         return grouped(*operands, order, offsets, widths), x.new_empty(0)
 
 
@@ -312,95 +305,4 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], weight.shape[0]), kept
 
 
-@torch.library.custom_op("molora::routed_linear_dx", mutates_args=())
-def _dx_triton(
-    dy: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: Tensor,
-    gates: Tensor,
-    ids: Tensor,
-    order: Tensor,
-    spans: Tensor,
-    kept: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dy, weight, lora_a = (_addressable(tensor) for tensor in (dy, weight, lora_a))
-    routing = (scaling.float().contiguous(), gates.float().contiguous(), ids, order, spans)
-    with torch.cuda.device_of(dy):  # type: ignore[no-untyped-call]
-        dx, g, dgates = fusing.fused_backward(dy, weight, lora_a[0], lora_b, *routing, kept[1])
-    return dx, _whole_rows(g), dgates
-
-
-@_dx_triton.register_fake
-def _fake_dx(*args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dy, weight, kept, gates = args[0], args[1], args[9], args[5]
-    return (
-        dy.new_empty(dy.shape[0], weight.shape[1]),
-        torch.empty_like(kept[0]),
-        gates.new_empty(gates.shape, dtype=torch.float32),
-    )
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    """The same values where the copy engine can read them."""
-    tensor = tensor.contiguous()
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
-
-
-def _whole_rows(matrix: Tensor) -> Tensor:
-    """A matrix, or some, with the padding that its rows have in memory."""
-    return matrix.as_strided((*matrix.shape[:-1], matrix.stride(-2)), matrix.stride())
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.out_features, ctx.kept_h = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx: Any, dy_TO: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError('these gradients cannot be differentiated again (create_graph=True); use impl="torch"')
-    if dy_TO is None:
-        return (None,) * 15
-    differentiate = _differentiate_fused if ctx.kept_h else _differentiate_reference
-    with torch.autocast(dy_TO.device.type, enabled=False):
-        return *differentiate(ctx, dy_TO), *[None] * 8
-
-
-def _differentiate_fused(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, G and dgates by kernels, dA = G^T x and dB = dy^T H by the library: G and H are masked, so one product serves
-    all adapters, and sums in a fixed order."""
-    x_TI, weight, _, a_1ERI, b_EOR, scaling_E1, gates_TK, ids_TK, order, _, spans, *_, kept_2TJ = ctx.saved_tensors
-    needs_x, _, _, needs_a, needs_b, _, needs_gates, *_ = ctx.needs_input_grad
-    _, E, R, _ = a_1ERI.shape
-    dx = da = db = dgates = None
-    if needs_x or needs_a or needs_gates:
-        routing = (scaling_E1, gates_TK, ids_TK, order, spans)
-        dx, g_TJ, dgates = _dx_triton(dy_TO, weight, a_1ERI, b_EOR, *routing, kept_2TJ)
-        dgates = dgates.to(gates_TK.dtype)
-        if needs_a:
-            da = (g_TJ[:, : E * R].t() @ x_TI).view_as(a_1ERI)
-    if needs_b:
-        db = (dy_TO.t() @ kept_2TJ[0, :, : E * R]).view(-1, E, R).transpose(0, 1)
-    return dx if needs_x else None, None, None, da, db, None, dgates if needs_gates else None
-
-
-def _differentiate_reference(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-    """Recompute the torch implementation and differentiate it: exact wherever the forward ran."""
-    *tensors, ids = ctx.saved_tensors[:8]
-    needed = [tensor is not None and need for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False)]
-    leaves: list[Any] = [
-        tensor if tensor is None else tensor.detach().requires_grad_(need)
-        for tensor, need in zip(tensors, needed, strict=True)
-    ]
-    operands = (*leaves, ids, ctx.out_features)
-    with torch.enable_grad():
-        y_per_sibling = routed_linears_reference(*operands)
-    wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
-    grads = iter(torch.autograd.grad(y_per_sibling, wanted, dy_TO.split_with_sizes(ctx.out_features, dim=1)))
-    return tuple(next(grads) if need else None for need in needed)
-
-
-_routed_linears_triton.register_autograd(_backward, setup_context=_save_for_backward)
+_routed_linears_triton.register_autograd(backward, setup_context=save_for_backward)

@@ -119,6 +119,21 @@ def test_plan_and_linear_compile_into_one_graph(make_problem: Callable, impl: st
     assert torch.equal(call(problem.ids), routed_linear(*problem.args, impl=impl))
 
 
+def test_the_backward_pass_compiles(make_problem: Callable, impl: str) -> None:
+    problem = make_problem(6, integers=True)
+    leaves = [getattr(problem, name).requires_grad_() for name in ("x", "lora_a", "lora_b", "gates")]
+    plan = problem.plan
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def call(*leaves: torch.Tensor) -> torch.Tensor:
+        x, lora_a, lora_b, gates = leaves
+        return routed_linear(x, problem.weight, problem.bias, lora_a, lora_b, problem.scaling, gates, plan, impl=impl)
+
+    compiled = torch.autograd.grad(call(*leaves).sum(), leaves)
+    eager = torch.autograd.grad(routed_linear(*problem.args, impl=impl).sum(), leaves)
+    assert all(map(torch.equal, compiled, eager))
+
+
 @needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -139,13 +154,10 @@ def test_a_captured_graph_follows_new_ids(make_problem: Callable, impl: str, dty
         torch.testing.assert_close(y, call(), rtol=0, atol=0)
 
 
-@needs_cuda
-def test_auto_takes_triton_only_without_gradients(make_problem: Callable) -> None:
-    x, lora_a = torch.ones(1, device="cuda"), torch.ones(1, device="cuda", requires_grad=True)
-    assert ops._choose("auto", False, x, lora_a) == "torch"
-    assert ops._choose("auto", True, x, lora_a) == "triton"
-    with torch.no_grad():
-        assert ops._choose("auto", False, x, lora_a) == "triton"
+def test_auto_takes_triton_on_a_gpu(device: torch.device) -> None:
+    x = torch.ones(1, device=device, requires_grad=True)
+    assert ops._choose("auto", x) == ("triton" if x.is_cuda else "torch")
+    assert ops._choose("auto", x.double()) == "torch"
 
 
 @needs_cuda
