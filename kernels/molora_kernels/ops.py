@@ -17,12 +17,15 @@ from molora_kernels.reference import routed_linears_reference
 if HAS_TRITON:
     from molora_kernels import decode as decoding
     from molora_kernels.grouped import grouped
+if fusing is not None:
+    from molora_kernels.pairing import sort_twice
 
 Impl = Literal["auto", "torch", "triton"]
 
 _MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
 _MAX_UNSORTED_TOKENS = 256  # of so few, sorting takes longer than the columns that it saves
-_MAX_FUSED_COLUMNS_OF_A_BLEND = 4096  # tokens of several adapters cannot be sorted, and walking them costs more
+_MAX_UNSORTED_TOKENS_OF_A_BLEND = 1024  # likewise sorting twice
+_MAX_UNSORTED_COLUMNS = 4096  # beyond it, walking the adapters of a block costs less
 _MAX_SORTED_SCRATCH = 2**27  # elements of h, most of them never touched
 
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -238,8 +241,8 @@ def _choose_regime(
     """Which kernels run, by shape alone; kernels/README.md says what was measured.
 
     decode: up to 64 tokens, bound by the bytes of the base weight. fused: more tokens on Hopper, while the columns of
-    all adapters are few. sorted: the same kernel for many columns, on tokens grouped by their one adapter. grouped:
-    everything else, float32 and strides that no copy engine takes among it.
+    all adapters are few. sorted: the same kernel for many columns, on tokens grouped by their one adapter, or by the
+    first of two. grouped: everything else, float32 and strides that no copy engine takes among it.
     """
     num_tokens, (_, num_adapters, rank, _) = x.shape[0], lora_a.shape
     if INTERPRETED or x.dtype == torch.float32:
@@ -249,8 +252,8 @@ def _choose_regime(
         return "decode"
     if fusing is not None and fusing.suits(x, weight, lora_a, widths):
         top_k, num_columns = ids.shape[1], num_adapters * rank
-        sorts = top_k == 1 and num_tokens > _MAX_UNSORTED_TOKENS
-        if num_columns <= (_MAX_FUSED_COLUMNS if sorts else _MAX_FUSED_COLUMNS_OF_A_BLEND):
+        sorts = top_k <= 2 and num_tokens > (_MAX_UNSORTED_TOKENS if top_k == 1 else _MAX_UNSORTED_TOKENS_OF_A_BLEND)
+        if num_columns <= (_MAX_FUSED_COLUMNS if sorts else _MAX_UNSORTED_COLUMNS):
             return "fused"
         num_spans, in_features = -(-num_tokens // 128), x.shape[1]
         walks_little = num_columns <= num_spans * in_features  # into the columns of all spans, against the base
@@ -290,8 +293,10 @@ def _routed_linears_triton(
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
         if regime == "decode":
             return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
+        tables = (order, offsets, spans)
+        if regime == "sorted" and ids.shape[1] == 2:
+            return sort_twice(*operands, *tables, widths), x.new_empty(0)
         if regime in ("fused", "sorted"):
-            tables = (order, offsets, spans)
             y, kept = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
             return y, x.new_empty(0) if kept is None else whole_rows(kept)
         return grouped(*operands, order, offsets, widths), x.new_empty(0)

@@ -1,8 +1,8 @@
 """For the fused regime with many columns: x copied in the plan's order, and H made of it beforehand.
 
 In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Two launches: the
-hidden ranks as partial sums, by tiles that never cross adapters and copy the x that they read; and the sums' spread
-under the columns of their adapters. One adapter a token only.
+copy and beside it the hidden ranks as partial sums, by tiles that never cross adapters; and the sums' spread under the
+columns of their adapters. One adapter a token only.
 
 Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features.
 """
@@ -19,7 +19,30 @@ from molora_kernels.plan_tables import BLOCK_T as SPAN
 
 
 @triton.jit
-def _shrink_kernel(
+def _copy(
+    x_ptr, order_ptr, sorted_x_ptr, x_stride_t, first_i, end_i, T, I, BLOCK_T: tl.constexpr, BLOCK_I: tl.constexpr
+):
+    place_T = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0).to(tl.int64)
+    for start in tl.range(first_i, end_i, BLOCK_I, num_stages=2):
+        i_I = start + tl.arange(0, BLOCK_I)
+        mask = (place_T < T)[:, None] & (i_I < end_i)[None, :]
+        x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
+        tl.store(sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :], x_TI, mask=mask)
+
+
+@triton.jit
+def _note_span(first, ids_ptr, order_ptr, offsets_ptr, spans_ptr, E, SPAN: tl.constexpr):
+    last = tl.minimum(first + SPAN, tl.load(offsets_ptr + E)) - 1
+    some = last >= first
+    lowest = tl.load(ids_ptr + tl.load(order_ptr + first), mask=some, other=E)
+    highest = tl.load(ids_ptr + tl.load(order_ptr + last, mask=some, other=0), mask=some, other=-1)
+    tl.store(spans_ptr + 2 * (first // SPAN), lowest)
+    tl.store(spans_ptr + 2 * (first // SPAN) + 1, highest)
+
+
+@triton.jit
+def _sort_and_shrink_kernel(
     x_ptr,
     a_ptr,
     ids_ptr,
@@ -38,32 +61,31 @@ def _shrink_kernel(
     R,
     G,
     per_split,
-    num_tiles,
+    COPY_T: tl.constexpr,
+    COPY_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_E: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Copy x in the plan's order and sum each token's hidden ranks, over a part of I.
+    """The first programs copy x in the plan's order; the others sum each token's hidden ranks, over a part of I.
 
-    Programs past the tiles of adapters only copy: their tokens have none. The first ones also note the lowest and the
-    highest id of each span of the order.
+    Of those that copy, some also note the lowest and the highest id of each span of the order. (A tile that stored what
+    it reads would multiply out of registers: the top of `grouped.py` says why not.)
     """
     wait_for_previous()  # only then let the next kernels start: whatever earlier ones wrote is there for them to read
     let_next_start()
-    tile, split, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_active = tl.load(offsets_ptr + E)
-    if (tile * SPAN < T) & (split == 0) & (block == 0):
-        last = tl.minimum(tile * SPAN + SPAN, num_active) - 1
-        some = last >= tile * SPAN
-        lowest = tl.load(ids_ptr + tl.load(order_ptr + tile * SPAN), mask=some, other=E)
-        highest = tl.load(ids_ptr + tl.load(order_ptr + last, mask=some, other=0), mask=some, other=-1)
-        tl.store(spans_ptr + 2 * tile, lowest)
-        tl.store(spans_ptr + 2 * tile + 1, highest)
-    adapter, place, end = find_tile(tile, offsets_ptr, E, BLOCK_T, BLOCK_E)
-    if tile >= num_tiles:
-        place, end = num_active + (tile - num_tiles) * BLOCK_T, T
+    split, block = tl.program_id(1), tl.program_id(2)
+    first_i, end_i = split * per_split, tl.minimum(split * per_split + per_split, I)
+    num_copies = tl.cdiv(T, COPY_T)
+    if tl.program_id(0) < num_copies:
+        if block == 0:
+            _copy(x_ptr, order_ptr, sorted_x_ptr, x_stride_t, first_i, end_i, T, I, COPY_T, COPY_I)
+            if (split == 0) & (tl.program_id(0) % (SPAN // COPY_T) == 0):
+                _note_span(tl.program_id(0) * COPY_T, ids_ptr, order_ptr, offsets_ptr, spans_ptr, E, SPAN)
+        return
+    adapter, place, end = find_tile(tl.program_id(0) - num_copies, offsets_ptr, E, BLOCK_T, BLOCK_E)
     if place < end:
         num_blocks = tl.cdiv(R, BLOCK_R)
         sibling = block // num_blocks
@@ -71,9 +93,8 @@ def _shrink_kernel(
         place_T = place + tl.arange(0, BLOCK_T)
         token_T = tl.load(order_ptr + place_T, mask=place_T < end, other=0).to(tl.int64)
         a_ptr += sibling.to(tl.int64) * a_stride_g + adapter.to(tl.int64) * a_stride_e
-        copy_end = tl.where(block == 0, end, 0)
         acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-        for start in range(split * per_split, tl.minimum(split * per_split + per_split, I), BLOCK_I):
+        for start in range(first_i, end_i, BLOCK_I):
             i_I = start + tl.arange(0, BLOCK_I)
             mask = (place_T < end)[:, None] & (i_I < I)[None, :]
             x_TI = tl.load(x_ptr + token_T[:, None] * x_stride_t + i_I[None, :], mask=mask, other=0.0)
@@ -83,16 +104,11 @@ def _shrink_kernel(
                 other=0.0,
             )
             acc_TR = dot(x_TI, a_IR, acc_TR)
-            tl.store(
-                sorted_x_ptr + place_T[:, None].to(tl.int64) * I + i_I[None, :],
-                x_TI,
-                mask=mask & (place_T < copy_end)[:, None],
-            )
         row_T = (split * T + place_T).to(tl.int64) * (G * R) + sibling * R
         tl.store(
             partial_ptr + row_T[:, None] + r_R[None, :],
             acc_TR,
-            mask=(place_T < tl.minimum(end, num_active))[:, None] & (r_R < R)[None, :],
+            mask=(place_T < end)[:, None] & (r_R < R)[None, :],
         )
 
 
@@ -155,7 +171,7 @@ def sort_and_shrink(
     sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
     partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
     spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
-    _shrink_kernel[num_tiles + triton.cdiv(T, block_t), num_splits, num_blocks](
+    _sort_and_shrink_kernel[triton.cdiv(T, 32) + num_tiles, num_splits, num_blocks](
         x_TI,
         a_GERI,
         ids_TK,
@@ -172,7 +188,8 @@ def sort_and_shrink(
         R,
         G,
         per_split,
-        num_tiles,
+        COPY_T=32,
+        COPY_I=256,
         BLOCK_T=block_t,
         BLOCK_I=64 if block_t == 64 else 128,
         BLOCK_R=block_r,
