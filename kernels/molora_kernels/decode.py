@@ -267,7 +267,7 @@ def decode(
 
     num_columns = G * max_groups * block_j
     h_TJ = torch.empty(block_t, num_columns, dtype=x_TI.dtype, device=device)
-    shrink_i = power_of_two(I, at_most=256 if block_t * block_r < 4096 else 128)
+    shrink_i, shrink_stages = _choose_shrink_tile(block_t * block_r, I)
     _shrink_fwd_kernel[max_groups, G * (block_j // block_r)](
         x_TI,
         a_GERI,
@@ -292,7 +292,7 @@ def decode(
         EVEN_I=I % shrink_i == 0,
         OVERLAP=overlap,
         num_warps=4,
-        num_stages=4,
+        num_stages=shrink_stages,
         **options,
     )
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=device)
@@ -327,6 +327,10 @@ def decode(
     return y_TO
 
 
+def _choose_shrink_tile(elements: int, I: int) -> tuple[int, int]:
+    return power_of_two(I, at_most=256 if elements < 4096 else 128), 4
+
+
 def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device) -> dict[str, Any]:
     """Tiles of the base weight, from the sweeps in kernels/results: enough programs to occupy the GPU, and in each of
     them enough bytes of W under way to keep memory busy."""
@@ -336,7 +340,13 @@ def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, d
         num_sms, smem = _describe(device)
         block_c = 128
         if 24 * num_sms > O:  # too narrow for 64 rows each
-            block_o, block_i, depth = (16, 128, 6) if block_t <= 16 else (32, 256, 4) if block_t == 32 else (32, 128, 5)
+            block_o, block_i, depth = 32, 128, 5
+            if block_j > 16:
+                block_c = 256
+            elif block_t <= 16:
+                block_o, block_i, depth = 16, 128, 6
+            elif block_t == 32:
+                block_o, block_i, depth = 32, 256, 4
         elif 64 * num_sms > O:  # one program an SM: a deep pipeline
             block_o, block_i, depth = 64, 128, 6
             block_c = 256 if block_j > 16 else 128
