@@ -267,7 +267,7 @@ def decode(
 
     num_columns = G * max_groups * block_j
     h_TJ = torch.empty(block_t, num_columns, dtype=x_TI.dtype, device=device)
-    shrink_i, shrink_stages = _choose_shrink_tile(block_t * block_r, I)
+    shrink_i = power_of_two(I, at_most=256 if block_t * block_r < 4096 else 128)
     _shrink_fwd_kernel[max_groups, G * (block_j // block_r)](
         x_TI,
         a_GERI,
@@ -292,7 +292,7 @@ def decode(
         EVEN_I=I % shrink_i == 0,
         OVERLAP=overlap,
         num_warps=4,
-        num_stages=shrink_stages,
+        num_stages=4,
         **options,
     )
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=device)
@@ -325,10 +325,6 @@ def decode(
         **options,
     )
     return y_TO
-
-
-def _choose_shrink_tile(elements: int, I: int) -> tuple[int, int]:
-    return power_of_two(I, at_most=256 if elements < 4096 else 128), 4
 
 
 def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device) -> dict[str, Any]:

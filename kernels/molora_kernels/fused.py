@@ -26,10 +26,8 @@ from torch import Tensor
 
 from molora_kernels.arithmetic import let_next_start, power_of_two, wait_for_previous
 from molora_kernels.hopper_gemm import BLOCK_I, Operands, Routing, launch
-from molora_kernels.sorting import sort_and_shrink, sort_tokens, spread_
+from molora_kernels.sorting import sort_and_shrink, spread_
 from molora_kernels.tiles import choose_backward_tiles, choose_tiles
-
-_MOST_SORTED_TOKENS_WITH_ITEMS = 512  # of more, H is made by launches of its own: its items would not fill the GPU
 
 
 @triton.jit
@@ -149,29 +147,25 @@ def fused(
     """
     T, O, (G, E, R, _), K = x_TI.shape[0], w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J = E * R
-    makes_h = not (sort and T > _MOST_SORTED_TOKENS_WITH_ITEMS)
-    tiles = choose_tiles(T, widths, G * J if makes_h else 0, x_TI.device)
+    tiles = choose_tiles(T, widths, 0 if sort else G * J, x_TI.device)  # of sorted tokens, H is there before
     assert tiles is not None  # suits() held
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=x_TI.device)
     h_TC, kept = _empty_hidden(T, G * J, x_TI, keep_h)
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     if sort:
         assert K == 1
-        if makes_h:
-            x_TI, spans, ids_TK, gates_TK = sort_tokens(x_TI, ids_TK, gates_TK, order_T, offsets)
-        else:
-            x_TI, spans, partials = sort_and_shrink(x_TI, a_GERI, ids_TK, order_T, offsets)
+        x_TI, spans, partials = sort_and_shrink(x_TI, a_GERI, ids_TK, order_T, offsets)
     by_adapter = b_EOR.is_contiguous() and R % BLOCK_I == 0 and _is_addressable(b_EOR.flatten(0, 1))
     b_rows, copies = (b_EOR.flatten(0, 1), False) if by_adapter else _lay_by_rows(b_EOR)
-    if copies or makes_h:
+    if copies or not sort:
         _prepare(b_EOR, b_rows, counters, copies)
-    if not makes_h:
+    if sort:
         spread_(h_TC, partials, scaling_EG, gates_TK, ids_TK, order_T, spans)
     bounds = tuple(sum(widths[:g]) for g in range(1, len(widths)))
     u_TC = None if kept is None else kept[1]
     operands = Operands(x_TI, w_OI, bias_O, a_GERI.flatten(0, 2), h_TC, u_TC, b_rows, y_TO)
     routing = Routing(scaling_EG, gates_TK, ids_TK, spans, counters, order_T)
-    launch(tiles, operands, routing, (G, E, R), bounds, is_sorted=sort, makes_h=makes_h, by_adapter=by_adapter)
+    launch(tiles, operands, routing, (G, E, R), bounds, sort=sort, by_adapter=by_adapter)
     return y_TO, kept
 
 

@@ -141,7 +141,7 @@ def _load(
     BLOCK_J: gl.constexpr,
     H_TOKENS: gl.constexpr,
     GROUP: gl.constexpr,
-    MAKES_H: gl.constexpr,
+    SORTED: gl.constexpr,
     BY_ADAPTER: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
@@ -151,7 +151,7 @@ def _load(
     T, O, I, G, E, R = sizes
     J = E * R
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = gl.cdiv(T, H_TOKENS) * num_chunks if MAKES_H else 0
+    num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
         if work < num_items:
@@ -183,7 +183,7 @@ def _load(
                 for bound in gl.static_range(len(BOUNDS)):
                     sibling += gl.where(n * BLOCK_O >= BOUNDS[bound], 1, 0)
                 _instruct("griddepcontrol.wait")  # for the counters to be zeroed and B to be laid out, or for H
-                if MAKES_H:
+                if not SORTED:
                     while gl.atomic_add(counters_ptr + m, 0, sem="acquire", scope="gpu") < 2 * num_chunks:
                         pass
                     _instruct("fence.proxy.async")  # H was seen by this thread: now by the copy engine
@@ -360,7 +360,6 @@ def _compute(
     GROUP: gl.constexpr,
     K: gl.constexpr,
     SORTED: gl.constexpr,
-    MAKES_H: gl.constexpr,
     KEEP_U: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
@@ -381,7 +380,7 @@ def _compute(
     if buffer.shape[1] != H_N:
         h_buffer = _as_shape(buffer, buffer.dtype, h_desc.block_type.shape, h_desc.layout)
     num_m, num_n, num_chunks = gl.cdiv(T, BLOCK_T), gl.cdiv(O, BLOCK_O), gl.cdiv(G * J, BLOCK_J)
-    num_items = gl.cdiv(T, H_TOKENS) * num_chunks if MAKES_H else 0
+    num_items = 0 if SORTED else gl.cdiv(T, H_TOKENS) * num_chunks  # of sorted tokens, H is there
     num_steps = gl.cdiv(I, BLOCK_I)
     step = 0
     for work in range(gl.program_id(0), num_items + num_m * num_n, gl.num_programs(0)):
@@ -515,8 +514,7 @@ def _fused_fwd_kernel(
     STAGES: gl.constexpr,
     GROUP: gl.constexpr,
     K: gl.constexpr,
-    SORTED: gl.constexpr,  # x is in the plan's order: rows of y are scattered to their tokens
-    MAKES_H: gl.constexpr,  # else it is there before
+    SORTED: gl.constexpr,
     KEEP_U: gl.constexpr,
     BY_ADAPTER: gl.constexpr,  # B's rows stand adapter by adapter, else those of one o side by side
     TRANSPOSED: gl.constexpr,  # the right operands' rows are the dimension summed over, as a backward pass has them
@@ -564,7 +562,6 @@ def _fused_fwd_kernel(
                     GROUP,
                     K,
                     SORTED,
-                    MAKES_H,
                     KEEP_U,
                     TRANSPOSED,
                 ),
@@ -595,7 +592,6 @@ def _fused_fwd_kernel(
                     GROUP,
                     K,
                     SORTED,
-                    MAKES_H,
                     KEEP_U,
                     TRANSPOSED,
                 ),
@@ -617,7 +613,7 @@ def _fused_fwd_kernel(
                     BLOCK_J,
                     H_TOKENS,
                     GROUP,
-                    MAKES_H,
+                    SORTED,
                     BY_ADAPTER,
                     TRANSPOSED,
                 ),
@@ -635,7 +631,7 @@ class Operands(NamedTuple):
     w: Tensor  # [O, I]
     bias_O: Tensor | None
     a: Tensor  # [G * J, I]
-    h_TC: Tensor  # [T, G * J], written here if makes_h
+    h_TC: Tensor  # [T, G * J], written here unless the tokens are sorted
     u_TC: Tensor | None  # likewise, x a^T as it is: neither masked by route nor gated; only where a tile reads h
     b: Tensor  # [O, J]; adapter by adapter [E * O, R]
     y_TO: Tensor  # written here
@@ -657,15 +653,14 @@ def launch(
     sizes: tuple[int, int, int],
     bounds: tuple[int, ...],
     *,
-    is_sorted: bool = False,
-    makes_h: bool = True,
+    sort: bool = False,
     by_adapter: bool = False,
     transposed: bool = False,
 ) -> None:
     x_TI, w, bias, a, h_TC, u_TC, b, y_TO = operands
     scaling, gates, ids, spans, counters, order = routing
     (T, I), O, (G, E, R) = x_TI.shape, y_TO.shape[1], sizes
-    work = tiles.count_items(T, G * E * R if makes_h else 0) + tiles.count_tiles(T, O)
+    work = tiles.count_items(T, 0 if sort else G * E * R) + tiles.count_tiles(T, O)
     halves = 1 if tiles.block_t == 128 else 2  # of a tile's columns, if its rows are not halved
     buffer_columns = min(128, tiles.block_o // halves)
 
@@ -706,8 +701,7 @@ def launch(
         STAGES=tiles.num_stages,
         GROUP=16,
         K=ids.shape[1],
-        SORTED=is_sorted,
-        MAKES_H=makes_h,
+        SORTED=sort,
         KEEP_U=u_TC is not None,
         BY_ADAPTER=by_adapter,
         TRANSPOSED=transposed,

@@ -23,8 +23,8 @@ if fusing is not None:
 Impl = Literal["auto", "torch", "triton"]
 
 _MAX_FUSED_COLUMNS = 256  # of all adapters: beyond it the columns that a token did not select cost more than sorting
-_MAX_UNSORTED_TOKENS = 128  # they are one block, whatever their order
-_MAX_UNSORTED_TOKENS_OF_A_BLEND = 1024  # of so few, sorting twice takes longer than the columns that it saves
+_MAX_UNSORTED_TOKENS = 256  # of so few, sorting takes longer than the columns that it saves
+_MAX_UNSORTED_TOKENS_OF_A_BLEND = 1024  # likewise sorting twice
 _MAX_UNSORTED_COLUMNS = 4096  # beyond it, walking the adapters of a block costs less
 _MAX_SORTED_SCRATCH = 2**27  # elements of h, most of them never touched
 

@@ -1,8 +1,8 @@
-"""For the fused regime with many columns: x copied in the plan's order, and perhaps H made of it beforehand.
+"""For the fused regime with many columns: x copied in the plan's order, and H made of it beforehand.
 
-In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Of a few hundred
-tokens the GEMM makes H itself, as ever. Of more, two launches do: beside the copy the hidden ranks as partial sums, by
-tiles that never cross adapters; then the sums' spread under the columns of their adapters. One adapter a token only.
+In that order few adapters meet in a block of tokens, so the GEMM's walk into their columns is short. Two launches: the
+copy and beside it the hidden ranks as partial sums, by tiles that never cross adapters; and the sums' spread under the
+columns of their adapters. One adapter a token only.
 
 Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features.
 """
@@ -39,51 +39,6 @@ def _note_span(first, ids_ptr, order_ptr, offsets_ptr, spans_ptr, E, SPAN: tl.co
     highest = tl.load(ids_ptr + tl.load(order_ptr + last, mask=some, other=0), mask=some, other=-1)
     tl.store(spans_ptr + 2 * (first // SPAN), lowest)
     tl.store(spans_ptr + 2 * (first // SPAN) + 1, highest)
-
-
-@triton.jit
-def _sort_kernel(
-    x_ptr,
-    ids_ptr,
-    gates_ptr,
-    order_ptr,
-    offsets_ptr,
-    sorted_x_ptr,
-    sorted_ids_ptr,
-    sorted_gates_ptr,
-    spans_ptr,
-    x_stride_t,
-    T,
-    E,
-    I,
-    BLOCK_T: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    SPAN: tl.constexpr,
-):
-    """Copy x, ids and gates in the plan's order, and note the lowest and the highest id of each span of it."""
-    wait_for_previous()
-    let_next_start()
-    block = tl.program_id(0)
-    first_i = tl.program_id(1) * BLOCK_I
-    _copy(
-        x_ptr,
-        order_ptr,
-        sorted_x_ptr,
-        x_stride_t,
-        first_i,
-        tl.minimum(first_i + BLOCK_I, I),
-        T,
-        I,
-        BLOCK_T,
-        BLOCK_I,
-    )
-    if first_i == 0:
-        place_T = block * BLOCK_T + tl.arange(0, BLOCK_T)
-        token_T = tl.load(order_ptr + place_T, mask=place_T < T, other=0)
-        tl.store(sorted_ids_ptr + place_T, tl.load(ids_ptr + token_T), mask=place_T < T)
-        tl.store(sorted_gates_ptr + place_T, tl.load(gates_ptr + token_T), mask=place_T < T)
-        if block % (SPAN // BLOCK_T) == 0:
-            _note_span(block * BLOCK_T, ids_ptr, order_ptr, offsets_ptr, spans_ptr, E, SPAN)
 
 
 @triton.jit
@@ -201,36 +156,6 @@ def _spread_kernel(
             round_to(h_TJ, h_ptr.dtype.element_ty),
             mask=(place_T < T)[:, None] & (j_J < J)[None, :],
         )
-
-
-def sort_tokens(
-    x_TI: Tensor, ids_T1: Tensor, gates_T1: Tensor, order_T: Tensor, offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, that order's spans, ids and gates in the plan's order."""
-    (T, I), device = x_TI.shape, x_TI.device
-    sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
-    spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
-    sorted_ids, sorted_gates = torch.empty_like(ids_T1), torch.empty_like(gates_T1)
-    _sort_kernel[triton.cdiv(T, 16), triton.cdiv(I, 512)](
-        x_TI,
-        ids_T1,
-        gates_T1,
-        order_T,
-        offsets,
-        sorted_x,
-        sorted_ids,
-        sorted_gates,
-        spans,
-        x_TI.stride(0),
-        T,
-        len(offsets) - 1,
-        I,
-        BLOCK_T=16,
-        BLOCK_I=512,
-        SPAN=SPAN,
-        launch_pdl=True,
-    )
-    return sorted_x, spans, sorted_ids, sorted_gates
 
 
 def sort_and_shrink(

@@ -48,22 +48,3 @@ def test_h_lies_under_the_columns_of_each_tokens_adapter(
                 gate = problem.gates[order[place], 0] * scaling_EG[adapter, g]
                 expected[adapter * rank : (adapter + 1) * rank] = u * gate
             assert torch.equal(row[first:end].float(), expected[first:end])
-
-
-@pytest.mark.parametrize("routes", ["uniform", "none"])
-@pytest.mark.parametrize("num_tokens", [1, 150, 300])
-def test_tokens_stand_in_the_plans_order(
-    make_problem: Callable, device: torch.device, routes: str, num_tokens: int
-) -> None:
-    if not backend.triton_runs_on(device):
-        pytest.skip("no Triton")
-    problem = make_problem(num_tokens, 600, 64, 7, 3, 1, dtype=torch.float16, routes=routes)
-    tables = problem.plan.tables
-    inputs = (problem.x, problem.plan.ids, problem.gates, tables.order, tables.offsets)
-    x, spans, ids, gates = sorting.sort_tokens(*inputs)
-    order = tables.order.long()
-    for actual, unsorted in ((x, problem.x), (ids, problem.plan.ids), (gates, problem.gates)):
-        assert torch.equal(actual, unsorted[order])
-    for n, block in enumerate(ids.squeeze(1).split(128)):
-        present = block[block >= 0].tolist()
-        assert spans[n].tolist() == [min(present, default=7), max(present, default=-1)]
