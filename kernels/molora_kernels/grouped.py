@@ -22,6 +22,8 @@ from torch import Tensor
 
 from molora_kernels.arithmetic import count_row_tiles, dot, find_rows, power_of_two, round_to
 
+_EXPAND_PROGRAMS = 1056  # eight an SM of a large GPU: more would find the tokens of the same tiles over and over
+
 
 @triton.jit
 def find_tile(tile, offsets_ptr, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
@@ -154,6 +156,7 @@ def _expand_fwd_kernel(
     E,
     R,
     C,
+    num_row_tiles,
     WIDTHS: tl.constexpr,
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -169,30 +172,31 @@ def _expand_fwd_kernel(
     if last < 0:
         return
     first = tl.min(tl.where(ids_TK < 0, E, ids_TK)).to(tl.int64)
-    sibling, start_o, end_o = find_rows(tl.program_id(0), WIDTHS, BLOCK_O)
-    o_O = start_o + tl.arange(0, BLOCK_O)
-    y_ptr_TO = y_ptr + token_T[:, None] * y_stride_t + o_O[None, :]
-    y_mask_TO = exists_T[:, None] & (o_O < end_o)[None, :]
-    acc_TO = tl.load(y_ptr_TO, mask=y_mask_TO, other=0.0).to(tl.float32)
-    for e in range(first, last + 1):
-        if tl.max((ids_TK == e).to(tl.int32)) > 0:
-            for start in range(0, R, BLOCK_R):
-                r_R = start + tl.arange(0, BLOCK_R)
-                h_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
-                for k in tl.static_range(K):
-                    selected_T = _column(ids_TK, k, BLOCK_K) == e
-                    h_TR += tl.load(
-                        h_ptr + (token_T * K + k)[:, None] * C + sibling * R + r_R[None, :],
-                        mask=selected_T[:, None] & (r_R < R)[None, :],
+    for row_tile in range(tl.program_id(0), num_row_tiles, tl.num_programs(0)):
+        sibling, start_o, end_o = find_rows(row_tile, WIDTHS, BLOCK_O)
+        o_O = start_o + tl.arange(0, BLOCK_O)
+        y_ptr_TO = y_ptr + token_T[:, None] * y_stride_t + o_O[None, :]
+        y_mask_TO = exists_T[:, None] & (o_O < end_o)[None, :]
+        acc_TO = tl.load(y_ptr_TO, mask=y_mask_TO, other=0.0).to(tl.float32)
+        for e in range(first, last + 1):
+            if tl.max((ids_TK == e).to(tl.int32)) > 0:
+                for start in range(0, R, BLOCK_R):
+                    r_R = start + tl.arange(0, BLOCK_R)
+                    h_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+                    for k in tl.static_range(K):
+                        selected_T = _column(ids_TK, k, BLOCK_K) == e
+                        h_TR += tl.load(
+                            h_ptr + (token_T * K + k)[:, None] * C + sibling * R + r_R[None, :],
+                            mask=selected_T[:, None] & (r_R < R)[None, :],
+                            other=0.0,
+                        )
+                    b_RO = tl.load(
+                        b_ptr + e * b_stride_e + o_O[None, :].to(tl.int64) * b_stride_o + r_R[:, None] * b_stride_r,
+                        mask=(o_O < end_o)[None, :] & (r_R < R)[:, None],
                         other=0.0,
                     )
-                b_RO = tl.load(
-                    b_ptr + e * b_stride_e + o_O[None, :].to(tl.int64) * b_stride_o + r_R[:, None] * b_stride_r,
-                    mask=(o_O < end_o)[None, :] & (r_R < R)[:, None],
-                    other=0.0,
-                )
-                acc_TO = dot(round_to(h_TR, b_RO.dtype), b_RO, acc_TO)
-    tl.store(y_ptr_TO, round_to(acc_TO, y_ptr.dtype.element_ty), mask=y_mask_TO)
+                    acc_TO = dot(round_to(h_TR, b_RO.dtype), b_RO, acc_TO)
+        tl.store(y_ptr_TO, round_to(acc_TO, y_ptr.dtype.element_ty), mask=y_mask_TO)
 
 
 def grouped(
@@ -286,7 +290,9 @@ def expand_(
     T, E, R, K = y_TO.shape[0], b_EOR.shape[0], b_EOR.shape[2], ids_TK.shape[1]
     size = y_TO.element_size()  # in float32 a larger tile would not fit into registers
     block_t, block_o = block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=256 // size)
-    _expand_fwd_kernel[count_row_tiles(widths, block_o), max_tiles(T, E, block_t)](
+    num_row_tiles, num_tiles = count_row_tiles(widths, block_o), max_tiles(T, E, block_t)
+    num_programs = min(num_row_tiles, triton.cdiv(_EXPAND_PROGRAMS, num_tiles))
+    _expand_fwd_kernel[num_programs, num_tiles](
         h_TKC,
         b_EOR,
         ids_TK,
@@ -298,6 +304,7 @@ def expand_(
         E,
         R,
         h_TKC.shape[2],
+        num_row_tiles,
         WIDTHS=widths,
         K=K,
         BLOCK_K=triton.next_power_of_2(K),
