@@ -14,8 +14,8 @@ each half of a tile. Every element is written once and the order of each sum is 
 It waits for H that other programs compute, so the first programs must be running: true of a GPU that starts programs in
 order, unless two such kernels compete from streams of different priority.
 
-Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features, O out-features of all
-siblings.
+Legend: T tokens, K top-k, P = T * K, E adapters, G sibling linears, R rank, J = E * R, C = G * J, I in-features, O
+out-features of all siblings.
 """
 # ruff: noqa: E741 (I and O are the legend's)
 
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from molora_kernels.arithmetic import let_next_start, power_of_two, wait_for_previous
+from molora_kernels.arithmetic import INTERPRETED, let_next_start, power_of_two, wait_for_previous
 from molora_kernels.hopper_gemm import BLOCK_I, Operands, Routing, launch
 from molora_kernels.sorting import sort_and_shrink, spread_
 from molora_kernels.tiles import choose_backward_tiles, choose_tiles
@@ -100,8 +100,13 @@ def _gates_bwd_kernel(
 
 
 def runs_on(device: torch.device) -> bool:
-    """True on Hopper: wgmma and its shared-memory layouts are that generation's own."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device)[0] == 9
+    """True on Hopper: wgmma and its shared-memory layouts are that generation's own. The interpreter has no Gluon."""
+    return (
+        not INTERPRETED.value
+        and device.type == "cuda"
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(device)[0] == 9
+    )
 
 
 def suits(x_TI: Tensor, w_OI: Tensor, a_GERI: Tensor, widths: tuple[int, ...]) -> bool:
@@ -136,21 +141,24 @@ def fused(
     *,
     sort: bool = False,
     keep_h: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """`routed_linears` where `suits` holds: y [T, O] and, with `keep_h`, the hidden ranks for a backward pass.
+    keep_u: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`routed_linears` where `suits` holds, and its hidden ranks.
 
     As the tokens come, its price grows with the adapters that meet in a block of tokens, up to E * R columns. With
     `sort` it works on a copy of x in the plan's order, in which few meet, and scatters the rows of y: for many columns,
     and one adapter a token.
 
-    Returns y and [2, T, E * R]: H, and x A_all^T where some token of the block selected the adapter.
+    Returns y [T, O]; H, with `keep_h` whole as [T, E * R], else written only where tiles read it; and with `keep_u`
+    x A_all^T [T, E * R], written at least where H is not zero.
     """
     T, O, (G, E, R, _), K = x_TI.shape[0], w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
     J = E * R
     tiles = choose_tiles(T, widths, 0 if sort else G * J, x_TI.device)  # of sorted tokens, H is there before
     assert tiles is not None  # suits() held
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=x_TI.device)
-    h_TC, kept = _empty_hidden(T, G * J, x_TI, keep_h)
+    h_TC = _zeros(T, G * J, x_TI) if keep_h else _empty_matrix(_whole_blocks(T), G * J, x_TI)
+    u_TC = _empty_matrix(T, G * J, x_TI) if keep_u else None
     y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     if sort:
         assert K == 1
@@ -162,11 +170,10 @@ def fused(
     if sort:
         spread_(h_TC, partials, scaling_EG, gates_TK, ids_TK, order_T, spans)
     bounds = tuple(sum(widths[:g]) for g in range(1, len(widths)))
-    u_TC = None if kept is None else kept[1]
     operands = Operands(x_TI, w_OI, bias_O, a_GERI.flatten(0, 2), h_TC, u_TC, b_rows, y_TO)
     routing = Routing(scaling_EG, gates_TK, ids_TK, spans, counters, order_T)
     launch(tiles, operands, routing, (G, E, R), bounds, sort=sort, by_adapter=by_adapter)
-    return y_TO, kept
+    return y_TO, h_TC, u_TC
 
 
 def fused_backward(
@@ -179,51 +186,49 @@ def fused_backward(
     ids_TK: Tensor,
     order_T: Tensor,
     spans: Tensor,
-    u_TJ: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to x [T, I], to x A_all^T [T, E * R] and to the gates, the forward's product the other way around:
+    u_TJ: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients to x [T, I], to x A_all^T [T, E * R] and, given U, the gates: the forward's product the other way.
 
     dx = [dy | G] [W ; A_all],    G = V masked by route, times gate and scaling,    V = dy B_all
     dgates[t, k] = scaling[e] * sum_r U[t, e, r] * V[t, e, r],    e = ids[t, k],    U = x A_all^T
     """
-    (T, _), (E, R, I), K = dy_TO.shape, a_ERI.shape, ids_TK.shape[1]
+    (T, _), (E, R, I) = dy_TO.shape, a_ERI.shape
     tiles = choose_backward_tiles(T, I, E * R, dy_TO.device)
     counters = torch.empty(triton.cdiv(T, tiles.block_t), dtype=torch.int32, device=dy_TO.device)
-    g_TJ, kept = _empty_hidden(T, E * R, dy_TO, keep=True)
-    assert kept is not None
+    g_TJ = _zeros(T, E * R, dy_TO)
+    v_TJ = None if u_TJ is None else _empty_matrix(T, E * R, dy_TO)
     dx_TI = torch.empty(T, I, dtype=dy_TO.dtype, device=dy_TO.device)
     b_OJ, copies = _lay_by_rows(b_EOR)
     _prepare(b_EOR, b_OJ, counters, copies)
-    operands = Operands(dy_TO, w_OI, None, b_OJ, g_TJ, kept[1], a_ERI.flatten(0, 1), dx_TI)
+    operands = Operands(dy_TO, w_OI, None, b_OJ, g_TJ, v_TJ, a_ERI.flatten(0, 1), dx_TI)
     routing = Routing(scaling_E1, gates_TK, ids_TK, spans, counters, order_T)
     launch(tiles, operands, routing, (1, E, R), (), transposed=True)
-    dgates_TK = torch.empty(T, K, dtype=torch.float32, device=dy_TO.device)
+    dgates_TK = None
+    if u_TJ is not None and v_TJ is not None:
+        dgates_TK = _gates_bwd(u_TJ, v_TJ, scaling_E1, ids_TK, R)
+    return dx_TI, g_TJ, dgates_TK
+
+
+def _gates_bwd(u_TJ: Tensor, v_TJ: Tensor, scaling_E1: Tensor, ids_TK: Tensor, R: int) -> Tensor:
+    """Semantics: dgates[t, k] = scaling[e] * (u[t, e] . v[t, e]), e = ids[t, k]; 0 where the id is -1."""
+    T, K = ids_TK.shape
+    dgates_TK = torch.empty(T, K, dtype=torch.float32, device=ids_TK.device)
     _gates_bwd_kernel[triton.cdiv(T * K, 32),](
         u_TJ,
-        kept[1],
+        v_TJ,
         scaling_E1,
         ids_TK,
         dgates_TK,
         u_TJ.stride(0),
-        g_TJ.stride(0),
+        v_TJ.stride(0),
         T * K,
         R,
         K=K,
         BLOCK_P=32,
         BLOCK_R=power_of_two(R, at_most=64),
     )
-    return dx_TI, g_TJ, dgates_TK
-
-
-def _empty_hidden(T: int, columns: int, like: Tensor, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """Room for H and, to keep, for [2, T, columns]: H and what it is before mask and gate.
-
-    What no tile reads is left unwritten; but what is kept is also summed over all tokens, and H is zero there.
-    """
-    if not keep:  # whole blocks of tokens: `hopper_gemm._copy_pair` says why
-        return _empty_matrix(triton.cdiv(T, 128) * 128, columns, like.dtype, like.device), None
-    kept = _empty_matrix(2 * T, columns, like.dtype, like.device).unflatten(0, (2, T))
-    return kept[0].zero_(), kept
+    return dgates_TK
 
 
 def _lay_by_rows(b_EOR: Tensor) -> tuple[Tensor, bool]:
@@ -231,7 +236,7 @@ def _lay_by_rows(b_EOR: Tensor) -> tuple[Tensor, bool]:
     (E, O, R), b_OER = b_EOR.shape, b_EOR.transpose(0, 1)
     if b_OER.is_contiguous() and _is_addressable(b_OER.flatten(1)):
         return b_OER.flatten(1), False
-    return _empty_matrix(O, E * R, b_EOR.dtype, b_EOR.device), True
+    return _empty_matrix(O, E * R, b_EOR), True
 
 
 def _prepare(b_EOR: Tensor, b_OJ: Tensor, counters: Tensor, copies: bool) -> None:
@@ -254,6 +259,16 @@ def _prepare(b_EOR: Tensor, b_OJ: Tensor, counters: Tensor, copies: bool) -> Non
     )
 
 
-def _empty_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _empty_matrix(rows: int, columns: int, like: Tensor) -> Tensor:
     """Unwritten, its rows padded to whole 16 bytes."""
-    return torch.empty(rows, triton.cdiv(columns, 8) * 8, dtype=dtype, device=device)[:, :columns]
+    return torch.empty(rows, triton.cdiv(columns, 8) * 8, dtype=like.dtype, device=like.device)[:, :columns]
+
+
+def _zeros(rows: int, columns: int, like: Tensor) -> Tensor:
+    """Likewise for what is summed over all tokens: zero where no tile reads and so none writes."""
+    return _empty_matrix(rows, columns, like).zero_()
+
+
+def _whole_blocks(num_tokens: int) -> int:
+    """Rows enough for tiles that are not full: `hopper_gemm._copy_pair` says why."""
+    return int(triton.cdiv(num_tokens, 128) * 128)

@@ -117,7 +117,7 @@ def _shrink_fwd_kernel(
         if tl.max((ids_TK == e).to(tl.int32)) > 0:
             acc_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
             for start in range(0, I, BLOCK_I):
-                i_I = start + tl.arange(0, BLOCK_I)
+                i_I = (start + tl.arange(0, BLOCK_I)).to(tl.int64)  # any strides: offsets may pass 2**31
                 x_mask, a_mask = exists_T[:, None], (r_R < R)[None, :]
                 if not EVEN_I:
                     x_mask, a_mask = x_mask & (i_I < I)[None, :], a_mask & (i_I < I)[:, None]
@@ -125,7 +125,7 @@ def _shrink_fwd_kernel(
                     x_ptr + token_T[:, None] * x_stride_t + i_I[None, :] * x_stride_i, mask=x_mask, other=0.0
                 )
                 a_IR = tl.load(
-                    a_ptr + e * a_stride_e + r_R[None, :] * a_stride_r + i_I[:, None] * a_stride_i,
+                    a_ptr + e * a_stride_e + r_R[None, :].to(tl.int64) * a_stride_r + i_I[:, None] * a_stride_i,
                     mask=a_mask,
                     other=0.0,
                 )
@@ -291,7 +291,7 @@ def expand_(
     size = y_TO.element_size()  # in float32 a larger tile would not fit into registers
     block_t, block_o = block_of_tokens(T, E, at_most=64), power_of_two(max(widths), at_most=256 // size)
     num_row_tiles, num_tiles = count_row_tiles(widths, block_o), max_tiles(T, E, block_t)
-    num_programs = min(num_row_tiles, triton.cdiv(_EXPAND_PROGRAMS, num_tiles))
+    num_programs = min(num_row_tiles, triton.cdiv(_EXPAND_PROGRAMS, max(1, num_tiles)))
     _expand_fwd_kernel[num_programs, num_tiles](
         h_TKC,
         b_EOR,

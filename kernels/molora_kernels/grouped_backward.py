@@ -50,7 +50,7 @@ class _Pairs(NamedTuple):
 
 
 @triton.jit
-def _shrink_pairs_kernel(
+def _shrink_pairs_bwd_kernel(
     x_ptr,
     a_ptr,
     order_ptr,
@@ -106,7 +106,7 @@ def _add_parts(u_ptr, offset_PC, mask_PC, S, stride_s):
 
 
 @triton.jit
-def _gate_pairs_kernel(
+def _gate_pairs_bwd_kernel(
     u_ptr,
     v_ptr,
     scaling_ptr,
@@ -152,7 +152,7 @@ def _gate_pairs_kernel(
 
 
 @triton.jit
-def _add_up_pairs_kernel(
+def _add_up_pairs_bwd_kernel(
     x_ptr,
     h_ptr,
     order_ptr,
@@ -264,7 +264,7 @@ def _shrink_pairs(u_SPR: Tensor, x_TI: Tensor, a_ERI: Tensor, pairs: _Pairs) -> 
     (S, P, R), (E, _, I) = u_SPR.shape, a_ERI.shape
     block_p, block_r = block_of_tokens(P, E, at_most=64), power_of_two(R, at_most=64)
     block_i = power_of_two(I, at_most=128 // x_TI.element_size())
-    _shrink_pairs_kernel[max_tiles(P, E, block_p), S, triton.cdiv(R, block_r)](
+    _shrink_pairs_bwd_kernel[max_tiles(P, E, block_p), S, triton.cdiv(R, block_r)](
         x_TI,
         a_ERI,
         pairs.order,
@@ -305,7 +305,7 @@ def _gate_pairs(
     gated_u_PC = torch.empty(T * K if needs_u else 0, C, dtype=dtype, device=device)
     gated_v_PC = torch.empty(T * K if needs_v else 0, C, dtype=dtype, device=device)
     dgates_TK = torch.empty((T, K) if wanted.gates else 0, dtype=torch.float32, device=device)
-    _gate_pairs_kernel[triton.cdiv(T * K, 32),](
+    _gate_pairs_bwd_kernel[triton.cdiv(T * K, 32),](
         u_SPC,
         v_SPC,
         scaling_EG,
@@ -333,7 +333,7 @@ def _add_up_pairs(sum_EIR: Tensor, x_TI: Tensor, h_PR: Tensor, pairs: _Pairs) ->
     """Semantics: sum[e] = sum of x[p // K] h[p]^T over the pairs p of adapter e, in their order; 0 where e has none."""
     E, I, R = sum_EIR.shape
     block_i, block_r = power_of_two(I, at_most=64), power_of_two(R, at_most=64)
-    _add_up_pairs_kernel[triton.cdiv(I, block_i), triton.cdiv(R, block_r), E](
+    _add_up_pairs_bwd_kernel[triton.cdiv(I, block_i), triton.cdiv(R, block_r), E](
         x_TI,
         h_PR,
         pairs.order,

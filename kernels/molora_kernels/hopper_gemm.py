@@ -4,8 +4,8 @@ A program is one warp that loads tiles by the bulk tensor copy engine into a rin
 warps that multiply them, each half of a tile. It draws work by its number: first items of H, then tiles of y. A tile's
 walk over x goes on into H and B once a counter says that the items of its block of tokens are written.
 
-Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, I in-features, O out-features of all
-siblings.
+Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, J = E * R, C = G * J, I in-features, O out-features
+of all siblings. U is H before mask, gate and scaling: what a backward pass keeps.
 """
 # ruff: noqa: E741, RUF005 (I and O are the legend's; Gluon takes neither unpacking nor every ternary)
 
@@ -192,7 +192,8 @@ def _load(
                     if BY_ADAPTER:
                         place = (j // R * O + n * BLOCK_O, j % R)
                     left = [m * BLOCK_T, sibling * J + j]
-                    step = _copy_pair(h_desc, h_desc, b_desc, left, place, x_ring, w_ring, BLOCK_T, step, ready, empty)
+                    rows = BLOCK_T  # H has rows for whole blocks, or is kept and short: its last tiles pay for that
+                    step = _copy_pair(h_desc, h_desc, b_desc, left, place, x_ring, w_ring, rows, step, ready, empty)
 
 
 @gluon.jit
@@ -631,7 +632,7 @@ class Operands(NamedTuple):
     w: Tensor  # [O, I]
     bias_O: Tensor | None
     a: Tensor  # [G * J, I]
-    h_TC: Tensor  # [T, G * J], written here unless the tokens are sorted
+    h_TC: Tensor  # [T or more, G * J], written here unless the tokens are sorted
     u_TC: Tensor | None  # likewise, x a^T as it is: neither masked by route nor gated; only where a tile reads h
     b: Tensor  # [O, J]; adapter by adapter [E * O, R]
     y_TO: Tensor  # written here

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from molora_kernels.backend import HAS_TRITON, INTERPRETED, fusing, triton_runs_on
 from molora_kernels.gradients import addressable, backward, save_for_backward, whole_rows
@@ -53,9 +54,11 @@ def routed_linear(
     adapter must be finite, selected or not.
 
     It can be captured in a CUDA graph, with ids that change between replays. Gradients flow to x, lora_a, lora_b and
-    gates, each in its own dtype; the gradients that Triton computes cannot be differentiated again. Its backward pass
-    is grouped by adapter and works on scratch of k ranks a token; on Hopper, for one linear, more than 64 tokens in 16
-    bits and up to 256 columns of adapters, it is one fused kernel, for which the forward keeps h [T, E * R]. On Hopper,
+    gates, each in its own dtype. Those that Triton computes cannot be differentiated again, nor by torch.func. Its
+    backward pass is grouped by adapter and works on scratch of k ranks a token; on Hopper, if x needs a gradient, for
+    one linear, more than 64 tokens in 16 bits and up to 256 columns of adapters, it is one fused kernel, for which the
+    forward keeps h [T, E * R], and as much again if gates need one. There, what is not finite in x or dy reaches the
+    gradients of all adapters, even at a token without one. On Hopper,
     programs of a launch may wait for each other: do not run these calls on streams of different priority beside other
     kernels that wait so.
 
@@ -69,13 +72,14 @@ def routed_linear(
         gates: [T, k] float32, ignored where plan.ids is -1.
         plan: from `make_plan`, on x's device.
         impl: "torch" (K-concat), "triton" (the kernels, in the regime that suits the shape), or "auto": Triton for x on
-            a GPU unless it is float64, else torch.
+            a GPU unless it is float64 or differentiated forwards, else torch.
 
     Returns:
         [T, O] in x's dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree, or impl="triton" without a GPU or interpreter.
+        ValueError: shapes, dtypes or devices disagree, or impl="triton" without a GPU or interpreter, for float64 or in
+            forward-mode differentiation.
     """
     return routed_linears(
         x,
@@ -133,12 +137,12 @@ def routed_linears(
     weight, bias = weight.detach().to(x.dtype), None if bias is None else bias.detach().to(x.dtype)
     lora_a, lora_b, scaling = lora_a.to(x.dtype), lora_b.to(x.dtype), scaling.detach()
     with torch.autocast(x.device.type, enabled=False):
-        keep_h = _keeps_h(x, lora_a, lora_b, gates)
-        if _choose(impl, x) == "torch":
+        keep_h = _keeps_h(x, lora_a, lora_b)
+        if _choose(impl, x, lora_a, lora_b, gates) == "torch":
             return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
         assert plan.tables is not None  # its ids are on x's device, where Triton runs
         tables = plan.tables
-        y, _ = _routed_linears_triton(
+        y, *_ = _routed_linears_triton(
             x,
             weight,
             bias,
@@ -154,20 +158,18 @@ def routed_linears(
             tables.num_groups,
             widths,
             keep_h,
+            keep_h and gates.requires_grad,
         )
         return tuple(y.split_with_sizes(widths, dim=1)) if len(widths) > 1 else (y,)  # a split's gradient is a copy
 
 
-def _needs_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-
-
-def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
-    """Whether a backward pass will come that is the fused one, for which the forward keeps h."""
+def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
+    """Whether a backward pass will come that is the fused one, which gives dx, and for which the forward keeps h."""
     (num_siblings, num_adapters, rank, _), num_out = lora_a.shape, lora_b.shape[1]
     return (
         fusing is not None
-        and _needs_grad(x, lora_a, lora_b, gates)
+        and torch.is_grad_enabled()
+        and x.requires_grad
         and fusing.runs_on(x.device)
         and x.dtype in (torch.float16, torch.bfloat16)
         and num_siblings == 1
@@ -178,9 +180,11 @@ def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor, gates: Tensor) -> bool:
     )
 
 
-def _choose(impl: str, x: Tensor) -> str:
+def _choose(impl: str, x: Tensor, *others: Tensor) -> str:
+    has_tangent = any(unpack_dual(tensor).tangent is not None for tensor in (x, *others))  # type: ignore[no-untyped-call]
     if impl == "auto":
-        return "triton" if HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES else "torch"
+        suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES and not has_tangent
+        return "triton" if suits else "torch"
     if impl not in ("torch", "triton"):
         raise ValueError(f'impl must be "auto", "torch" or "triton", got {impl!r}')
     if impl == "triton":
@@ -191,6 +195,8 @@ def _choose(impl: str, x: Tensor) -> str:
             )
         if x.dtype not in _TRITON_DTYPES:
             raise ValueError(f'impl="triton" takes float32, float16 or bfloat16, got {x.dtype}; use impl="torch"')
+        if has_tangent:
+            raise ValueError('impl="triton" has no forward-mode derivative; use impl="auto" or "torch"')
     return impl
 
 
@@ -252,14 +258,14 @@ def _choose_regime(
         return "decode"
     if fusing is not None and fusing.suits(x, weight, lora_a, widths):
         top_k, num_columns = ids.shape[1], num_adapters * rank
-        sorts = top_k <= 2 and num_tokens > (_MAX_UNSORTED_TOKENS if top_k == 1 else _MAX_UNSORTED_TOKENS_OF_A_BLEND)
-        if num_columns <= (_MAX_FUSED_COLUMNS if sorts else _MAX_UNSORTED_COLUMNS):
+        few = {1: _MAX_UNSORTED_TOKENS, 2: _MAX_UNSORTED_TOKENS_OF_A_BLEND}.get(top_k, num_tokens)
+        if num_columns <= (_MAX_FUSED_COLUMNS if num_tokens > few else _MAX_UNSORTED_COLUMNS):
             return "fused"
         num_spans, in_features = -(-num_tokens // 128), x.shape[1]
         walks_little = num_columns <= num_spans * in_features  # into the columns of all spans, against the base
         siblings_are_whole = len(widths) == 1 or num_columns % 64 == 0  # a step reads 64 columns and may not read on
         fits = num_tokens * lora_a[..., 0].numel() <= _MAX_SORTED_SCRATCH
-        if sorts and walks_little and siblings_are_whole and fits:
+        if (top_k == 1 or num_tokens > few) and walks_little and siblings_are_whole and fits:
             return "sorted"
     return "grouped"
 
@@ -281,33 +287,40 @@ def _routed_linears_triton(
     num_groups: Tensor,
     out_features: Sequence[int],
     keep_h: bool,
-) -> tuple[Tensor, Tensor]:
+    keep_u: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     widths, scaling, gates = tuple(out_features), scaling.float().contiguous(), gates.float().contiguous()
     bias = None if bias is None else bias.contiguous()
     if x.shape[0] == 0:
-        return x.new_empty(0, weight.shape[0]), x.new_empty(0)
+        return x.new_empty(0, weight.shape[0]), *_kept(x, lora_a, False, False)
     if keep_h:
         x, weight, lora_a = (addressable(tensor) for tensor in (x, weight, lora_a))
     operands = (x, weight, bias, lora_a, lora_b, scaling, gates, ids)
     regime = "fused" if keep_h else _choose_regime(x, weight, lora_a, lora_b, ids, widths)
+    tables = (order, offsets, spans)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device
         if regime == "decode":
-            return decoding.decode(*operands, groups, num_groups, widths), x.new_empty(0)
-        tables = (order, offsets, spans)
-        if regime == "sorted" and ids.shape[1] == 2:
-            return sort_twice(*operands, *tables, widths), x.new_empty(0)
-        if regime in ("fused", "sorted"):
-            y, kept = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h)
-            return y, x.new_empty(0) if kept is None else whole_rows(kept)
-        return grouped(*operands, order, offsets, widths), x.new_empty(0)
+            y = decoding.decode(*operands, groups, num_groups, widths)
+        elif regime == "sorted" and ids.shape[1] == 2:
+            y = sort_twice(*operands, *tables, widths)
+        elif regime in ("fused", "sorted"):
+            y, h, u = fusing.fused(*operands, *tables, widths, sort=regime == "sorted", keep_h=keep_h, keep_u=keep_u)
+            if keep_h:
+                return y, whole_rows(h), x.new_empty(0) if u is None else whole_rows(u)
+        else:
+            y = grouped(*operands, order, offsets, widths)
+    return y, *_kept(x, lora_a, False, False)
+
+
+def _kept(x: Tensor, lora_a: Tensor, keep_h: bool, keep_u: bool) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], (lora_a.shape[1] * lora_a.shape[2] + 7) // 8 * 8)  # rows of whole 16 bytes
+    return x.new_empty(shape if keep_h else 0), x.new_empty(shape if keep_u else 0)
 
 
 @_routed_linears_triton.register_fake
-def _fake(*args: Any) -> tuple[Tensor, Tensor]:
-    x, weight, lora_a, keep_h = args[0], args[1], args[3], args[14]
-    num_columns = lora_a.shape[1] * lora_a.shape[2]
-    kept = x.new_empty(2, x.shape[0], (num_columns + 7) // 8 * 8) if keep_h else x.new_empty(0)
-    return x.new_empty(x.shape[0], weight.shape[0]), kept
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight, lora_a, (keep_h, keep_u) = args[0], args[1], args[3], args[14:]
+    return x.new_empty(x.shape[0], weight.shape[0]), *_kept(x, lora_a, keep_h, keep_u)
 
 
 _routed_linears_triton.register_autograd(backward, setup_context=save_for_backward)

@@ -42,7 +42,7 @@ def _note_span(first, ids_ptr, order_ptr, offsets_ptr, spans_ptr, E, SPAN: tl.co
 
 
 @triton.jit
-def _sort_and_shrink_kernel(
+def _sort_and_shrink_fwd_kernel(
     x_ptr,
     a_ptr,
     ids_ptr,
@@ -113,7 +113,7 @@ def _sort_and_shrink_kernel(
 
 
 @triton.jit
-def _spread_kernel(
+def _spread_fwd_kernel(
     partial_ptr,
     scaling_ptr,
     gates_ptr,
@@ -171,7 +171,7 @@ def sort_and_shrink(
     sorted_x = torch.empty(T, I, dtype=x_TI.dtype, device=device)
     partials = torch.empty(num_splits, T, G * R, dtype=torch.float32, device=device)
     spans = torch.empty(triton.cdiv(T, SPAN), 2, dtype=torch.int32, device=device)
-    _sort_and_shrink_kernel[triton.cdiv(T, 32) + num_tiles, num_splits, num_blocks](
+    _sort_and_shrink_fwd_kernel[triton.cdiv(T, 32) + num_tiles, num_splits, num_blocks](
         x_TI,
         a_GERI,
         ids_TK,
@@ -213,7 +213,7 @@ def spread_(
     """Fill those columns of H [T, G * E * R] that tiles of the sorted tokens will read."""
     (num_splits, T, GR), (E, G) = partials.shape, scaling_EG.shape
     num_blocks = triton.cdiv(T, 32) * G
-    _spread_kernel[triton.cdiv(T, 32), G, power_of_two(512 // num_blocks, at_least=1, at_most=16)](
+    _spread_fwd_kernel[triton.cdiv(T, 32), G, power_of_two(512 // num_blocks, at_least=1, at_most=16)](
         partials,
         scaling_EG,
         gates_TK,

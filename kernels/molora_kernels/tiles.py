@@ -1,6 +1,7 @@
 """How the fused regime cuts its work, and what a cut costs. Knows nothing about kernels."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
@@ -56,20 +57,21 @@ def choose_tiles(num_tokens: int, widths: tuple[int, ...], num_columns: int, dev
     """
     whole = [tiles for tiles in _TILES if all(width % tiles.block_o == 0 for width in widths[:-1])]
     finer = [replace(tiles, block_j=tiles.block_j >> i) for tiles in whole for i in range(3)]
-    candidates = [tiles for tiles in finer if tiles.block_j >= _SMALLEST_BLOCK_J]
+    candidates = tuple(tiles for tiles in finer if tiles.block_j >= _SMALLEST_BLOCK_J)
     return _cheapest(candidates, num_tokens, sum(widths), num_columns, device)
 
 
 def choose_backward_tiles(num_tokens: int, in_features: int, num_columns: int, device: torch.device) -> Tiles:
     """Likewise where the right operands' rows are summed over: the kernel then halves no tile by columns."""
-    candidates = [tiles for tiles in _TILES if tiles.block_t == 128]
+    candidates = tuple(tiles for tiles in _TILES if tiles.block_t == 128)
     tiles = _cheapest(candidates, num_tokens, in_features, num_columns, device)
     assert tiles is not None
     return tiles
 
 
+@lru_cache(maxsize=4096)
 def _cheapest(
-    candidates: list[Tiles], num_tokens: int, out_features: int, num_columns: int, device: torch.device
+    candidates: tuple[Tiles, ...], num_tokens: int, out_features: int, num_columns: int, device: torch.device
 ) -> Tiles | None:
     num_sms = count_sms(device)
 

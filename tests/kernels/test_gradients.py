@@ -145,3 +145,41 @@ def test_a_second_derivative_is_refused(make_problem: Callable, impl: str) -> No
     y = routed_linear(*problem.args, impl=impl)
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(y.sum(), problem.x, create_graph=True)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the fused backward pass needs a Hopper GPU")
+@pytest.mark.parametrize("name", TRAINED)
+def test_one_tensor_alone_may_need_the_fused_gradient(make_problem: Callable, name: str) -> None:
+    problem = make_problem(200, 136, 264, 5, 24, 2, dtype=torch.float16)
+    everything = with_leaves(problem)
+    expected = gradients(everything, routed_linear(*everything.args))
+    with_x = problem.replace(x=problem.x.clone().requires_grad_())
+    wanted = [with_x.x] if name == "x" else [with_x.x, getattr(problem, name).clone().requires_grad_()]
+    if name != "x":
+        with_x = with_x.replace(**{name: wanted[1]})
+    y = routed_linear(*with_x.args)
+    weights = torch.arange(y.numel(), device=y.device).reshape(y.shape).sin().to(y.dtype)
+    for wanted_name, grad in zip(("x", name), torch.autograd.grad(y, wanted, weights), strict=False):
+        assert torch.equal(grad, expected[wanted_name]), wanted_name
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the fused backward pass needs a Hopper GPU")
+@pytest.mark.parametrize("block_o", [64, 128, 256])
+def test_every_tile_of_the_fused_backward(
+    make_problem: Callable, monkeypatch: pytest.MonkeyPatch, block_o: int
+) -> None:
+    from molora_kernels import tiles
+
+    chosen = tuple(tile for tile in tiles._TILES if (tile.block_t, tile.block_o) == (128, block_o))
+    assert chosen
+    monkeypatch.setattr(tiles, "_TILES", chosen)
+    problem = make_problem(700, 520, 776, 5, 40, 2, dtype=torch.float16, routes="zipf")
+    problem.ids[128:300] = -1
+    problem = with_leaves(problem)
+    exact = with_leaves(problem, torch.float64)
+    exact = exact.replace(weight=problem.weight.double(), bias=problem.bias.double())
+    expected = gradients(exact, routed_linear(*exact.args, impl="torch"))
+    actual = gradients(problem, routed_linear(*problem.args))
+    for name in TRAINED:
+        error = (actual[name].double() - expected[name]).norm()
+        assert error <= 1e-3 * expected[name].norm(), name

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from molora_kernels import backend, make_plan, ops, routed_linear, routed_linears
+from molora_kernels import backend, gradients, make_plan, ops, routed_linear, routed_linears
+
+ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -105,8 +107,45 @@ def test_the_custom_op_passes_opcheck(make_problem: Callable, impl: str, needs_g
     x, lora_a, lora_b, gates = leaves
     plan = problem.plan
     tables = vars(plan.tables).values()
-    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, *tables, [16, 8], False)
+    args = (x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, *tables, [16, 8], False, False)
     torch.library.opcheck(ops._routed_linears_triton, args)
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the fused backward pass needs a Hopper GPU")
+@pytest.mark.parametrize("keep_u", [False, True])
+def test_the_ops_of_the_fused_backward_pass_opcheck(make_problem: Callable, keep_u: bool) -> None:
+    problem = make_problem(130, 72, 136, 3, 20, dtype=torch.float16)
+    x, weight, bias, lora_a, lora_b, scaling, gates = problem.tensors
+    lora_a, scaling = lora_a.unsqueeze(0), scaling.unsqueeze(1)
+    for tensor in (x, lora_a, lora_b, *([gates] if keep_u else [])):
+        tensor.requires_grad_()
+    plan = problem.plan
+    tables = plan.tables
+    factors = (weight, bias, lora_a, lora_b, scaling, gates, plan.ids)
+    torch.library.opcheck(ops._routed_linears_triton, (x, *factors, *vars(tables).values(), [136], True, keep_u))
+    with torch.no_grad():
+        y, h, u = ops._routed_linears_triton(x, *factors, *vars(tables).values(), [136], True, keep_u)
+    routing = (scaling, gates.detach(), plan.ids, tables.order, tables.spans)
+    torch.library.opcheck(gradients._dx_triton, (y, weight, lora_a.detach(), lora_b.detach(), *routing, u))
+    assert h.shape == (130, 64)
+    assert u.shape == (h.shape if keep_u else (0,))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_forward_mode_is_right_or_refused(make_problem: Callable, impl: str) -> None:
+    problem = make_problem(5)
+    tangent = torch.randn_like(problem.x)
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        return routed_linear(x, *problem.args[1:], impl=impl)
+
+    if impl == "triton":
+        with pytest.raises(ValueError, match="forward-mode"):
+            torch.func.jvp(call, (problem.x,), (tangent,))
+        return
+    _, actual = torch.func.jvp(call, (problem.x,), (tangent,))
+    no_bias = problem.replace(bias=None, x=tangent)
+    torch.testing.assert_close(actual, routed_linear(*no_bias.args, impl=impl))
 
 
 def test_plan_and_linear_compile_into_one_graph(make_problem: Callable, impl: str) -> None:
