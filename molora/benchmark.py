@@ -28,37 +28,47 @@ TEXT = "It was a bright cold day in April, and the clocks were striking thirteen
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians of one route; the ratios are to base, and above 1 where the route is faster (prefill) or slower."""
+    """Medians of one route; the ratios are to base, and above 1 where the route is faster (prefill) or slower.
+
+    `adapted_share` is the part of the decoded tokens on which an adapter acted: a router may well choose none.
+    """
 
     route: str
     prefill_tokens_per_s: float
     prefill_ratio: float
     decode_ms_per_token: float
     decode_ratio: float
+    adapted_share: float
 
 
-def measure(model: MoLoRA, *, repeats: int, num_prompt_tokens: int, num_new_tokens: int) -> list[Speed]:
+def measure(
+    model: MoLoRA, *, repeats: int, num_prompt_tokens: int, num_new_tokens: int, text: str = TEXT
+) -> list[Speed]:
     """Time the forwards of base, each adapter and the router (where there is one), active from the first token.
 
-    Sampling and the reading of routes are not timed.
+    The tokens, decoded ones included, are those of `text`, over and over. Sampling and the reading of routes are not
+    timed.
 
     Raises:
-        ValueError: the prompt and the new tokens exceed the model's context.
+        ValueError: the prompt and the new tokens exceed the model's context, or the text has no tokens.
     """
     if num_prompt_tokens + num_new_tokens > model.max_context:
         raise ValueError(
             f"{num_prompt_tokens} prompt tokens and {num_new_tokens} new ones exceed the model's context of "
             f"{model.max_context} tokens; ask for fewer."
         )
-    text_ids: list[int] = model.tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    text_ids: list[int] = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not text_ids:
+        raise ValueError("the text has no tokens; give some words.")
     num_tokens = num_prompt_tokens + num_new_tokens
     ids = torch.tensor([(text_ids * (num_tokens // len(text_ids) + 1))[:num_tokens]], device=model.decoder.device)
     routes = ["base", *(entry.name for entry in model.bank.adapters), *(["auto"] if model.bank.has_router else [])]
     prefill_s: dict[str, list[float]] = {route: [] for route in routes}
     decode_s: dict[str, list[float]] = {route: [] for route in routes}
+    adapted_share: dict[str, float] = {}
     for repeat in range(-1, repeats):  # one more, untimed, to warm up
         for route in routes:
-            prefill, decode = _time(model, route, ids, num_prompt_tokens)
+            prefill, decode, adapted_share[route] = _time(model, route, ids, num_prompt_tokens)
             if repeat >= 0:
                 prefill_s[route].append(prefill)
                 decode_s[route].append(decode)
@@ -71,15 +81,17 @@ def measure(model: MoLoRA, *, repeats: int, num_prompt_tokens: int, num_new_toke
             prefills["base"] / prefills[route],
             decodes[route] * 1e3,
             decodes[route] / decodes["base"],
+            adapted_share[route],
         )
         for route in routes
     ]
 
 
 @torch.inference_mode()
-def _time(model: MoLoRA, route: str, ids: torch.Tensor, num_prompt_tokens: int) -> tuple[float, float]:
-    """Seconds to prefill the prompt, and then to feed the remaining tokens one at a time."""
+def _time(model: MoLoRA, route: str, ids: torch.Tensor, num_prompt_tokens: int) -> tuple[float, float, float]:
+    """Seconds to prefill the prompt, and then to feed the remaining tokens one at a time; how many were adapted."""
     cache = DynamicCache()
+    records = []
     # A base request takes no part in routing at all, as in `generate`.
     with nullcontext() if route == "base" else model.routing([0], route):
         start_s = _now(ids)
@@ -87,7 +99,10 @@ def _time(model: MoLoRA, route: str, ids: torch.Tensor, num_prompt_tokens: int) 
         middle_s = _now(ids)
         for index in range(num_prompt_tokens, ids.shape[1]):
             model.model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
-        return middle_s - start_s, _now(ids) - middle_s
+            records.append(model.decoder.routes.record)
+        end_s = _now(ids)
+    num_adapted = sum(record is not None and bool((record.slots >= 0).any()) for record in records)
+    return middle_s - start_s, end_s - middle_s, num_adapted / len(records)
 
 
 def _now(ids: torch.Tensor) -> float:

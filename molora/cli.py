@@ -168,18 +168,24 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Timed runs of each route; the medians are shown.")] = 5,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens to prefill.")] = 256,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to decode.")] = 32,
+    text: Annotated[
+        str | None, typer.Option(help="What the tokens say, over and over; the router may rest on plain prose.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the figures and the circumstances to this JSON.")] = None,
 ) -> None:
     """Prefill and decode speed of each route, as ratios to the base model's in the same run."""
-    from molora.benchmark import measure, report
+    from molora.benchmark import TEXT, measure, report
 
     model = _load(bank, base, device, dtype)
-    rows = measure(model, repeats=repeats, num_prompt_tokens=prompt_tokens, num_new_tokens=new_tokens)
-    titles = ("prefill tokens/s", "x base", "decode ms/token", "x base")
+    rows = measure(
+        model, repeats=repeats, num_prompt_tokens=prompt_tokens, num_new_tokens=new_tokens, text=text or TEXT
+    )
+    titles = ("prefill tokens/s", "x base", "decode ms/token", "x base", "adapted")
     table = Table("route", *(Column(title, justify="right") for title in titles))
     for row in rows:
         prefill, decode = f"{row.prefill_tokens_per_s:.0f}", f"{row.decode_ms_per_token:.2f}"
-        table.add_row(row.route, prefill, f"{row.prefill_ratio:.2f}", decode, f"{row.decode_ratio:.2f}")
+        ratios = f"{row.prefill_ratio:.2f}", f"{row.decode_ratio:.2f}"
+        table.add_row(row.route, prefill, ratios[0], decode, ratios[1], f"{row.adapted_share:.0%}")
     _print_table(table)
     if out is not None:
         from molora.files import write_atomic

@@ -5,9 +5,12 @@ Legend: E slots, R padded rank, I in-features, O out-features.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from molora_kernels import routed_linear
+from molora_kernels.cpu import AdapterViews, act_at_once
 from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
@@ -38,11 +41,16 @@ class RoutedLinear(nn.Module):
         self.lora_b_EOR = nn.Parameter(b_EOR, requires_grad=False)
         self.scaling_E: Tensor
         self.register_buffer("scaling_E", torch.zeros(num_slots, device=linear.weight.device), persistent=False)
+        self._views: AdapterViews | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        plan, gates_TK = self.routes.plan, self.routes.gates_TK
-        if plan is None or gates_TK is None:
+        routes = self.routes
+        if routes.plan is None or routes.gates_TK is None:
             return F.linear(x, self.weight, self.bias)
+        if routes.token is not None and act_at_once() and x.ndim == 3:
+            views = self._current_views()
+            if views.dtype == x.dtype:
+                return views.add_(F.linear(x, self.weight, self.bias), x, routes.token)
         y = routed_linear(
             x.reshape(-1, self.in_features),
             self.weight,
@@ -50,11 +58,20 @@ class RoutedLinear(nn.Module):
             self.lora_a_ERI,
             self.lora_b_EOR,
             self.scaling_E,
-            gates_TK,
-            plan,
-            impl=self.routes.impl,
+            routes.gates_TK,
+            routes.plan,
+            impl=routes.impl,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _current_views(self) -> AdapterViews:
+        # As attributes of a module they would take longer to find than to compare.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
+        tensors = parameters["lora_a_ERI"], parameters["lora_b_EOR"], buffers["scaling_E"]
+        if self._views is None or not self._views.show(*tensors):
+            self._views = AdapterViews(*tensors)
+        return self._views
 
     @torch.no_grad()
     def set_slot(self, slot: int, weights: LoraWeights | None) -> None:

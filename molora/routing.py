@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from molora_kernels import Plan, make_plan
+from molora_kernels.cpu import Token, find_token
 from torch import Tensor, nn
 
 from molora.router import Decision, Router
@@ -76,23 +77,25 @@ class Routes:
         """No adapter acts: the linears are the base linears."""
         self.plan: Plan | None = None
         self.gates_TK: Tensor | None = None
+        self.token: Token | None = None
         self.record: RouteRecord | None = None
 
     def fill(self, record: RouteRecord) -> None:
         slots_TK = record.slots.flatten(0, 1)
         self.plan = make_plan(slots_TK, self.num_slots)
         self.gates_TK = record.gates.flatten(0, 1)
+        self.token = None if self.impl == "triton" else find_token(self.plan, self.gates_TK)
         self.record = record
 
     @contextmanager
     def restored(self, plan: Plan | None, gates_TK: Tensor | None) -> Iterator[None]:
         """Obey an earlier forward's routes, as a checkpointed layer must when it is computed again."""
-        now = self.plan, self.gates_TK
-        self.plan, self.gates_TK = plan, gates_TK
+        now = self.plan, self.gates_TK, self.token
+        self.plan, self.gates_TK, self.token = plan, gates_TK, None
         try:
             yield
         finally:
-            self.plan, self.gates_TK = now
+            self.plan, self.gates_TK, self.token = now
 
 
 class RouterInput(Exception):  # noqa: N818 - it carries a result, and is no error

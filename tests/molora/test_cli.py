@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 import molora
 from molora.bank import Bank, BaseInfo
+from molora.benchmark import measure
 from molora.cli import app, parse_activation, parse_route
 from molora.digest import base_digest
 from molora.router import KeyRouter
@@ -126,9 +127,22 @@ def test_bench_compares_each_route_with_base(bank, tmp_path):
     assert [row["route"] for row in said["routes"]] == ["base", *NAMES, "auto"]
     assert said["routes"][0]["prefill_ratio"] == said["routes"][0]["decode_ratio"] == 1
     assert all(row["decode_ms_per_token"] > 0 and row["prefill_tokens_per_s"] > 0 for row in said["routes"])
+    shares = {row["route"]: row["adapted_share"] for row in said["routes"]}
+    assert shares == {"base": 0, "sums": 1, "words": 1, "auto": shares["auto"]}
     assert {"command", "device", "dtype", "versions", "commit"} <= set(said)
     assert said["versions"]["torch"] == torch.__version__
     assert all(name in result.stdout for name in ("base", *NAMES, "auto"))
+
+
+def test_bench_says_on_how_much_of_its_text_adapters_acted(bank):
+    model, text = molora.load(bank), "abcdefgh"
+    auto = measure(model, repeats=1, num_prompt_tokens=4, num_new_tokens=12, text=text)[-1]
+    ids = model.tokenizer(text * 2, add_special_tokens=False)["input_ids"]
+    routes = model.logits([ids], [0])[1][0]
+    assert auto.adapted_share == sum(bool(route) for route in routes[4:]) / 12
+    assert 0 < auto.adapted_share < 1
+    with pytest.raises(ValueError, match="no tokens"):
+        measure(model, repeats=1, num_prompt_tokens=4, num_new_tokens=12, text="")
 
 
 def test_bank_list_and_inspect(bank):

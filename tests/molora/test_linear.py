@@ -1,11 +1,13 @@
+import copy
+
 import pytest
 import torch
 from molora_kernels import make_plan
-from torch import nn
+from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
 from molora.linear import RoutedLinear
-from molora.routing import Routes
+from molora.routing import RouteRecord, Routes
 
 
 def make(*, bias: bool = True, dtype: torch.dtype | None = None) -> tuple[nn.Linear, RoutedLinear]:
@@ -84,3 +86,133 @@ def test_the_state_dict_has_the_names_of_the_linear():
     assert {"weight", "bias"} <= set(routed.state_dict())
     assert set(routed.state_dict()) - set(linear.state_dict()) == {"lora_a_ERI", "lora_b_EOR"}
     assert "slots=3, rank=4" in repr(routed)
+
+
+class TestOneTokenOnTheCPU:
+    """A decode step takes a shorter way, and nothing else about it may be seen."""
+
+    SLOTS, GATES = (2, -1, 0, 2), (1.0, torch.nan, -0.5, 0.25)
+
+    @pytest.fixture
+    def routed(self) -> RoutedLinear:
+        _, routed = make()
+        for slot, pair in enumerate((weights(4), weights(1, 0.5), weights(3, -1.0))):
+            routed.set_slot(slot, pair)
+        self.route(routed, self.SLOTS, self.GATES)
+        return routed
+
+    @torch.no_grad()
+    def route(self, routed: RoutedLinear, slots: tuple[int, ...], gates: tuple[float, ...]) -> None:
+        shape = 1, 1, len(slots)
+        slots_BTK = torch.tensor(slots, dtype=torch.int32).view(shape)
+        routed.routes.fill(RouteRecord(slots_BTK, torch.tensor(gates).view(shape), torch.ones(1, 1).bool(), None))
+
+    def expected(self, routed: RoutedLinear, x: Tensor) -> Tensor:
+        """What the definition gives, token by token and adapter by adapter."""
+        y = nn.functional.linear(x.double(), routed.weight.double(), routed.bias.double())
+        for slot, gate in zip(self.SLOTS, self.GATES, strict=True):
+            if slot >= 0:
+                pair = routed.get_slot(slot, 4)
+                y = y + gate * pair.scaling * (x.double() @ pair.a_RI.double().T @ pair.b_OR.double().T)
+        return y
+
+    def check(self, routed: RoutedLinear, *, dtype: torch.dtype = torch.float32, atol: float = 1e-5) -> None:
+        x = torch.randn(1, 1, 6, dtype=dtype)
+        with torch.no_grad():
+            y = routed(x)
+            assert y.dtype == dtype
+            assert torch.allclose(y.double(), self.expected(routed, x), atol=atol)
+
+    @pytest.fixture
+    def alone(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The op that serves all other shapes is not called."""
+
+        def refuse(*_: object, **__: object) -> Tensor:
+            raise AssertionError("the shorter way was not taken")
+
+        monkeypatch.setattr("molora.linear.routed_linear", refuse)
+
+    @pytest.mark.usefixtures("alone")
+    def test_its_adapters_add_up(self, routed):
+        self.check(routed)
+        with torch.inference_mode():
+            routed(torch.randn(1, 1, 6))
+        self.check(routed)
+
+    @pytest.mark.usefixtures("alone")
+    def test_without_an_adapter_it_is_the_linear_to_the_bit(self, routed):
+        self.route(routed, (-1, -1), (torch.nan, torch.inf))
+        x = torch.randn(1, 1, 6)
+        with torch.no_grad():
+            assert torch.equal(routed(x), nn.functional.linear(x, routed.weight, routed.bias))
+
+    @pytest.mark.usefixtures("alone")
+    def test_a_slot_that_is_set_again_is_seen(self, routed):
+        self.check(routed)
+        routed.set_slot(2, weights(2, 0.25))
+        self.check(routed)
+        routed.set_slot(2, None)
+        self.check(routed)
+
+    @pytest.mark.usefixtures("alone")
+    def test_tensors_that_are_replaced_are_seen(self, routed):
+        self.check(routed)
+        routed.double()
+        self.check(routed, dtype=torch.float64)
+        routed.bfloat16().float()
+        self.check(routed)
+        routed.load_state_dict({name: torch.randn(t.shape) for name, t in routed.state_dict().items()}, assign=True)
+        self.check(routed)
+        routed.lora_b_EOR.data = torch.randn(3, 5, 4)
+        self.check(routed)
+        routed.scaling_E = torch.rand(3)
+        self.check(routed)
+
+    @pytest.mark.usefixtures("alone")
+    def test_a_copy_has_its_own_slots(self, routed):
+        self.check(routed)
+        copied = copy.deepcopy(routed)
+        copied.set_slot(2, weights(4))
+        self.check(copied)
+        self.check(routed)
+
+    def test_slots_of_another_dtype_are_cast(self, routed):
+        routed.lora_a_ERI.data = routed.lora_a_ERI.data.bfloat16()
+        routed.lora_b_EOR.data = routed.lora_b_EOR.data.bfloat16()
+        self.check(routed)
+        routed.lora_a_ERI.data = routed.lora_a_ERI.data.float()
+        self.check(routed)
+
+    def test_any_number_of_dimensions_is_served(self, routed):
+        x = torch.randn(6)
+        with torch.no_grad():
+            for shape in ((6,), (1, 6), (1, 1, 6), (1, 1, 1, 6)):
+                y = routed(x.view(shape))
+                assert torch.allclose(y.double(), self.expected(routed, x.view(shape)), atol=1e-5)
+
+    def test_gradients_flow(self, routed):
+        routed.lora_a_ERI.requires_grad_(True)
+        routed(torch.randn(1, 1, 6)).sum().backward()
+        assert routed.lora_a_ERI.grad.abs().sum() > 0
+
+    def test_a_trace_does_not_depend_on_the_route(self, routed):
+        traced = torch.compile(routed, backend="eager", fullgraph=True)
+        x = torch.randn(1, 1, 6)
+        with torch.no_grad(), torch.compiler.set_stance("default"):
+            assert torch.allclose(traced(x), routed(x), atol=1e-5)
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile"):
+            self.route(routed, (1, 1, 1, -1), (1.0, 2.0, 3.0, 0.0))
+            assert torch.allclose(traced(x), routed(x), atol=1e-5)
+
+    def test_the_kernels_are_used_where_they_are_asked_for(self, routed):
+        routed.routes.impl = "triton"
+        self.route(routed, self.SLOTS, self.GATES)
+        assert routed.routes.token is None
+
+    def test_routes_that_are_cleared_or_restored_hold_no_token(self, routed):
+        routes = routed.routes
+        with routes.restored(routes.plan, routes.gates_TK):
+            assert routes.token is None
+        assert routes.token == [(2, 1.0), (0, -0.5), (2, 0.25)]
+        routes.clear()
+        assert routes.token is None
