@@ -1,7 +1,7 @@
 """`molora bench`: how fast each route prefills and decodes, next to the base model in the same run.
 
 Ratios are what carries over to another day; the absolute figures belong to the machine and its load. The routes take
-turns within each repeat, so that a machine that slows down slows all of them.
+turns, token by token where they decode, so that a machine that slows down slows all of them.
 """
 
 from __future__ import annotations
@@ -64,16 +64,22 @@ def measure(
     ids = torch.tensor([(text_ids * (num_tokens // len(text_ids) + 1))[:num_tokens]], device=model.decoder.device)
     routes = ["base", *(entry.name for entry in model.bank.adapters), *(["auto"] if model.bank.has_router else [])]
     prefill_s: dict[str, list[float]] = {route: [] for route in routes}
-    decode_s: dict[str, list[float]] = {route: [] for route in routes}
-    adapted_share: dict[str, float] = {}
+    token_s: dict[str, list[float]] = {route: [] for route in routes}
+    num_adapted = dict.fromkeys(routes, 0)
     for repeat in range(-1, repeats):  # one more, untimed, to warm up
+        caches = {route: DynamicCache() for route in routes}
         for route in routes:
-            prefill, decode, adapted_share[route] = _time(model, route, ids, num_prompt_tokens)
+            seconds, _ = _forward(model, route, ids[:, :num_prompt_tokens], caches[route])
             if repeat >= 0:
-                prefill_s[route].append(prefill)
-                decode_s[route].append(decode)
+                prefill_s[route].append(seconds)
+        for index in range(num_prompt_tokens, num_tokens):
+            for route in routes:
+                seconds, adapted = _forward(model, route, ids[:, index : index + 1], caches[route])
+                if repeat >= 0:
+                    token_s[route].append(seconds)
+                    num_adapted[route] += adapted
     prefills = {route: statistics.median(times) for route, times in prefill_s.items()}
-    decodes = {route: statistics.median(times) / num_new_tokens for route, times in decode_s.items()}
+    decodes = {route: statistics.median(times) for route, times in token_s.items()}
     return [
         Speed(
             route,
@@ -81,28 +87,22 @@ def measure(
             prefills["base"] / prefills[route],
             decodes[route] * 1e3,
             decodes[route] / decodes["base"],
-            adapted_share[route],
+            num_adapted[route] / len(token_s[route]),
         )
         for route in routes
     ]
 
 
 @torch.inference_mode()
-def _time(model: MoLoRA, route: str, ids: torch.Tensor, num_prompt_tokens: int) -> tuple[float, float, float]:
-    """Seconds to prefill the prompt, and then to feed the remaining tokens one at a time; how many were adapted."""
-    cache = DynamicCache()
-    records = []
+def _forward(model: MoLoRA, route: str, ids: torch.Tensor, cache: DynamicCache) -> tuple[float, bool]:
+    """Feed the next tokens: how many seconds they take, and whether an adapter acted on any of them."""
     # A base request takes no part in routing at all, as in `generate`.
     with nullcontext() if route == "base" else model.routing([0], route):
         start_s = _now(ids)
-        model.model(input_ids=ids[:, :num_prompt_tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        middle_s = _now(ids)
-        for index in range(num_prompt_tokens, ids.shape[1]):
-            model.model(input_ids=ids[:, index : index + 1], past_key_values=cache, use_cache=True)
-            records.append(model.decoder.routes.record)
+        model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         end_s = _now(ids)
-    num_adapted = sum(record is not None and bool((record.slots >= 0).any()) for record in records)
-    return middle_s - start_s, end_s - middle_s, num_adapted / len(records)
+        record = model.decoder.routes.record
+        return end_s - start_s, record is not None and bool((record.slots >= 0).any())
 
 
 def _now(ids: torch.Tensor) -> float:

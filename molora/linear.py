@@ -48,9 +48,14 @@ class RoutedLinear(nn.Module):
         if routes.plan is None or routes.gates_TK is None:
             return F.linear(x, self.weight, self.bias)
         if routes.token is not None and act_at_once() and x.ndim == 3:
-            views = self._current_views()
-            if views.dtype == x.dtype:
-                return views.add_(F.linear(x, self.weight, self.bias), x, routes.token)
+            # A decode step feels how long a module's attributes take to find.
+            own: dict[str, Any] = self._parameters
+            buffers: dict[str, Any] = self._buffers
+            tensors = own["lora_a_ERI"], own["lora_b_EOR"], buffers["scaling_E"]
+            if self._views is None or not self._views.show(*tensors):
+                self._views = AdapterViews(*tensors)
+            if self._views.dtype == x.dtype:
+                return self._views.add_(F.linear(x, own["weight"], self.bias), x, routes.token)
         y = routed_linear(
             x.reshape(-1, self.in_features),
             self.weight,
@@ -63,15 +68,6 @@ class RoutedLinear(nn.Module):
             impl=routes.impl,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _current_views(self) -> AdapterViews:
-        # As attributes of a module they would take longer to find than to compare.
-        parameters: dict[str, Any] = self._parameters
-        buffers: dict[str, Any] = self._buffers
-        tensors = parameters["lora_a_ERI"], parameters["lora_b_EOR"], buffers["scaling_E"]
-        if self._views is None or not self._views.show(*tensors):
-            self._views = AdapterViews(*tensors)
-        return self._views
 
     @torch.no_grad()
     def set_slot(self, slot: int, weights: LoraWeights | None) -> None:
