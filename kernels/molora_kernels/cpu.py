@@ -1,23 +1,92 @@
-"""One token on the CPU: a decode step, where the host's own work decides.
+"""The CPU's forward where nothing is recorded: a host reads the ids of a CPU plan without waiting.
 
-A token's products with its adapters take no longer than calling them, and the base's weights, as they stream through
-the caches, leave none of the host's code and data there: to check, cast and slice a linear's tensors costs more than
-the adapters' arithmetic. So the host reads the routes once a forward (`find_token`), a linear slices an adapter once
-for all (`AdapterViews`), and is left with three calls for each adapter that acts.
+Of several tokens, the adapters from the lowest that acts to the highest stand side by side as in `reference.py`, but
+all is done in place: copies of y would cost more than the adapters' arithmetic, which is also why tokens are not
+gathered.
+
+Of one token, a decode step, the host's own work decides. A token's products with its adapters take no longer than
+calling them, and the base's weights, as they stream through the caches, leave none of the host's code and data there:
+to check, cast and slice a linear's tensors costs more than the adapters' arithmetic. So the host reads the routes once
+a forward (`find_token`), a linear slices an adapter once for all (`AdapterViews`), and is left with three calls for
+each adapter that acts.
 
 There is no backward here, and nothing is checked (`ops.py` does that).
 
-Legend: T tokens, K top-k, E adapters, R rank, I in-features, O out-features.
+Legend: T tokens, K top-k, G sibling linears, E adapters, P adapters from the lowest that acts to the highest, R rank,
+I in-features, O out-features of all siblings.
 """
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molora_kernels.plan import Plan
+if TYPE_CHECKING:
+    from molora_kernels.plan import Plan
 
 Token = list[tuple[int, float]]
 """The adapters of one token with their gates. Equal adapters add up; none is the base."""
+
+
+class Present(NamedTuple):
+    """What the host knows of a plan's ids, for all linears that share the plan.
+
+    Attributes:
+        first, end: the P adapters lie between them; picking out those that act would copy their weights.
+        place_TK: int64, the place of each id among those adapters, P where there is none.
+        off_T1P1: True where an adapter does not act on a token.
+    """
+
+    first: int
+    end: int
+    place_TK: Tensor
+    off_T1P1: Tensor
+
+
+def find_present(ids_TK: Tensor) -> Present | None:
+    """Read a plan's `ids`, each -1 or an adapter; None if no adapter acts."""
+    present = ids_TK[ids_TK >= 0]
+    if not len(present):
+        return None
+    first, end = int(present.min()), int(present.max()) + 1
+    place_TK = torch.where(ids_TK < 0, end - first, ids_TK - first).long()
+    off_TP = torch.ones(len(ids_TK), end - first + 1, dtype=torch.bool).scatter_(1, place_TK, False)[:, :-1]
+    return Present(first, end, place_TK, off_TP[:, None, :, None])
+
+
+def routed_linears_cpu(
+    x_TI: Tensor,
+    w_OI: Tensor,
+    bias_O: Tensor | None,
+    a_GERI: Tensor,
+    b_EOR: Tensor,
+    scaling_EG: Tensor,
+    gates_TK: Tensor,
+    present: Present | None,
+    out_features: Sequence[int],
+) -> tuple[Tensor, ...]:
+    """`routed_linears_reference` on CPU tensors of which none needs a gradient, given the plan's `present`."""
+    y_TO = F.linear(x_TI, w_OI, bias_O)
+    widths = list(out_features)
+    y_per_sibling = y_TO.split_with_sizes(widths, dim=1)
+    if present is None:
+        return tuple(y_per_sibling)
+    first, end, place_TK, off_T1P1 = present
+    a_GPRI, b_POR, scaling_PG = a_GERI[:, first:end], b_EOR[first:end], scaling_EG[first:end]
+    num_tokens, (num_siblings, num_adapters, rank, _) = x_TI.shape[0], a_GPRI.shape
+    gate_TP = gates_TK
+    if gates_TK.shape[1] > 1:  # else one gate serves all columns, of which the mask leaves one
+        gate_TP = gates_TK.new_zeros(num_tokens, num_adapters + 1).scatter_add_(1, place_TK, gates_TK)[:, :-1]
+    h_TGPR = F.linear(x_TI, a_GPRI.flatten(0, 2)).view(num_tokens, num_siblings, num_adapters, rank)
+    h_TGPR.mul_((gate_TP[:, None, :] * scaling_PG.t())[..., None])
+    h_TGPR.masked_fill_(off_T1P1, 0)  # last, since gates of no adapter, and adapters that overflow, leave NaN there
+    for g, (y, b) in enumerate(zip(y_per_sibling, b_POR.split_with_sizes(widths, dim=1), strict=True)):
+        y.addmm_(h_TGPR[:, g].flatten(1), b.transpose(0, 1).flatten(1).t())
+    return tuple(y_per_sibling)
 
 
 def find_token(plan: Plan, gates_TK: Tensor) -> Token | None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from molora_kernels.backend import HAS_TRITON, INTERPRETED, fusing, triton_runs_on
+from molora_kernels.cpu import routed_linears_cpu
 from molora_kernels.gradients import addressable, backward, save_for_backward, whole_rows
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
@@ -139,7 +140,10 @@ def routed_linears(
     with torch.autocast(x.device.type, enabled=False):
         keep_h = _keeps_h(x, lora_a, lora_b)
         if _choose(impl, x, lora_a, lora_b, gates) == "torch":
-            return routed_linears_reference(x, weight, bias, lora_a, lora_b, scaling, gates, plan.ids, widths)
+            operands = (x, weight, bias, lora_a, lora_b, scaling, gates)
+            if x.device.type == "cpu" and not _is_recorded(x, lora_a, lora_b, gates):
+                return routed_linears_cpu(*operands, plan.present, widths)
+            return routed_linears_reference(*operands, plan.ids, widths)
         assert plan.tables is not None  # its ids are on x's device, where Triton runs
         tables = plan.tables
         y, *_ = _routed_linears_triton(
@@ -180,8 +184,18 @@ def _keeps_h(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
     )
 
 
+def _has_tangent(*tensors: Tensor) -> bool:
+    return any(unpack_dual(tensor).tangent is not None for tensor in tensors)  # type: ignore[no-untyped-call]
+
+
+def _is_recorded(*tensors: Tensor) -> bool:
+    """Whether autograd, in either direction, or a compiler looks on: then nothing may be done in place."""
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return needs_grad or torch.compiler.is_compiling() or _has_tangent(*tensors)
+
+
 def _choose(impl: str, x: Tensor, *others: Tensor) -> str:
-    has_tangent = any(unpack_dual(tensor).tangent is not None for tensor in (x, *others))  # type: ignore[no-untyped-call]
+    has_tangent = _has_tangent(x, *others)
     if impl == "auto":
         suits = HAS_TRITON and x.is_cuda and x.dtype in _TRITON_DTYPES and not has_tangent
         return "triton" if suits else "torch"

@@ -4,11 +4,13 @@ Legend: T tokens, K top-k, E adapters.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from molora_kernels.backend import HAS_TRITON, triton_runs_on
+from molora_kernels.cpu import Present, find_present
 
 if HAS_TRITON:
     from molora_kernels.plan_tables import build_tables
@@ -46,6 +48,11 @@ class Plan:
     ids: Tensor
     num_adapters: int
     tables: Tables | None
+
+    @cached_property
+    def present(self) -> Present | None:
+        """What the host knows of the ids of a plan on the CPU; None where no adapter acts."""
+        return find_present(self.ids)
 
 
 def make_plan(ids: Tensor, num_adapters: int, check: bool = False) -> Plan:

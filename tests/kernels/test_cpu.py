@@ -1,6 +1,6 @@
-"""One token on the CPU, held against the definition."""
+"""The CPU's forward, held against the definition; `test_values.py` covers it once more behind the ops."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from molora_kernels import make_plan
-from molora_kernels.cpu import AdapterViews, find_token
+from molora_kernels import make_plan, ops, routed_linear
+from molora_kernels.cpu import AdapterViews, find_token, routed_linears_cpu
 from torch import Tensor
 
 ROUTES = ("uniform", "identical", "distinct", "zipf", "none", "duplicates")
@@ -145,3 +145,98 @@ def test_views_follow_values_and_know_their_tensors(make: Callable, solve: Calla
     assert views.show(*tensors)
     for moved in range(3):
         assert not views.show(*(each.clone() if i == moved else each for i, each in enumerate(tensors)))
+
+
+@pytest.fixture(scope="session")
+def make_many(make_problem: Callable[..., Any]) -> Callable[..., Any]:
+    """A problem of several tokens, on the CPU wherever the other tests run."""
+
+    def on_cpu(*args: Any, **kwargs: Any) -> Any:
+        problem = make_problem(*args, **kwargs)
+        return problem.replace(**{name: value.cpu() for name, value in vars(problem).items() if value is not None})
+
+    return on_cpu
+
+
+def run_many(problem: Any, widths: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+    x, weight, bias, lora_a, lora_b, scaling, gates = problem.tensors
+    if widths is None:
+        lora_a, scaling, widths = lora_a[None], scaling[:, None], weight.shape[:1]
+    return routed_linears_cpu(x, weight, bias, lora_a, lora_b, scaling, gates, problem.plan.present, widths)
+
+
+@given(shape=shapes, num_tokens=st.sampled_from([0, 1, 2, 17, 40]))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_small_integers_of_many_tokens_are_exact(
+    make_many: Callable[..., Any], solve: Callable[..., Tensor], shape: dict[str, Any], num_tokens: int
+) -> None:
+    with torch.no_grad():
+        problem = make_many(num_tokens=num_tokens, integers=True, **shape)
+        assert torch.equal(run_many(problem)[0].double(), solve(problem))
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("routes", ROUTES)
+def test_error_of_many_tokens(
+    make_many: Callable[..., Any], solve: Callable[..., Tensor], dtype: torch.dtype, routes: str
+) -> None:
+    problem = make_many(48, 80, 96, 3, 24, 2, dtype=dtype, routes=routes)
+    (y,) = run_many(problem)
+    assert y.dtype == dtype
+    assert relative_error(y, solve(problem)) < 1.2 * LIMITS[dtype]  # the base is rounded before its adapters come
+
+
+def test_many_tokens_ignore_gates_of_no_adapter_and_adapters_that_overflow(
+    make_many: Callable[..., Any], solve: Callable[..., Tensor]
+) -> None:
+    problem = make_many(12, num_adapters=4, top_k=2, routes="distinct")
+    problem.ids[::3] = -1
+    expected = solve(problem)
+    problem.gates[problem.ids < 0] = torch.nan
+    problem.lora_a[1] *= torch.finfo(torch.float32).max  # x A[1] is infinite for every token
+    others = (problem.ids != 1).all(dim=1)
+    (y,) = run_many(problem)
+    assert relative_error(y[others], expected[others]) < 1e-5
+    assert torch.equal(y[::3], torch.nn.functional.linear(problem.x, problem.weight, problem.bias)[::3])
+    assert not y[~others].isfinite().all()
+
+
+def test_adapters_beyond_those_that_act_are_not_read(
+    make_many: Callable[..., Any], solve: Callable[..., Tensor]
+) -> None:
+    problem = make_many(9, num_adapters=6, top_k=2)
+    problem.ids[:] = torch.tensor([3, 2])
+    expected = solve(problem)
+    for tensor in (problem.lora_a, problem.lora_b, problem.scaling):
+        tensor[[0, 1, 4, 5]] = torch.nan
+    assert relative_error(run_many(problem)[0], expected) < 1e-5
+
+
+def test_siblings_equal_separate_linears(make_many: Callable[..., Any]) -> None:
+    widths = (20, 7, 7)
+    merged = make_many(out_features=sum(widths), num_siblings=len(widths), integers=True)
+    start = 0
+    for g, (y, width) in enumerate(zip(run_many(merged, widths), widths, strict=True)):
+        rows = slice(start, start + width)
+        alone = merged.replace(
+            weight=merged.weight[rows],
+            bias=merged.bias[rows],
+            lora_a=merged.lora_a[g],
+            lora_b=merged.lora_b[:, rows],
+            scaling=merged.scaling[:, g],
+        )
+        assert torch.equal(y, run_many(alone)[0])
+        start += width
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_ops_take_it_where_nothing_is_recorded(
+    make_many: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, recorded: bool
+) -> None:
+    problem = make_many(5)
+    calls = []
+    monkeypatch.setattr(ops, "routed_linears_cpu", lambda *args: calls.append(1) or routed_linears_cpu(*args))
+    with torch.set_grad_enabled(recorded):
+        y = routed_linear(problem.x.requires_grad_(recorded), *problem.args[1:], impl="torch")
+    assert y.requires_grad == recorded
+    assert bool(calls) != recorded
