@@ -1,0 +1,268 @@
+import ast
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from molora.serving import block_manager
+from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
+
+BASE = Source()
+ROUTE = b"digest of a route"
+OTHER = b"digest of another"
+IDS = list(range(100, 122))
+
+
+def run(manager: BlockManager, ids: list[int], source: Source = BASE) -> BlockTable:
+    """A sequence from its opening to the last of its tokens computed."""
+    table = manager.open(ids, source)
+    assert manager.grow(table, len(ids))
+    manager.copied(table)
+    manager.commit(table, ids, len(ids))
+    return table
+
+
+def cached(manager: BlockManager, ids: list[int], source: Source = BASE) -> int:
+    table = manager.open(ids, source)
+    found = table.num_cached
+    manager.close(table)
+    return found
+
+
+@pytest.fixture
+def manager() -> BlockManager:
+    return BlockManager(num_blocks=40, block_size=4)
+
+
+def test_it_imports_the_standard_library_alone() -> None:
+    tree = ast.parse(Path(block_manager.__file__).read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert imported == {"__future__", "struct", "collections", "collections.abc", "dataclasses", "hashlib"}
+
+
+def test_a_sequence_is_found_again_with_its_partial_tail(manager: BlockManager) -> None:
+    table = run(manager, IDS)
+    assert table.num_cached == 0
+    again = manager.open(IDS, BASE)
+    assert again.num_cached == len(IDS)
+    assert again.blocks[:5] == table.blocks[:5]
+    assert [(copy.source, copy.num_tokens) for copy in again.copies] == [(table.blocks[5], 2)]
+    assert again.blocks[5] == again.copies[0].target != table.blocks[5]
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 9, 12, 22])
+def test_tokens_before_activation_are_shared_by_every_route(manager: BlockManager, start: int) -> None:
+    run(manager, IDS)
+    assert cached(manager, IDS, Source(start, ROUTE)) == start
+    run(manager, IDS, Source(start, ROUTE))
+    assert cached(manager, IDS, Source(start, ROUTE)) == len(IDS)
+    assert cached(manager, IDS, Source(start, OTHER)) == start
+    assert cached(manager, IDS) == len(IDS)
+    assert manager.num_recomputed == 0
+
+
+@pytest.mark.parametrize("start", [5, 7, 8, 9])
+def test_the_base_finds_what_a_route_read_before_it_acted(manager: BlockManager, start: int) -> None:
+    run(manager, IDS, Source(start, ROUTE))
+    assert cached(manager, IDS) == start
+    assert cached(manager, IDS, Source(12, OTHER)) == start
+
+
+@pytest.mark.parametrize("start", [2, 4, 5, 8, 13])
+def test_another_start_of_the_same_route_is_another_content(manager: BlockManager, start: int) -> None:
+    run(manager, IDS, Source(6, ROUTE))
+    assert cached(manager, IDS, Source(start, ROUTE)) == min(start, 6)
+
+
+def test_salts_and_domains_share_nothing(manager: BlockManager) -> None:
+    run(manager, IDS, Source(salt=b"tenant"))
+    assert cached(manager, IDS) == 0
+    assert cached(manager, IDS, Source(salt=b"tenant")) == len(IDS)
+    keys = {tuple(run(BlockManager(9, 4, domain), IDS).keys) for domain in (b"", b"other")}
+    assert len(keys) == 2
+
+
+def test_a_diverging_prompt_takes_what_agrees(manager: BlockManager) -> None:
+    run(manager, IDS)
+    assert cached(manager, [*IDS[:10], 0, 0, 0, 0]) == 10
+    assert cached(manager, [*IDS[:8], 0]) == 8
+    assert cached(manager, [0, *IDS]) == 0
+    assert cached(manager, IDS[:6]) == 6
+
+
+def test_a_running_sequence_is_found_as_far_as_it_is(manager: BlockManager) -> None:
+    table = manager.open(IDS, BASE)
+    assert manager.grow(table, len(IDS))
+    assert cached(manager, IDS) == 0
+    manager.commit(table, IDS, 6)
+    assert cached(manager, IDS) == 6
+    manager.commit(table, IDS, 13)
+    assert cached(manager, IDS) == 13
+
+
+def test_equal_prompts_side_by_side_count_as_recomputed(manager: BlockManager) -> None:
+    first, second = manager.open(IDS, BASE), manager.open(IDS, BASE)
+    for table in (first, second):
+        assert manager.grow(table, len(IDS))
+        manager.commit(table, IDS, len(IDS))
+    assert manager.num_recomputed == 20
+    assert set(first.blocks).isdisjoint(second.blocks)
+
+
+def test_the_end_of_the_oldest_conversation_goes_first() -> None:
+    manager = BlockManager(num_blocks=7, block_size=4)
+    old, new = IDS[:12], [5] * 12
+    for ids in (old, new):
+        manager.close(run(manager, ids))
+    assert manager.num_free == 7
+    manager.close(run(manager, [6] * 8))
+    assert manager.num_evicted == 1
+    assert cached(manager, old) == 8
+    assert cached(manager, new) == 12
+
+
+def test_too_little_room_changes_nothing() -> None:
+    manager = BlockManager(num_blocks=3, block_size=4)
+    table = manager.open(IDS, BASE)
+    assert not manager.grow(table, 13)
+    assert table.blocks == []
+    assert manager.num_free == 3
+    assert manager.grow(table, 12)
+    assert manager.num_free == 0
+    manager.commit(table, IDS, 10)
+    full = manager.open(IDS, BASE)  # no block is left to copy the tail into
+    assert full.num_cached == 8
+    assert not full.copies
+    manager.close(full)
+    manager.close(table)
+    assert manager.num_free == 3
+
+
+def test_a_copys_source_outlives_its_owner_until_it_is_copied() -> None:
+    manager = BlockManager(num_blocks=2, block_size=4)
+    table = run(manager, IDS[:3])
+    again = manager.open(IDS[:3], BASE)
+    manager.close(table)
+    assert manager.num_free == 0
+    manager.copied(again)
+    assert manager.num_free == 1
+
+
+@pytest.mark.parametrize("wrong", [3, 9, 23])
+def test_what_cannot_be_computed_is_refused(manager: BlockManager, wrong: int) -> None:
+    table = manager.open(IDS, BASE)
+    assert manager.grow(table, 8)
+    manager.commit(table, IDS, 4)
+    with pytest.raises(ValueError, match="num_computed must be from 4 to the 22 tokens and 8 places"):
+        manager.commit(table, IDS, wrong)
+
+
+@pytest.mark.parametrize("make", [lambda: BlockManager(0, 4), lambda: BlockManager(4, 0), lambda: Source(-1, ROUTE)])
+def test_sizes_and_starts_are_checked(make: Callable[[], Any]) -> None:
+    with pytest.raises(ValueError, match="at least"):
+        make()
+
+
+def test_active_tokens_need_a_route() -> None:
+    with pytest.raises(ValueError, match="digest"):
+        Source(3)
+
+
+@dataclass
+class Running:
+    ids: list[int]
+    table: BlockTable
+
+
+class Memory:
+    """What would stand in the cache: each place holds how its token came about."""
+
+    def __init__(self, manager: BlockManager, num_blocks: int) -> None:
+        self.manager = manager
+        self.places: dict[tuple[int, int], object] = {}
+        self.num_blocks = num_blocks
+
+    def content(self, running: Running, position: int) -> object:
+        source = running.table.source
+        is_active = position >= source.activation_start
+        acting = (source.route_digest, source.activation_start) if is_active else None
+        return tuple(running.ids[: position + 1]), source.salt, acting
+
+    def place(self, table: BlockTable, position: int) -> tuple[int, int]:
+        size = self.manager.block_size
+        return table.blocks[position // size], position % size
+
+    def copy(self, table: BlockTable) -> None:
+        for copy in table.copies:
+            for offset in range(copy.num_tokens):
+                self.places[copy.target, offset] = self.places[copy.source, offset]
+        self.manager.copied(table)
+
+    def compute(self, running: Running, end: int, others: list[Running]) -> None:
+        table = running.table
+        for position in range(table.num_computed, end):
+            block, offset = self.place(table, position)
+            assert all(block not in other.table.blocks for other in others if other is not running)
+            self.places[block, offset] = self.content(running, position)
+        self.manager.commit(table, running.ids, end)
+
+    def check(self, running: Running) -> None:
+        for position in range(running.table.num_computed):
+            assert self.places[self.place(running.table, position)] == self.content(running, position)
+
+
+SOURCES = [BASE, Source(salt=b"salt"), *(Source(start, route) for start in (0, 2, 3, 5) for route in (ROUTE, OTHER))]
+STEPS = st.lists(
+    st.tuples(
+        st.sampled_from(["open", "open", "extend", "compute", "compute", "close"]),
+        st.integers(0, 9),
+        st.sampled_from(SOURCES),
+        st.lists(st.integers(0, 1), min_size=1, max_size=9),
+    ),
+    max_size=60,
+)
+
+
+@given(steps=STEPS, block_size=st.sampled_from([1, 2, 3]), num_blocks=st.sampled_from([3, 8, 30]))
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
+    steps: list[tuple[str, int, Source, list[int]]], block_size: int, num_blocks: int
+) -> None:
+    manager = BlockManager(num_blocks, block_size)
+    memory = Memory(manager, num_blocks)
+    sequences: list[Running] = []
+    for action, which, source, ids in steps:
+        running = sequences[which % len(sequences)] if sequences else None
+        if action == "open":
+            sequences.append(Running(ids, manager.open(ids, source)))
+            memory.copy(sequences[-1].table)
+        elif running is None:
+            continue
+        elif action == "extend" and running.table.num_computed == len(running.ids):
+            running.ids = running.ids + ids
+        elif action == "compute":
+            end = min(len(running.ids), running.table.num_computed + which)
+            if manager.grow(running.table, end):
+                memory.compute(running, end, sequences)
+        elif action == "close":
+            manager.close(running.table)
+            sequences.remove(running)
+        for other in sequences:
+            memory.check(other)
+        used = {block for other in sequences for block in other.table.blocks}
+        assert manager.num_free == num_blocks - len(used)
+    for running in sequences:
+        manager.close(running.table)
+    assert manager.num_free == num_blocks
+    whole = manager.open([0] * (num_blocks * block_size), Source(salt=b"another"))
+    assert manager.grow(whole, num_blocks * block_size)
+    assert sorted(whole.blocks) == list(range(num_blocks))
+
+
+def test_never_is_beyond_any_context() -> None:
+    assert BASE.activation_start == NEVER > 10**12
