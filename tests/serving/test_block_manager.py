@@ -219,17 +219,18 @@ class Memory:
 SOURCES = [BASE, Source(salt=b"salt"), *(Source(start, route) for start in (0, 2, 3, 5) for route in (ROUTE, OTHER))]
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["open", "open", "extend", "compute", "compute", "close"]),
+        st.sampled_from(["open", "run", "run", "extend", "compute", "close"]),
         st.integers(0, 9),
         st.sampled_from(SOURCES),
-        st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        st.integers(1, 9).flatmap(lambda length: st.lists(st.integers(0, 1), min_size=length, max_size=length)),
     ),
-    max_size=60,
+    min_size=10,
+    max_size=40,
 )
 
 
-@given(steps=STEPS, block_size=st.sampled_from([1, 2, 3]), num_blocks=st.sampled_from([3, 8, 30]))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@given(steps=STEPS, block_size=st.sampled_from([1, 2, 3]), num_blocks=st.sampled_from([4, 9, 30]))
+@settings(max_examples=400, deadline=None, derandomize=True)
 def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
     steps: list[tuple[str, int, Source, list[int]]], block_size: int, num_blocks: int
 ) -> None:
@@ -238,9 +239,11 @@ def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
     sequences: list[Running] = []
     for action, which, source, ids in steps:
         running = sequences[which % len(sequences)] if sequences else None
-        if action == "open":
+        if action in ("open", "run"):
             sequences.append(Running(ids, manager.open(ids, source)))
             memory.copy(sequences[-1].table)
+            if action == "run" and manager.grow(sequences[-1].table, len(ids)):
+                memory.compute(sequences[-1], len(ids), sequences)
         elif running is None:
             continue
         elif action == "extend" and running.table.num_computed == len(running.ids):
