@@ -40,3 +40,15 @@ def test_all_tests_passed_on_a_gpu() -> None:
     assert "H200" in record["device"]
     assert record["outcomes"]["passed"] > 300
     assert record["failed"] == []
+
+
+def test_a_record_counts_how_tests_ended(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(KERNELS)
+    from record_tests import read_report
+
+    cases = {"a": "", "b": "<skipped/>", "c": "<failure/>", "d": "<error/>"}
+    body = "".join(f'<testcase classname="tests.some" name="{name}">{end}</testcase>' for name, end in cases.items())
+    (tmp_path / "report.xml").write_text(f"<testsuites><testsuite>{body}</testsuite></testsuites>")
+    ended = read_report(tmp_path / "report.xml")
+    assert ended["outcomes"] == {"passed": 1, "skipped": 1, "failed": 2}
+    assert ended["failed"] == ["tests.some::c", "tests.some::d"]

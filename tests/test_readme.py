@@ -75,7 +75,7 @@ def test_every_file_and_command_that_the_readme_names_exists() -> None:
 
 
 def test_the_figures_of_the_card_are_those_that_were_measured() -> None:
-    for results in sorted((REPOSITORY / "banks" / "smollm2-demo" / "results").glob("*.json")):
+    for results in sorted((REPOSITORY / "banks" / "smollm2-demo" / "results").glob("heldout*.json")):
         figures = json.loads(results.read_text())
         for way, row in figures["results"].items():
             label = f"{way}, after prose" if "prose" in results.name else way
@@ -87,3 +87,12 @@ def test_the_figures_of_the_card_are_those_that_were_measured() -> None:
                 assert f"{row['accuracy']:.3f}" in README, (results.name, way)
         router = figures["bank"]["router"]
         assert router == json.loads((REPOSITORY / "banks/smollm2-demo/molora.json").read_text())["router"]["digest"]
+
+
+def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
+    figures = json.loads((REPOSITORY / "banks/smollm2-demo/results/decode_cpu.json").read_text())
+    assert figures["num_threads"] == 2
+    kept = {row["route"]: 1 / row["decode_ratio"] for row in figures["routes"] if row["route"] != "base"}
+    through_router = kept.pop("auto")
+    assert f"at {through_router:.2f} of the base's tokens per second through the router" in README
+    assert f"and at {min(kept.values()):.2f} to\n{max(kept.values()):.2f} through one named adapter" in README
