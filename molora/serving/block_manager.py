@@ -194,7 +194,9 @@ class BlockManager:
         holder = self._by_key.setdefault(key, number)
         if holder == number:
             self._blocks[number].key = key
-        elif is_base:
+            return
+        self._unlink(number)  # one of a kind is enough to find
+        if is_base:
             self.num_recomputed += self.block_size
 
     def _copy_what_agrees(self, table: BlockTable, token_ids: Sequence[int]) -> None:
@@ -257,12 +259,17 @@ class BlockManager:
         block = self._blocks[number]
         if block.key is not None:
             del self._by_key[block.key]
+        self._unlink(number)
+        self._blocks[number] = _Block()
+
+    def _unlink(self, number: int) -> None:
+        block = self._blocks[number]
         if block.parent is not None:
             children = self._by_parent[block.parent]
             del children[number]
             if not children:
                 del self._by_parent[block.parent]
-        self._blocks[number] = _Block()
+            block.parent = None
 
 
 def _hash(*parts: bytes) -> bytes:

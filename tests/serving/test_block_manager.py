@@ -114,6 +114,21 @@ def test_equal_prompts_side_by_side_count_as_recomputed(manager: BlockManager) -
     assert set(first.blocks).isdisjoint(second.blocks)
 
 
+def test_a_second_copy_of_a_block_is_not_kept() -> None:
+    manager = BlockManager(num_blocks=3, block_size=4)
+    tables = [manager.open(IDS[:4], BASE) for _ in range(2)]
+    for table in tables:
+        assert manager.grow(table, 4)
+        manager.commit(table, IDS[:4], 4)
+    for table in tables:
+        manager.close(table)
+    manager.close(run(manager, [5] * 8))
+    assert manager.num_evicted == 0  # the second copy and the block that was never used were enough
+    table = run(manager, IDS[:8])
+    assert table.num_cached == 4
+    assert len(table.keys) == 3
+
+
 def test_the_end_of_the_oldest_conversation_goes_first() -> None:
     manager = BlockManager(num_blocks=7, block_size=4)
     old, new = IDS[:12], [5] * 12

@@ -1,0 +1,178 @@
+"""Which tokens of which sequences the next step computes. It imports no torch and knows nothing about models.
+
+A step has room for a number of tokens. Sequences get it in the order in which they came: each one that decodes a single
+token, each one that still reads its prompt as large a chunk as is left. Sequences that wait are let in, in order, while
+there are blocks for all of their tokens. Where blocks run out, the sequence that came last gives up its own and waits
+again, first in line; what it had is found, or computed anew, when there is room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from itertools import count
+
+from molora.serving.block_manager import BlockManager, BlockTable, Source
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and its continuation.
+
+    Attributes:
+        token_ids: the prompt's, and those drawn so far.
+        max_tokens: how many there may ever be.
+        table: its blocks while it runs, None while it waits.
+    """
+
+    token_ids: list[int]
+    source: Source
+    max_tokens: int
+    table: BlockTable | None = None
+    arrival: int = field(default=-1, init=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """A sequence's part of a step.
+
+    Attributes:
+        first: the first token that is computed.
+        num_tokens: how many are.
+        draws: whether they reach the last token, so that the next one is drawn from its logits.
+        writes: False where the whole sequence was found: its last token runs again for its logits alone.
+    """
+
+    sequence: Sequence
+    first: int
+    num_tokens: int
+    draws: bool
+    writes: bool = True
+
+
+class Scheduler:
+    """Attributes: num_preempted, how often a sequence had to give up its blocks."""
+
+    def __init__(self, blocks: BlockManager, *, max_step_tokens: int, max_sequences: int) -> None:
+        """
+        Raises:
+            ValueError: a step could not hold one token of each sequence.
+        """
+        if not 1 <= max_sequences <= max_step_tokens:
+            raise ValueError(
+                f"max_sequences must be from 1 to max_step_tokens, got {max_sequences} and {max_step_tokens}."
+            )
+        self.num_preempted = 0
+        self._blocks = blocks
+        self._num_blocks = blocks.num_free
+        self._max_step_tokens = max_step_tokens
+        self._max_sequences = max_sequences
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []  # in the order in which they came
+        self._arrivals = count()
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def add(self, sequence: Sequence) -> None:
+        """
+        Raises:
+            ValueError: it has no tokens, or could not be finished even alone.
+        """
+        if not 0 < len(sequence.token_ids) <= sequence.max_tokens:
+            raise ValueError(
+                f"a sequence must begin with 1 to max_tokens = {sequence.max_tokens} tokens, "
+                f"got {len(sequence.token_ids)}."
+            )
+        num_places = self._num_blocks * self._blocks.block_size
+        if sequence.max_tokens > num_places:
+            raise ValueError(
+                f"{sequence.max_tokens} tokens do not fit into the cache of {num_places}; ask for fewer, or give it "
+                "more memory."
+            )
+        sequence.arrival = next(self._arrivals)
+        self._waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Stop a sequence, finished or not; what it computed can still be found."""
+        if sequence.table is not None:
+            self._running.remove(sequence)
+            self._close(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+
+    def plan(self) -> list[Work]:
+        """The next step, empty only if there is no sequence. Its blocks are there; `done` must follow."""
+        works: list[Work] = []
+        room = self._max_step_tokens
+        for sequence in list(self._running):
+            if sequence.table is None or not room:  # it was preempted just now
+                continue
+            # One place each is kept for those behind, so that a long prompt stops nobody's decoding.
+            num_behind = sum(other.arrival > sequence.arrival for other in self._running)
+            work = self._plan(sequence, max(1, room - num_behind))
+            if work is not None:
+                works.append(work)
+                room -= work.num_tokens
+        while self._waiting and room and len(self._running) < self._max_sequences:
+            work = self._admit(self._waiting[0], room)
+            if work is None:
+                break
+            works.append(work)
+            room -= work.num_tokens
+        return works
+
+    def done(self, work: Work) -> None:
+        """A sequence's part of a step was computed: its copies too. Drawn tokens are appended after this."""
+        table = work.sequence.table
+        assert table is not None
+        self._blocks.copied(table)
+        if work.writes:
+            self._blocks.commit(table, work.sequence.token_ids, work.first + work.num_tokens)
+
+    def _admit(self, sequence: Sequence, room: int) -> Work | None:
+        sequence.table = self._blocks.open(sequence.token_ids, sequence.source)
+        if not self._blocks.grow(sequence.table, len(sequence.token_ids)):
+            self._close(sequence)
+            return None
+        work = self._cut(sequence, room)
+        self._waiting.popleft()
+        self._running.append(sequence)
+        self._running.sort(key=lambda running: running.arrival)
+        return work
+
+    def _plan(self, sequence: Sequence, room: int) -> Work | None:
+        """None if the sequence itself had to make way."""
+        assert sequence.table is not None
+        work = self._cut(sequence, room)
+        while not self._blocks.grow(sequence.table, work.first + work.num_tokens):
+            last = self._running[-1]
+            self._preempt(last)
+            if last is sequence:
+                return None
+        return work
+
+    @staticmethod
+    def _cut(sequence: Sequence, room: int) -> Work:
+        assert sequence.table is not None
+        num_tokens, num_computed = len(sequence.token_ids), sequence.table.num_computed
+        if num_computed == num_tokens:
+            return Work(sequence, num_tokens - 1, 1, draws=True, writes=False)
+        chunk = min(room, num_tokens - num_computed)
+        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preempted += 1
+        self._running.remove(sequence)
+        self._close(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _close(self, sequence: Sequence) -> None:
+        assert sequence.table is not None
+        self._blocks.close(sequence.table)
+        sequence.table = None
