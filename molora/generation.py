@@ -1,33 +1,147 @@
-"""Decoding one conversation with a cache, one token at a time.
-
-This module knows the decode loop: prefill what is not cached, sample, feed back. It knows nothing of banks or
-policies; a request comes with its prompt ids and its routes already resolved.
-"""
+"""What is asked of a generation, and what comes of it. It imports no torch and knows nothing of how tokens are made."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Iterator
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Literal, Protocol, Self
-
-import torch
-from torch import Tensor
-
-from molora.injection import RoutedDecoder
-from molora.prefix_cache import Encoding, PrefixCache, TokenRoute
-from molora.routing import RouteRequest
+from typing import Literal
 
 FinishReason = Literal["stop", "length"]
+TokenRoute = list[tuple[str, float]]
+"""The adapters that acted on one token, by name, and their gates; empty where the base model ran alone."""
+
+MAX_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must match.
+
+    Attributes:
+        kind: "json_schema" (text is the schema as JSON), "json_object" (any object; no text) or "regex".
+        text: the schema or the expression.
+    """
+
+    kind: Literal["json_schema", "json_object", "regex"]
+    text: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen, and where an answer ends.
+
+    The draw of an answer's token t depends only on (seed, the answer's index among n, t) and the logits: never on what
+    else runs, how the prompt was cut, or whether the sequence was computed again.
+
+    Attributes:
+        max_new_tokens: the answer's length at most; None is the engine's default, or what the context has room for.
+        temperature: 0 is greedy, ties to the lowest id; else logits are divided by it, after all that follows but the
+            three filters.
+        top_k: only the k most likely tokens; 0 is all.
+        top_p: only the fewest most likely tokens whose probabilities reach p.
+        min_p: only tokens with at least this share of the most likely one's probability.
+        seed: None draws one.
+        repetition_penalty: divides positive logits of tokens that stand in the prompt or the answer, and multiplies
+            negative ones (arXiv 1909.05858).
+        presence_penalty, frequency_penalty: are subtracted from the logits of the answer's tokens, once and once for
+            each occurrence (OpenAI's definition).
+        logit_bias: is added to the logits of these token ids.
+        stop: the answer ends before the first of these strings.
+        stop_token_ids: the answer ends at the first of these tokens.
+        ignore_eos: the model's own end tokens do not end the answer.
+        n: answers to the same prompt; it is read once.
+        logprobs: report each answer token's log-probability and those of this many most likely ones; they are of the
+            model's own distribution, before penalties, temperature and filters. None reports nothing.
+        prompt_logprobs: the same for the prompt's tokens, from the second on; such a prompt is read without the cache.
+        grammar: the answer matches it.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{name} is {value!r}; expected a whole number.")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
+                raise ValueError(f"{name} is {value}; expected 0 to {MAX_TOP_LOGPROBS}.")
+        for name, low, high in (
+            ("temperature", 0.0, math.inf),
+            ("min_p", 0.0, 1.0),
+            ("presence_penalty", -math.inf, math.inf),
+            ("frequency_penalty", -math.inf, math.inf),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high or math.isinf(value):
+                raise ValueError(f"{name} is {value}; expected a finite number from {low:g} to {high:g}.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0 (1 is none).")
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"seed is {self.seed}; expected a whole number of 64 bits.")
+        if self.n < 1:
+            raise ValueError(f"n is {self.n}; expected 1 or more.")
+        if any(not text for text in self.stop):
+            raise ValueError("stop has an empty string, which would end every answer at once.")
+        if any(not math.isfinite(bias) for bias in self.logit_bias.values()):
+            raise ValueError("logit_bias has a number that is not finite.")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token's natural log-probability, and the most likely tokens at its place, best first, as (id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Token:
-    """One generated token: its id, the text it completes (empty inside a character), and the route that produced it."""
+    """One generated token.
+
+    Attributes:
+        id: its id.
+        text: what it completes: empty inside a character, or while it may be the beginning of a stop string.
+        route: who produced it.
+        choice: which of the request's n answers it belongs to.
+        candidates: the router's two most likely choices there, best first, as (adapter's name or "base", probability);
+            empty where no router ran.
+        logprob: if it was asked for.
+        finish_reason: of the answer's last token; None before.
+    """
 
     id: int
     text: str
     route: TokenRoute
+    choice: int = 0
+    candidates: tuple[tuple[str, float], ...] = ()
+    logprob: TokenLogprob | None = None
+    finish_reason: FinishReason | None = None
 
 
 @dataclass(frozen=True)
@@ -42,9 +156,15 @@ class Generation:
         num_prompt_tokens, num_generated_tokens: they add up to `len(token_ids)`.
         activation_start: index of the first token on which adapters could act; None if the base ran alone.
         num_reused_tokens: prompt tokens whose keys and values came from the cache.
-        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1.
+        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats.
         num_recomputed_tokens: live base entries that were computed again; always 0.
         num_reencoded_tokens: tokens that an earlier request computed as active and this one once as base.
+        num_replayed_tokens: tokens computed again because the sequence had to give up its memory for a while.
+        finish_reason: "stop" at an end token, a stop string or the grammar's end; "length" at the most tokens allowed.
+        choice: which of the request's n answers it is.
+        logprobs: of the generated tokens, if asked for.
+        prompt_logprobs: of the prompt's tokens, if asked for; None for the first one, which nothing predicts.
+        queue_s, first_token_s, total_s: seconds from the submission to the first step, the first token and the end.
     """
 
     text: str
@@ -58,6 +178,13 @@ class Generation:
     num_recomputed_tokens: int
     num_reencoded_tokens: int
     finish_reason: FinishReason
+    num_replayed_tokens: int = 0
+    choice: int = 0
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    queue_s: float = 0.0
+    first_token_s: float = 0.0
+    total_s: float = 0.0
 
     @property
     def generated_ids(self) -> list[int]:
@@ -67,194 +194,3 @@ class Generation:
     def generated_routes(self) -> list[TokenRoute]:
         """For each generated token, the route that produced it."""
         return self.routes[self.num_prompt_tokens - 1 : -1]
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """One resolved request.
-
-    Attributes:
-        token_ids: the prompt.
-        encoding: where the tokens begin to be active and by which route, for the cache.
-        route: what the linears obey, or None for the base model.
-        eos_ids: ids that end the answer.
-    """
-
-    token_ids: tuple[int, ...]
-    encoding: Encoding
-    route: RouteRequest | None
-    max_new_tokens: int
-    temperature: float
-    seed: int | None
-    eos_ids: Collection[int]
-
-
-class RouteNames(Protocol):
-    """Turns slots and gates of one token into (adapter name, gate) pairs."""
-
-    def __call__(self, slots: list[int], gates: list[float]) -> TokenRoute: ...
-
-
-@dataclass
-class _Progress:
-    token_ids: list[int]
-    routes: list[TokenRoute]
-    num_computed: int = 0
-    finish_reason: FinishReason = "length"
-    pieces: list[str] = field(default_factory=list)
-
-
-class TokenStream(Iterator[Token]):
-    """The tokens of one generation as they come; `result` is the whole once they are exhausted."""
-
-    def __init__(
-        self, decoder: RoutedDecoder, tokenizer: Any, cache: PrefixCache, request: GenerationRequest, names: RouteNames
-    ) -> None:
-        self._decoder = decoder
-        self._tokenizer = tokenizer
-        self._cache = cache
-        self._request = request
-        self._names = names
-        self._result: Generation | None = None
-        self._steps = self._run()
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Token:
-        return next(self._steps)
-
-    def close(self) -> None:
-        """Stop generating; what was computed so far stays in the cache."""
-        self._steps.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def result(self) -> Generation:
-        """The finished generation.
-
-        Raises:
-            RuntimeError: the stream has not come to its end.
-        """
-        if self._result is None:
-            raise RuntimeError("the stream has no result before its last token; iterate it to the end first.")
-        return self._result
-
-    def _run(self) -> Generator[Token, None, None]:
-        request = self._request
-        reuse = self._cache.take(request.token_ids, request.encoding)
-        now = _Progress(list(request.token_ids), list(reuse.routes))
-        generator = _generator(request, self._decoder.device)
-        inputs = now.token_ids[reuse.num_reused :]
-        text = _TextStream(self._tokenizer)
-        try:
-            for step in range(request.max_new_tokens):
-                logits_V = self._forward(inputs, len(now.token_ids) - len(inputs), reuse.cache, now)
-                token_id = sample(logits_V, request.temperature, generator)
-                now.token_ids.append(token_id)
-                inputs = [token_id]
-                stop = token_id in request.eos_ids
-                last = stop or step == request.max_new_tokens - 1
-                piece = text.push(token_id, flush=last)
-                now.pieces.append(piece)
-                if stop:
-                    now.finish_reason = "stop"
-                yield Token(token_id, piece, now.routes[-1])
-                if stop:
-                    break
-        finally:
-            self._cache.put(now.token_ids, request.encoding, now.routes, reuse.cache)
-        num_prompt = len(request.token_ids)
-        self._result = Generation(
-            text="".join(now.pieces),
-            token_ids=now.token_ids,
-            routes=[*now.routes, []],
-            num_prompt_tokens=num_prompt,
-            num_generated_tokens=len(now.token_ids) - num_prompt,
-            activation_start=None if request.route is None else request.encoding.start,
-            num_reused_tokens=reuse.num_reused,
-            num_computed_tokens=now.num_computed,
-            num_recomputed_tokens=reuse.num_recomputed,
-            num_reencoded_tokens=reuse.num_reencoded,
-            finish_reason=now.finish_reason,
-        )
-
-    @torch.inference_mode()
-    def _forward(self, token_ids: list[int], position: int, cache: Any, now: _Progress) -> Tensor:
-        """Run the tokens at `position` and after it; returns the last one's logits [V] and notes the routes."""
-        decoder = self._decoder
-        end = position + len(token_ids)
-        # The host knows when no token can be active: then there is no router, no plan and no adapter kernel.
-        route = self._request.route if end > self._request.encoding.start else None
-        input_ids = torch.tensor([token_ids], device=decoder.device)
-        position_ids = torch.arange(position, end, device=decoder.device)[None]
-        with decoder.requested(route):
-            out = decoder.model(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
-            now.routes.extend(read_routes(decoder, self._names, 1, len(token_ids))[0])
-        now.num_computed += len(token_ids)
-        logits_V: Tensor = out.logits[0, -1]
-        return logits_V
-
-
-def read_routes(decoder: RoutedDecoder, names: RouteNames, num_seqs: int, num_tokens: int) -> list[list[TokenRoute]]:
-    """The routes of the forward that has just run, by name: [B][T] lists of pairs."""
-    out: list[list[TokenRoute]] = [[[] for _ in range(num_tokens)] for _ in range(num_seqs)]
-    # Explicit routes below the router layer are the same as from it on, so the later record says it all.
-    record = decoder.routes.record
-    if record is None:
-        return out
-    slots, gates = record.slots.tolist(), record.gates.tolist()
-    for b in range(num_seqs):
-        for t in range(num_tokens):
-            out[b][t] = names(slots[b][t], gates[b][t])
-    return out
-
-
-def sample(logits_V: Tensor, temperature: float, generator: torch.Generator | None) -> int:
-    """The next token: the most likely one at temperature 0 (ties: the lowest id), else a draw."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    logits_V = logits_V.double()
-    probs_V = torch.softmax((logits_V - logits_V.max()) / temperature, -1)  # no overflow at tiny temperatures
-    return int(torch.multinomial(probs_V, 1, generator=generator))
-
-
-def _generator(request: GenerationRequest, device: torch.device) -> torch.Generator | None:
-    if request.temperature == 0:
-        return None
-    generator = torch.Generator(device)
-    if request.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(request.seed)
-    return generator
-
-
-class _TextStream:
-    """Turns ids into text as they come, holding back characters whose bytes are not complete."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._decode = tokenizer.decode
-        self._ids: list[int] = []
-        self._shown = 0  # characters of the pending ids that were given out
-
-    def push(self, token_id: int, *, flush: bool) -> str:
-        self._ids.append(token_id)
-        text: str = self._decode(self._ids, skip_special_tokens=True)
-        if text.endswith("\ufffd") and not flush:
-            return ""
-        piece, self._shown = text[self._shown :], len(text)
-        # Some tokenizers glue a word to the one before it: keep a few ids as context and forget the rest.
-        if len(self._ids) > 64:
-            self._ids = self._ids[-32:]
-            self._shown = len(self._decode(self._ids, skip_special_tokens=True))
-        return piece
