@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molora.adapter import Adapter, AdapterConfig
     from molora.bank import AdapterEntry, Bank, BaseInfo
-    from molora.generation import Generation, Token
+    from molora.generation import Generation, Grammar, Sampling, Token
     from molora.model import MoLoRA, Route, load
     from molora.router import KeyRouter, RouterConfig, TokenRangeRouter
 
@@ -19,10 +19,12 @@ __all__ = [
     "Bank",
     "BaseInfo",
     "Generation",
+    "Grammar",
     "KeyRouter",
     "MoLoRA",
     "Route",
     "RouterConfig",
+    "Sampling",
     "Token",
     "TokenRangeRouter",
     "load",
@@ -31,7 +33,7 @@ __all__ = [
 _MODULES = {
     "adapter": ("Adapter", "AdapterConfig"),
     "bank": ("AdapterEntry", "Bank", "BaseInfo"),
-    "generation": ("Generation", "Token"),
+    "generation": ("Generation", "Grammar", "Sampling", "Token"),
     "model": ("MoLoRA", "Route", "load"),
     "router": ("KeyRouter", "RouterConfig", "TokenRangeRouter"),
 }

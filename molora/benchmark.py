@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from molora.injection import cache_argument
 from molora.model import MoLoRA
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
@@ -99,7 +100,7 @@ def _forward(model: MoLoRA, route: str, ids: torch.Tensor, cache: DynamicCache) 
     # A base request takes no part in routing at all, as in `generate`.
     with nullcontext() if route == "base" else model.routing([0], route):
         start_s = _now(ids)
-        model.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model.model(input_ids=ids, use_cache=True, logits_to_keep=1, **{cache_argument(model.model): cache})
         end_s = _now(ids)
         record = model.decoder.routes.record
         return end_s - start_s, record is not None and bool((record.slots >= 0).any())

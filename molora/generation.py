@@ -85,7 +85,6 @@ class Sampling:
             if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
                 raise ValueError(f"{name} is {value}; expected 0 to {MAX_TOP_LOGPROBS}.")
         for name, low, high in (
-            ("temperature", 0.0, math.inf),
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -math.inf, math.inf),
             ("frequency_penalty", -math.inf, math.inf),
@@ -93,6 +92,8 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high or math.isinf(value):
                 raise ValueError(f"{name} is {value}; expected a finite number from {low:g} to {high:g}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected 1 or more.")
         if self.top_k < 0:

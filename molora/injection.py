@@ -5,6 +5,7 @@ Nothing is forked per architecture: decoder layers are found by what they are, a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -53,6 +54,7 @@ class RoutedDecoder:
         router_layer: int,
         router: Router | None = None,
         column_slots: Sequence[int] | None = None,
+        num_versions: int = 1,
         dtype: torch.dtype | None = None,
         impl: Impl = "auto",
     ) -> None:
@@ -78,7 +80,10 @@ class RoutedDecoder:
             self.linears[path] = routed
         self.acts_early = any(layer_index(path) < router_layer for path in self.linears)
         device = layers[router_layer].parameters().__next__().device
-        columns = None if column_slots is None else torch.tensor([-1, *column_slots], dtype=torch.int32, device=device)
+        columns = None
+        if column_slots is not None:
+            row_C = torch.tensor([NO_ADAPTER, *column_slots], dtype=torch.int32, device=device)
+            columns = row_C.repeat(num_versions, 1)
         if isinstance(router, nn.Module):
             router.to(device)
         if self.acts_early:
@@ -100,17 +105,27 @@ class RoutedDecoder:
             ValueError: the adapter does not fit this base model or these slots; nothing was changed.
         """
         if adapter is not None:
-            self._check_fits(adapter)
+            self.check_fits(adapter)
         for path, linear in self.linears.items():
             linear.set_slot(slot, None if adapter is None else adapter.weights.get(path))
 
+    def set_columns(self, version: int, slots: Sequence[int]) -> None:
+        """In this version of the bank, the slots of the router's columns 1, 2, ...; without a router, nothing."""
+        columns_VC = self.routing_layer.column_slots_VC
+        if columns_VC is not None and self.router is not None:
+            columns_VC[version] = torch.tensor([NO_ADAPTER, *slots], dtype=torch.int32)
+
     @contextmanager
-    def requested(self, request: RouteRequest | None) -> Iterator[None]:
-        """Forwards inside obey `request`; None is the base model. The routes are the base's again afterwards."""
+    def requested(self, request: RouteRequest | None, *, early: bool = True) -> Iterator[None]:
+        """Forwards inside obey `request`; None is the base model. The routes are the base's again afterwards.
+
+        Args:
+            early: False if nothing that the request names acts below the router layer.
+        """
         both = (self.early_routes, self.routes)
         before = [routes.request for routes in both]
         for routes in both:
-            routes.request = request
+            routes.request = request if early or routes is self.routes else None
             routes.clear()
         try:
             yield
@@ -141,7 +156,11 @@ class RoutedDecoder:
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=context_fn)
         )
 
-    def _check_fits(self, adapter: Adapter) -> None:
+    def check_fits(self, adapter: Adapter) -> None:
+        """
+        Raises:
+            ValueError: the adapter does not fit this base model or these slots.
+        """
         if adapter.max_rank > self.max_rank:
             raise ValueError(f"the adapter has rank {adapter.max_rank}, over the slots' maximum of {self.max_rank}.")
         for path, weights in adapter.weights.items():
@@ -155,6 +174,11 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of a model's decoder, also where it is a part of a larger model's."""
     config: Any = model.config
     return config.get_text_config(decoder=True)
+
+
+def cache_argument(model: Any) -> str:
+    """What a model's forward calls its cache: transformers renamed it in version 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -180,6 +204,18 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
         f"{type(model).__name__} has no list of {num_layers} checkpointable decoder layers; "
         "this architecture is not supported."
     )
+
+
+def linears_of_layers(model: nn.Module) -> set[str]:
+    """The module paths of every `nn.Linear` in the decoder's layers."""
+    layers = set(find_layers(model))
+    return {
+        f"{name}.{path}"
+        for name, module in model.named_modules()
+        if module in layers
+        for path, linear in module.named_modules()
+        if isinstance(linear, nn.Linear)
+    }
 
 
 def find_linear(model: nn.Module, path: str) -> nn.Linear:

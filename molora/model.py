@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import operator
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,28 +18,19 @@ from molora.activation import Activation, Messages, Prompt
 from molora.bank import Bank
 from molora.checkpoint import load_base, resolve_base
 from molora.digest import base_digest
-from molora.generation import Generation, GenerationRequest, TokenStream, read_routes
-from molora.injection import RoutedDecoder, check_adapters, gates_tensor, slots_tensor, text_config
-from molora.prefix_cache import Encoding, PrefixCache, TokenRoute
+from molora.generation import Generation, Sampling, TokenRoute
+from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
 from molora.routing import Impl, RouteRequest
+from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, name_slots
+
+if TYPE_CHECKING:
+    from molora.serving.engine import Engine
+    from molora.serving.stream import Stream
 
 MAX_WEIGHT = 1e6
 DEFAULT_MAX_NEW_TOKENS = 512
 Route = str | Mapping[str, float]
 """`"auto"` (the router), `"base"`, an adapter's name, or `{name: weight, ...}`, a weighted blend."""
-
-
-@dataclass(frozen=True)
-class ResolvedRoute:
-    """A route by slots: the router (`auto`), or explicit slots with their weights (none of them: base)."""
-
-    auto: bool
-    names: tuple[str, ...] = ()
-    weights: tuple[float, ...] = ()
-
-    @property
-    def is_base(self) -> bool:
-        return not self.auto and not self.names
 
 
 class MoLoRA:
@@ -50,37 +41,74 @@ class MoLoRA:
         tokenizer: the base model's tokenizer.
         bank: the bank it was loaded from; a change to it takes effect when it is loaded again.
         base_dir: the folder of safetensors that the base was loaded from.
+        base_digest: of the base's weights.
         decoder: the routed linears and their routes.
-        cache: keys and values kept between calls of `generate`.
+        slots: which adapter lies where; the engine loads and replaces adapters there.
+        lock: held by whoever runs the model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, bank: Bank, base_dir: Path, *, impl: Impl = "auto") -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        bank: Bank,
+        base_dir: Path,
+        base_digest: str,
+        *,
+        impl: Impl = "auto",
+        num_extra_slots: int = 0,
+        max_rank: int | None = None,
+    ) -> None:
+        """See `load`."""
         self.model = model
         self.tokenizer = tokenizer
         self.bank = Bank(bank.path, bank.config)  # as it is now: a later change to `bank` is not loaded here
         self.base_dir = base_dir
-        self.cache = PrefixCache()
+        self.base_digest = base_digest
+        self.lock = threading.RLock()
+        self._routing_thread: int | None = None
+        self._engine: Engine | None = None
         adapters = {entry.name: bank.load_adapter(entry.name) for entry in bank.adapters}
         modules = check_adapters(model, adapters)
-        self._names = [entry.name for entry in bank.adapters]
+        if num_extra_slots:
+            modules |= linears_of_layers(model)
+        names = [entry.name for entry in bank.adapters]
         self.decoder = RoutedDecoder(
             model,
             modules,
-            num_slots=max(1, len(adapters)),
-            max_rank=bank.config.max_rank,
+            num_slots=max(1, len(adapters) + num_extra_slots),
+            max_rank=max(bank.config.max_rank, max_rank or 0),
             router_layer=bank.config.router_layer,
             router=bank.load_router(),
-            column_slots=[self._names.index(entry.name) for entry in bank.routable],
+            column_slots=[names.index(entry.name) for entry in bank.routable],
+            num_versions=NUM_VERSIONS,
             impl=impl,
         )
-        for slot, adapter in enumerate(adapters.values()):
-            self.decoder.set_adapter(slot, adapter)
-        self._invocation = {name: adapter.config.alora_invocation_tokens for name, adapter in adapters.items()}
+        self.slots = AdapterSlots(self.decoder, self.bank, adapters)
 
     @property
     def max_context(self) -> int:
         """The most tokens that the base model can read, prompt and answer together."""
         return int(text_config(self.model).max_position_embeddings)
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        configured = getattr(self.model.generation_config, "eos_token_id", None)
+        ids = configured if isinstance(configured, (list, tuple)) else [configured]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    @property
+    def engine(self) -> Engine:
+        """What `generate` and `stream` run on: many requests at once over one cache. Made when it is first needed."""
+        if self._engine is None:
+            # The one import that goes to the right: an engine is made for a model, and a model answers by its engine.
+            from molora.serving.engine import Engine
+
+            with self.lock:
+                if self._engine is None:
+                    self._engine = Engine(self)
+        return self._engine
 
     def generate(
         self,
@@ -91,6 +119,7 @@ class MoLoRA:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
+        **sampling: Any,
     ) -> Generation:
         """Answer one conversation, reusing what earlier calls have read of it.
 
@@ -103,10 +132,12 @@ class MoLoRA:
                 model's context has room for.
             temperature: 0 is greedy.
             seed: makes a draw at a temperature above 0 repeatable.
+            sampling: the other fields of `molora.Sampling`, such as `top_p` and `stop`.
 
         Raises:
             ValueError: unknown route, empty or malformed prompt, a policy that does not apply to it, or a context
                 longer than the model's. Raised before any work starts.
+            EngineError: the forward failed.
         """
         with self.stream(
             messages_or_text,
@@ -115,6 +146,7 @@ class MoLoRA:
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
+            **sampling,
         ) as stream:
             for _ in stream:
                 pass
@@ -129,26 +161,25 @@ class MoLoRA:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int | None = None,
-    ) -> TokenStream:
+        **sampling: Any,
+    ) -> Stream:
         """Like `generate`, token by token; everything is checked before this returns."""
-        resolved = self._resolve_route(route)
-        prompt = policies.render(self.tokenizer, messages_or_text)
-        max_new_tokens = self._check_lengths(prompt, max_new_tokens)
-        if not 0 <= temperature < float("inf"):
-            raise ValueError(f"temperature is {temperature}; expected 0 (greedy) or a positive number.")
-        if seed is not None and not -(1 << 63) <= (seed := _whole_number(seed, "seed")) < 1 << 64:
-            raise ValueError(f"seed is {seed}; expected a whole number of 64 bits.")
-        start = self._resolve_activation(resolved, activation, prompt)
-        request = GenerationRequest(
-            prompt.token_ids,
-            self._encoding(resolved, start),
-            None if resolved.is_base else self._route_request([resolved], [start]),
-            max_new_tokens,
-            temperature,
-            seed,
-            self._eos_ids(),
+        from molora.serving.request import Request
+
+        if unknown := sorted(set(sampling) - set(Sampling.__dataclass_fields__)):
+            known = ", ".join(Sampling.__dataclass_fields__)
+            raise ValueError(f"unknown options {unknown}; sampling has {known}.")
+        if sampling.get("n", 1) != 1:
+            raise ValueError("generate gives one answer; for several, use m.engine.generate.")
+        options = Sampling(
+            max_new_tokens=None if max_new_tokens is None else _whole_number(max_new_tokens, "max_new_tokens"),
+            temperature=temperature,
+            seed=None if seed is None else _whole_number(seed, "seed"),
+            **sampling,
         )
-        return TokenStream(self.decoder, self.tokenizer, self.cache, request, self._name_slots)
+        return self.engine.submit(
+            Request(prompt=messages_or_text, route=route, activation=activation, sampling=options)
+        )
 
     @torch.inference_mode()
     def logits(
@@ -179,7 +210,7 @@ class MoLoRA:
             raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [B, T], with a token at least.")
         if input_ids.is_floating_point() or input_ids.dtype == torch.bool:
             raise ValueError(f"input_ids is {input_ids.dtype}; expected whole numbers.")
-        self._check_ids("input_ids", input_ids)
+        self.check_token_ids("input_ids", input_ids)
         num_seqs, num_tokens = input_ids.shape
         starts = _check_starts(activation_start)
         if len(starts) != num_seqs:
@@ -201,12 +232,13 @@ class MoLoRA:
         someone_acts = any(
             not each.is_base and start < length for each, start, length in zip(resolved, starts, lengths, strict=True)
         )
-        request = self._route_request(resolved, starts, valid) if someone_acts else None
-        with self.decoder.requested(request):
-            out = self.model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            )
-            return out.logits, read_routes(self.decoder, self._name_slots, num_seqs, num_tokens)
+        with self.lock, self._holding(resolved) as holds:
+            request = self._route_request(resolved, holds, starts, valid) if someone_acts else None
+            with self.decoder.requested(request):
+                out = self.model(
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                )
+                return out.logits, self._read_routes(holds, num_tokens)
 
     @contextmanager
     def routing(self, activation_start: Sequence[int], route: Route | Sequence[Route] = "auto") -> Iterator[None]:
@@ -216,12 +248,29 @@ class MoLoRA:
             activation_start: for each sequence of the batch, the index of its first active token in real tokens.
                 `generate` with n beams, or n returned sequences, runs each prompt n times in a row: repeat its index.
             route: one route for all sequences, or one for each.
+
+        Inside, the model is this thread's alone: answers of the engine wait until it is left.
         """
         starts = _check_starts(activation_start)
         resolved = self._resolve_routes(route, len(starts))
         someone_acts = any(not each.is_base for each in resolved)
-        with self.decoder.requested(self._route_request(resolved, starts) if someone_acts else None):
-            yield
+        with self.lock, self._holding(resolved) as holds:
+            before, self._routing_thread = self._routing_thread, threading.get_ident()
+            try:
+                with self.decoder.requested(self._route_request(resolved, holds, starts) if someone_acts else None):
+                    yield
+            finally:
+                self._routing_thread = before
+
+    def check_not_routing(self) -> None:
+        """
+        Raises:
+            RuntimeError: this thread is inside `routing`, where an answer of the engine would be waited for in vain.
+        """
+        if self._routing_thread == threading.get_ident():
+            raise RuntimeError(
+                "inside m.routing(...), use m.model.generate; m.generate runs on the engine, outside it."
+            )
 
     def render(self, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
         """The prompt as the model reads it, with the activation points that its messages define."""
@@ -229,11 +278,16 @@ class MoLoRA:
 
     def activation_start(self, prompt: Prompt, route: Route = "auto", activation: Activation | None = None) -> int:
         """The absolute index from which `route` acts on a prompt; see `molora.activation` for the policies."""
-        return self._resolve_activation(self._resolve_route(route), activation, prompt)
+        return self.resolve_activation(self.resolve_route(route), activation, prompt)
 
-    def _resolve_route(self, route: Route) -> ResolvedRoute:
+    def resolve_route(self, route: Route) -> ResolvedRoute:
+        """
+        Raises:
+            ValueError: the route is malformed, or names what is not there.
+        """
+        version = self.slots.current
         if route == "auto":
-            if not self.bank.has_router:
+            if version.router is None:
                 raise ValueError(
                     f"the bank {self.bank.name!r} has no router, so route='auto' has nobody to ask; name an adapter "
                     "or 'base', or train a router."
@@ -242,24 +296,29 @@ class MoLoRA:
         if route == "base":
             return ResolvedRoute(auto=False)
         if isinstance(route, str):
-            return ResolvedRoute(False, (self.bank[route].name,), (1.0,))
+            return ResolvedRoute(False, (version[route].name,), (1.0,))
         if isinstance(route, Mapping) and route:
             if not all(abs(weight) <= MAX_WEIGHT for weight in route.values()):
                 raise ValueError(f"route {dict(route)!r} has a weight beyond {MAX_WEIGHT:g}, or not a number.")
             weights = tuple(float(weight) for weight in route.values())
-            return ResolvedRoute(False, tuple(self.bank[name].name for name in route), weights)
+            return ResolvedRoute(False, tuple(version[name].name for name in route), weights)
         raise ValueError(
             f"route {route!r} is unknown; expected 'auto', 'base', an adapter's name, or {{name: weight}}."
         )
 
     def _resolve_routes(self, route: Route | Sequence[Route], num_seqs: int) -> list[ResolvedRoute]:
         if isinstance(route, (str, Mapping)):
-            return [self._resolve_route(route)] * num_seqs
+            return [self.resolve_route(route)] * num_seqs
         if len(route) != num_seqs:
             raise ValueError(f"{len(route)} routes for {num_seqs} sequences; give one for each, or one for all.")
-        return [self._resolve_route(each) for each in route]
+        return [self.resolve_route(each) for each in route]
 
-    def _resolve_activation(self, route: ResolvedRoute, activation: Activation | None, prompt: Prompt) -> int:
+    def resolve_activation(self, route: ResolvedRoute, activation: Activation | None, prompt: Prompt) -> int:
+        """The absolute index from which a route acts on a prompt; the prompt's length for base.
+
+        Raises:
+            ValueError: the policy does not apply to the prompt.
+        """
         if activation is not None:
             policies.check_activation(activation)
         if route.is_base:
@@ -267,71 +326,103 @@ class MoLoRA:
         if route.auto:
             policy = self.bank.config.activation if activation is None else activation
             return policies.resolve(prompt, policy, of="the router")
-        starts = {
-            name: policies.resolve(
+        starts = {}
+        for name in route.names:
+            info = self.slots.current[name]
+            starts[name] = policies.resolve(
                 prompt,
-                self.bank[name].activation if activation is None else activation,
-                invocation_tokens=self._invocation[name],
+                info.activation if activation is None else activation,
+                invocation_tokens=info.invocation_tokens,
                 of=f"adapter {name!r}",
             )
-            for name in route.names
-        }
         if len(set(starts.values())) > 1:
             raise ValueError(
                 f"the blended adapters would be activated at different tokens ({starts}); pass an explicit index."
             )
         return next(iter(starts.values()))
 
-    def _encoding(self, route: ResolvedRoute, start: int) -> Encoding:
-        if route.is_base:
-            return Encoding(start, None)
-        pairs = None if route.auto else list(zip(route.names, route.weights, strict=True))
-        return Encoding(start, self.bank.route_digest(pairs))
+    @contextmanager
+    def _holding(self, routes: Sequence[ResolvedRoute]) -> Iterator[list[Hold | None]]:
+        """Keep what the routes use from being taken away."""
+        with ExitStack() as stack:
+            holds: list[Hold | None] = []
+            for route in routes:
+                hold = None if route.is_base else self.slots.acquire(route)
+                if hold is not None:
+                    stack.callback(self.slots.release, hold)
+                holds.append(hold)
+            yield holds
 
     def _route_request(
-        self, routes: Sequence[ResolvedRoute], starts: Sequence[int], valid: Tensor | None = None
+        self,
+        routes: Sequence[ResolvedRoute],
+        holds: Sequence[Hold | None],
+        starts: Sequence[int],
+        valid: Tensor | None = None,
     ) -> RouteRequest:
         device = self.decoder.device
         auto, slots, gates = None, None, None
         if any(route.auto for route in routes):
             auto = torch.tensor([[route.auto] for route in routes], device=device)
         if not all(route.auto for route in routes):
-            slots = slots_tensor([[self._names.index(name) for name in route.names] for route in routes], device)
+            slots = slots_tensor([() if hold is None else hold.slots for hold in holds], device)
             gates = gates_tensor([route.weights for route in routes], device)
-        return RouteRequest(torch.tensor(starts, device=device)[:, None], auto, slots, gates, valid)
+        version = torch.tensor([[0 if hold is None else hold.version.number] for hold in holds], device=device)
+        return RouteRequest(torch.tensor(starts, device=device)[:, None], auto, slots, gates, valid, version)
 
-    def _name_slots(self, slots: list[int], gates: list[float]) -> TokenRoute:
-        return [(self._names[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]
+    def _read_routes(self, holds: Sequence[Hold | None], num_tokens: int) -> list[list[TokenRoute]]:
+        """The routes of the forward that has just run, by name: [B][T] lists of pairs."""
+        # Explicit routes below the router layer are the same as from it on, so the later record says it all.
+        record = self.decoder.routes.record
+        if record is None:
+            return [[[] for _ in range(num_tokens)] for _ in holds]
+        slots_BTK, gates_BTK = record.slots.tolist(), record.gates.tolist()
+        return [
+            [
+                name_slots(slots, gates, {} if hold is None else hold.names)
+                for slots, gates in zip(slots_TK, gates_TK, strict=True)
+            ]
+            for hold, slots_TK, gates_TK in zip(holds, slots_BTK, gates_BTK, strict=True)
+        ]
 
-    def _eos_ids(self) -> frozenset[int]:
-        configured = getattr(self.model.generation_config, "eos_token_id", None)
-        ids = configured if isinstance(configured, (list, tuple)) else [configured]
-        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
-
-    def _check_ids(self, name: str, ids: Tensor) -> None:
+    def check_token_ids(self, name: str, ids: Sequence[int] | Tensor) -> None:
+        """
+        Raises:
+            ValueError: one is outside the model's vocabulary.
+        """
+        if len(ids) == 0:
+            return
+        ids = torch.as_tensor(ids)
         vocab_size = int(text_config(self.model).vocab_size)
         if not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
 
-    def _check_lengths(self, prompt: Prompt, max_new_tokens: int | None) -> int:
-        """Returns how many tokens may be generated."""
+    def check_lengths(self, prompt: Prompt, max_new_tokens: int | None, most: int | None = None) -> int:
+        """How many tokens may be generated.
+
+        Args:
+            most: of a sequence, if that is fewer than the model reads.
+
+        Raises:
+            ValueError: an id is outside the vocabulary, or there is no room for the prompt and that many new tokens.
+        """
+        most = self.max_context if most is None else most
         num_tokens = len(prompt.token_ids)
-        self._check_ids("the prompt", torch.tensor(prompt.token_ids))
-        if num_tokens >= self.max_context:
+        self.check_token_ids("the prompt", prompt.token_ids)
+        if num_tokens >= most:
             raise ValueError(
-                f"the prompt has {num_tokens} tokens, but the model reads at most {self.max_context} tokens, answer "
+                f"the prompt has {num_tokens} tokens, but the model reads at most {most} tokens, answer "
                 "included; shorten the conversation."
             )
-        room = self.max_context - num_tokens
+        room = most - num_tokens
         if max_new_tokens is None:
             return min(DEFAULT_MAX_NEW_TOKENS, room)
-        max_new_tokens = _whole_number(max_new_tokens, "max_new_tokens")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
         if max_new_tokens > room:
             raise ValueError(
                 f"the prompt has {num_tokens} tokens and {max_new_tokens} new ones are asked for, but the model reads "
-                f"at most {self.max_context} tokens; ask for {room} new ones or fewer."
+                f"at most {most} tokens; ask for {room} new ones or fewer."
             )
         return max_new_tokens
 
@@ -362,6 +453,8 @@ def load(
     device: str | torch.device | None = None,
     dtype: str = "auto",
     impl: Impl = "auto",
+    num_extra_slots: int = 0,
+    max_rank: int | None = None,
 ) -> MoLoRA:
     """Load a bank and its base model.
 
@@ -371,6 +464,9 @@ def load(
         device: None takes a GPU if there is one.
         dtype: "float32", "bfloat16", "float16", or "auto" (bfloat16 on a GPU, float32 on a CPU).
         impl: implementation of the routed linears: "auto", "torch" or "triton".
+        num_extra_slots: room for adapters that are loaded later, by the engine; with it, every linear of the decoder's
+            layers can be adapted.
+        max_rank: of adapters that are loaded later, if it is to be more than the bank's.
 
     Raises:
         FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other.
@@ -390,4 +486,6 @@ def load(
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base(base_dir, device=device, dtype=dtype)
-    return MoLoRA(model, tokenizer, bank, base_dir, impl=impl)
+    return MoLoRA(
+        model, tokenizer, bank, base_dir, digest, impl=impl, num_extra_slots=num_extra_slots, max_rank=max_rank
+    )

@@ -4,7 +4,8 @@ There are no hooks, context variables or globals. `RoutingLayer` stands where a 
 router on the hidden states that enter, fills the `Routes` object that every `RoutedLinear` was built with, and calls
 the layer. One plan is built per forward and shared by all linears that obey the same routes.
 
-Legend: B sequences, T tokens of each, N = B * T, K adapters a token, H hidden size, C router columns.
+Legend: B sequences, T tokens of each, N = B * T, K adapters a token, H hidden size, C router columns, V versions of the
+bank.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ class RouteRequest:
         slots: int32 [B, 1, K] or [B, T, K], explicit slots, -1 for none. None where no route is explicit.
         gates: float32, the shape of `slots`: their weights, used as given.
         valid: bool [B, T], False on padding; None where there is none.
+        version: int64 [B, 1] or [B, T], the row of the table of columns that the router's choices are looked up in;
+            None is row 0.
     """
 
     start: Tensor
@@ -42,6 +45,7 @@ class RouteRequest:
     slots: Tensor | None = None
     gates: Tensor | None = None
     valid: Tensor | None = None
+    version: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.auto is None and self.slots is None:
@@ -112,14 +116,14 @@ class RoutingLayer(nn.Module):
     Without a router, only explicit slots act (the layer in front of an adapter that acts below the router layer).
     """
 
-    def __init__(self, layer: nn.Module, routes: Routes, router: Router | None, column_slots: Tensor | None) -> None:
+    def __init__(self, layer: nn.Module, routes: Routes, router: Router | None, column_slots_VC: Tensor | None) -> None:
         super().__init__()
         self.layer = layer
         self.routes = routes
         self.router = router
         self.stops_here = False
-        self.column_slots_C: Tensor | None
-        self.register_buffer("column_slots_C", column_slots, persistent=False)
+        self.column_slots_VC: Tensor | None
+        self.register_buffer("column_slots_VC", column_slots_VC, persistent=False)
 
     def __getattr__(self, name: str) -> Any:
         # Decoders read attributes of their layers (`attention_type`, for one).
@@ -157,7 +161,7 @@ class RoutingLayer(nn.Module):
         if request.auto is not None:
             decision = self._ask_router(hidden_states)
             if decision is not None:
-                routed_slots, routed_gates, logits = self._on_slots(decision, num_seqs, num_tokens)
+                routed_slots, routed_gates, logits = self._on_slots(decision, request.version, num_seqs, num_tokens)
                 slots, gates = _merge(request.auto, (routed_slots, routed_gates), (slots, gates))
         if slots is None or gates is None:  # the router is asked, but sits in a later layer
             slots = torch.full((num_seqs, num_tokens, 1), NO_ADAPTER, dtype=torch.int32, device=hidden_states.device)
@@ -171,10 +175,16 @@ class RoutingLayer(nn.Module):
         token_ids = self.routes.token_ids
         return self.router(hidden_states.flatten(0, 1), None if token_ids is None else token_ids.flatten())
 
-    def _on_slots(self, decision: Decision, num_seqs: int, num_tokens: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert self.column_slots_C is not None
+    def _on_slots(
+        self, decision: Decision, version: Tensor | None, num_seqs: int, num_tokens: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.column_slots_VC is not None
         shape = (num_seqs, num_tokens, -1)
-        slots = self.column_slots_C[decision.columns_TK].reshape(shape)
+        if version is None:
+            slots = self.column_slots_VC[0][decision.columns_TK].reshape(shape)
+        else:
+            row_T1 = version.expand(num_seqs, num_tokens).reshape(-1, 1)
+            slots = self.column_slots_VC[row_T1, decision.columns_TK].reshape(shape)
         logits = None if decision.logits_TC is None else decision.logits_TC.reshape(shape)
         return slots, decision.gates_TK.reshape(shape), logits
 

@@ -23,6 +23,7 @@ from molora.adapter import random_adapter
 from molora.checkpoint import load_base
 from molora.digest import base_digest
 from molora.router import Router
+from molora.serving.engine import Engine, EngineConfig
 from molora.tiny import make_tiny_base
 
 torch.set_num_threads(1)  # nothing here is large enough to share, and many threads wait for each other
@@ -150,8 +151,9 @@ def load_model(
             folder = tmp_path_factory.mktemp("model")
             bank = make_bank(folder, architecture=architecture, router=keys, **overrides)
             _loaded[key] = molora.load(bank, device="cpu", dtype="float32")
+            _loaded[key]._engine = Engine(_loaded[key], EngineConfig(kv_cache_bytes=1 << 24))
         model = _loaded[key]
-        model.cache.clear()
+        model.engine.clear_cache()
         return model
 
     yield load

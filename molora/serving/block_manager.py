@@ -11,12 +11,15 @@ requests of the same route and start. Full blocks are found by key and shared. T
 the last, partial one of a conversation, are found by their parent's key, and what agrees at their start is copied.
 
 Blocks that nobody uses stay until room is needed: least recently used first, a conversation's end before its start.
+
+With its tokens a block keeps a note on each, which whoever finds it is told: the route that the token took.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import OrderedDict, defaultdict
+from array import array
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -44,6 +47,12 @@ class Source:
         if self.activation_start < NEVER and not self.route_digest:
             raise ValueError("a sequence with active tokens needs the digest of its route.")
 
+    def suffix(self, first: int, block_size: int) -> bytes:
+        """What the key of the block that begins at token `first` holds beside its ids: nothing if it is all base."""
+        if first + block_size <= self.activation_start:
+            return b""
+        return self.route_digest + struct.pack("<q", max(0, self.activation_start - first))
+
 
 @dataclass(frozen=True)
 class Copy:
@@ -62,15 +71,25 @@ class BlockTable:
         blocks: their numbers.
         num_computed: tokens whose keys and values are in them.
         num_cached: how many of those were found and not computed.
+        num_reencoded: tokens that were found as active ones only, and are needed as base.
+        num_recomputed: base tokens that were computed while a block that held them could be found.
+        notes: on each token that was found.
         copies: to be done before the first step; `BlockManager.copied` lets go of their sources.
+        awaits: the key of the first block that was not found, if it is a full one.
     """
 
     source: Source
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
+    num_reencoded: int = 0
+    num_recomputed: int = 0
+    notes: list[object] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
+    awaits: bytes | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full blocks, the key before the first one first
+    base_keys: list[bytes] = field(default_factory=list)  # the keys that they would have as base, likewise
+    coming: list[bytes] = field(default_factory=list)  # of the blocks that it was announced to compute
 
 
 @dataclass
@@ -78,16 +97,21 @@ class _Block:
     num_users: int = 0
     key: bytes | None = None  # while it is found by it
     parent: bytes | None = None  # while it is found by it
+    base_key: bytes | None = None  # of an active block, while it is found by it
+    base_parent: bytes | None = None  # likewise
     token_ids: tuple[int, ...] = ()
+    notes: tuple[object, ...] = ()
     source: Source | None = None
+    begun: int = 0  # the step that computed its first token
+    found_since: int = 0  # the step that registered its key
 
 
 class BlockManager:
     """Hands out blocks to sequences and finds those that hold what a sequence begins with.
 
     Attributes:
-        num_recomputed: base tokens that were computed while a block that held them could be found.
         num_evicted: blocks whose contents were given up for room.
+        step: counts the steps; whoever plans one moves it on.
     """
 
     def __init__(self, num_blocks: int, block_size: int, domain: bytes = b"") -> None:
@@ -98,40 +122,73 @@ class BlockManager:
         """
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks and block_size must be at least 1, got {num_blocks} and {block_size}.")
+        self.num_blocks = num_blocks
         self.block_size = block_size
-        self.num_recomputed = 0
         self.num_evicted = 0
-        self._domain = _hash(b"molora-kv-1", struct.pack("<q", block_size), domain)
+        self.step = 0
+        self._domain = domain
         self._blocks = [_Block() for _ in range(num_blocks)]
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # hold contents and have no user; oldest first
         self._by_key: dict[bytes, int] = {}
         self._by_parent: defaultdict[bytes, dict[int, None]] = defaultdict(dict)  # oldest first
+        # Active blocks by the keys that they would have if they were base.
+        self._by_base_key: Counter[bytes] = Counter()
+        self._by_base_parent: defaultdict[bytes, dict[int, None]] = defaultdict(dict)
+        self._coming: Counter[bytes] = Counter()
 
     @property
     def num_free(self) -> int:
         """Blocks that a sequence can get, by eviction if need be."""
         return len(self._empty) + len(self._idle)
 
-    def open(self, token_ids: Sequence[int], source: Source) -> BlockTable:
+    def keys(self, token_ids: Sequence[int], source: Source) -> list[bytes]:
+        """The keys of a sequence's full blocks, after the one that stands before the first."""
+        size = self.block_size
+        keys = [_hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)]
+        data = array("q", token_ids).tobytes()
+        for first in range(0, len(token_ids) - size + 1, size):
+            keys.append(_key(keys[-1], data[8 * first : 8 * (first + size)], source.suffix(first, size)))
+        return keys
+
+    def open(self, token_ids: Sequence[int], source: Source, keys: Sequence[bytes] | None = None) -> BlockTable:
         """A table that begins with what is found of these tokens: shared blocks, and then at most one copy.
 
         A last block is copied only where there is a block to copy into; without one the table simply begins with less.
+
+        Args:
+            keys: what `keys` gave for them, if the caller kept it.
         """
-        table = BlockTable(source, keys=[_hash(self._domain, source.salt)])
-        while (first := len(table.blocks) * self.block_size) + self.block_size <= len(token_ids):
-            ids = tuple(token_ids[first : first + self.block_size])
-            key = self._key(table.keys[-1], ids, first, source)
-            block = self._by_key.get(key)
-            if block is None:
+        keys = self.keys(token_ids, source) if keys is None else keys
+        table = BlockTable(source, keys=[keys[0]])
+        for key in keys[1:]:
+            number = self._by_key.get(key)
+            if number is None:
+                table.awaits = key
                 break
-            self._take(block)
-            table.blocks.append(block)
+            self._take(number)
+            table.blocks.append(number)
             table.keys.append(key)
+            table.notes += self._blocks[number].notes
         table.num_computed = len(table.blocks) * self.block_size
+        table.base_keys = self._base_keys(table, token_ids)
         self._copy_what_agrees(table, token_ids)
         table.num_cached = table.num_computed
+        table.num_reencoded = self._count_reencoded(table, token_ids)
         return table
+
+    def first_missing(self, keys: Sequence[bytes]) -> bytes | None:
+        """The key of the first block that would not be found."""
+        return next((key for key in keys[1:] if key not in self._by_key), None)
+
+    def is_coming(self, key: bytes) -> bool:
+        """Whether a sequence that runs was announced to compute the block of this key."""
+        return key in self._coming
+
+    def announce(self, table: BlockTable, keys: Sequence[bytes]) -> None:
+        """The sequence of these keys will compute the blocks that were not found."""
+        table.coming = list(keys[len(table.keys) :])
+        self._coming.update(table.coming)
 
     def grow(self, table: BlockTable, num_tokens: int) -> bool:
         """Make room for the first num_tokens of a sequence; False, and nothing changed, if there are too few blocks."""
@@ -148,8 +205,13 @@ class BlockManager:
             self._drop(copy.source)
         table.copies.clear()
 
-    def commit(self, table: BlockTable, token_ids: Sequence[int], num_computed: int) -> None:
+    def commit(
+        self, table: BlockTable, token_ids: Sequence[int], num_computed: int, notes: Sequence[object] | None = None
+    ) -> None:
         """The keys and values of the first num_computed tokens are in the table's blocks: let others find them.
+
+        Args:
+            notes: one on each of those tokens; None is no note on any.
 
         Raises:
             ValueError: fewer than before, more than there are tokens, or more than the blocks hold.
@@ -159,45 +221,90 @@ class BlockManager:
                 f"num_computed must be from {table.num_computed} to the {len(token_ids)} tokens and "
                 f"{len(table.blocks) * self.block_size} places that there are, got {num_computed}."
             )
-        first_changed = table.num_computed // self.block_size
+        size, before = self.block_size, table.num_computed
         table.num_computed = num_computed
-        for index in range(first_changed, -(-num_computed // self.block_size)):
-            first = index * self.block_size
-            ids = tuple(token_ids[first : min(first + self.block_size, num_computed)])
-            block = self._blocks[table.blocks[index]]
-            parent = table.keys[index]
-            block.token_ids, block.source = ids, table.source
+        for index in range(before // size, -(-num_computed // size)):
+            first = index * size
+            end = min(first + size, num_computed)
+            number = table.blocks[index]
+            block = self._blocks[number]
+            block.token_ids, block.source = tuple(token_ids[first:end]), table.source
+            block.notes = (None,) * (end - first) if notes is None else tuple(notes[first:end])
+            if first >= before:
+                block.begun = self.step
+            is_active = end > table.source.activation_start
             if block.parent is None:
-                block.parent = parent
-                self._by_parent[parent][table.blocks[index]] = None
-            if len(ids) == self.block_size:
-                key = self._key(parent, ids, first, table.source)
-                table.keys.append(key)
-                self._register(table.blocks[index], key, first + self.block_size <= table.source.activation_start)
+                block.parent = table.keys[index]
+                self._by_parent[block.parent][number] = None
+            if is_active and block.base_parent is None:
+                block.base_parent = table.base_keys[index]
+                self._by_base_parent[block.base_parent][number] = None
+            if end - first == size:
+                self._complete(table, number, first, is_active)
 
     def close(self, table: BlockTable) -> None:
         """Nobody needs the sequence any more; what it computed can be found until its blocks are needed."""
         self.copied(table)
         for block in reversed(table.blocks):  # the end of a sequence is worth less than its start
             self._drop(block)
+        for key in table.coming:
+            self._arrived(key)
         table.blocks.clear()
-        table.keys.clear()
+        table.coming.clear()
         table.num_computed = 0
 
-    def _key(self, parent: bytes, ids: tuple[int, ...], first: int, source: Source) -> bytes:
-        parts = [parent, struct.pack(f"<{len(ids)}q", *ids)]
-        if first + len(ids) > source.activation_start:
-            parts += [source.route_digest, struct.pack("<q", max(0, source.activation_start - first))]
-        return _hash(*parts)
-
-    def _register(self, number: int, key: bytes, is_base: bool) -> None:
+    def _complete(self, table: BlockTable, number: int, first: int, is_active: bool) -> None:
+        """A block is full: register its key, and the one it would have as base."""
+        block, size = self._blocks[number], self.block_size
+        data = array("q", block.token_ids).tobytes()
+        key = _key(table.keys[-1], data, table.source.suffix(first, size))
+        table.keys.append(key)
+        base_key = key
+        if is_active:
+            base_key = _key(table.base_keys[-1], data, b"")
+            block.base_key = base_key
+            self._by_base_key[base_key] += 1
+        table.base_keys.append(base_key)
+        if table.coming and table.coming[0] == key:
+            self._arrived(table.coming.pop(0))
         holder = self._by_key.setdefault(key, number)
         if holder == number:
-            self._blocks[number].key = key
+            block.key, block.found_since = key, self.step
             return
         self._unlink(number)  # one of a kind is enough to find
-        if is_base:
-            self.num_recomputed += self.block_size
+        if not is_active and self._blocks[holder].found_since < block.begun:
+            table.num_recomputed += size
+
+    def _arrived(self, key: bytes) -> None:
+        self._coming[key] -= 1
+        if not self._coming[key]:
+            del self._coming[key]
+
+    def _base_keys(self, table: BlockTable, token_ids: Sequence[int]) -> list[bytes]:
+        """The keys that the table's blocks would have if they were base."""
+        size = self.block_size
+        num_base = min(len(table.blocks), table.source.activation_start // size)
+        keys = table.keys[: num_base + 1]
+        for first in range(num_base * size, len(table.blocks) * size, size):
+            keys.append(_key(keys[-1], array("q", token_ids[first : first + size]).tobytes(), b""))
+        return keys
+
+    def _count_reencoded(self, table: BlockTable, token_ids: Sequence[int]) -> int:
+        """How many of the next tokens are needed as base, and held as active ones only."""
+        size, first = self.block_size, len(table.blocks) * self.block_size
+        if table.copies:
+            first -= size
+        key = table.base_keys[-1]
+        end = min(len(token_ids), table.source.activation_start)
+        while first + size <= end:
+            following = _key(key, array("q", token_ids[first : first + size]).tobytes(), b"")
+            if following not in self._by_base_key and following not in self._by_key:
+                break
+            key, first = following, first + size
+        wanted = tuple(token_ids[first : min(first + size, end)])
+        holders = (*self._by_base_parent.get(key, ()), *self._by_parent.get(key, ()))
+        agreed = max((_count_common(wanted, self._blocks[number].token_ids) for number in holders), default=0)
+        return max(0, first + agreed - table.num_computed)
 
     def _copy_what_agrees(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         first = len(table.blocks) * self.block_size
@@ -210,21 +317,21 @@ class BlockManager:
         if not most:
             return
         self._take(best)
+        notes = self._blocks[best].notes[:most]
         if not self.num_free:
             self._drop(best)
             return
         target = self._new()
         table.copies.append(Copy(best, target, most))
         table.blocks.append(target)
+        table.notes += notes
         table.num_computed += most
 
     @staticmethod
     def _count_agreed(block: _Block, wanted: tuple[int, ...], first: int, source: Source) -> int:
         """How many tokens at the start of a block are the wanted ones and were computed alike."""
         assert block.source is not None
-        agreed = 0
-        while agreed < min(len(wanted), len(block.token_ids)) and wanted[agreed] == block.token_ids[agreed]:
-            agreed += 1
+        agreed = _count_common(wanted, block.token_ids)
         if block.source == source:
             return agreed
         starts = (block.source.activation_start, source.activation_start)
@@ -265,11 +372,34 @@ class BlockManager:
     def _unlink(self, number: int) -> None:
         block = self._blocks[number]
         if block.parent is not None:
-            children = self._by_parent[block.parent]
-            del children[number]
-            if not children:
-                del self._by_parent[block.parent]
+            _remove_child(self._by_parent, block.parent, number)
             block.parent = None
+        if block.base_parent is not None:
+            _remove_child(self._by_base_parent, block.base_parent, number)
+            block.base_parent = None
+        if block.base_key is not None:
+            self._by_base_key[block.base_key] -= 1
+            if not self._by_base_key[block.base_key]:
+                del self._by_base_key[block.base_key]
+            block.base_key = None
+
+
+def _remove_child(children: dict[bytes, dict[int, None]], parent: bytes, number: int) -> None:
+    del children[parent][number]
+    if not children[parent]:
+        del children[parent]
+
+
+def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
+    length = min(len(first), len(second))
+    if first[:length] == second[:length]:
+        return length
+    return next(index for index in range(length) if first[index] != second[index])
+
+
+def _key(parent: bytes, token_ids: bytes, suffix: bytes) -> bytes:
+    """Parts of known lengths, the last one empty or not, need no separators."""
+    return blake2b(parent + token_ids + suffix, digest_size=16).digest()
 
 
 def _hash(*parts: bytes) -> bytes:

@@ -22,14 +22,27 @@ class Sequence:
     Attributes:
         token_ids: the prompt's, and those drawn so far.
         max_tokens: how many there may ever be.
+        reads_cache: False to compute every token of the prompt, whatever is found of it.
+        notes: on each token that was found or computed, kept when the sequence gives up its blocks.
         table: its blocks while it runs, None while it waits.
+        num_cached, num_reencoded: of the prompt, when it was first let in (see `BlockTable`).
+        num_recomputed: of all its tables.
+        num_replayed: tokens that it computed again after it had given up its blocks.
     """
 
     token_ids: list[int]
     source: Source
     max_tokens: int
-    table: BlockTable | None = None
+    reads_cache: bool = True
+    notes: list[object] = field(default_factory=list, init=False)
+    table: BlockTable | None = field(default=None, init=False)
+    num_cached: int = field(default=-1, init=False)
+    num_reencoded: int = field(default=0, init=False)
+    num_recomputed: int = field(default=0, init=False)
+    num_replayed: int = field(default=0, init=False)
     arrival: int = field(default=-1, init=False)
+    keys: list[bytes] | None = field(default=None, init=False)  # while it waits
+    awaits: bytes | None = field(default=None, init=False)  # while it waits
 
 
 @dataclass(frozen=True)
@@ -108,19 +121,24 @@ class Scheduler:
 
     def plan(self) -> list[Work]:
         """The next step, empty only if there is no sequence. Its blocks are there; `done` must follow."""
+        self._blocks.step += 1
         works: list[Work] = []
         room = self._max_step_tokens
-        for sequence in list(self._running):
+        for index, sequence in enumerate(list(self._running)):
             if sequence.table is None or not room:  # it was preempted just now
                 continue
             # One place each is kept for those behind, so that a long prompt stops nobody's decoding.
-            num_behind = sum(other.arrival > sequence.arrival for other in self._running)
+            num_behind = len(self._running) - index - 1
             work = self._plan(sequence, max(1, room - num_behind))
             if work is not None:
                 works.append(work)
                 room -= work.num_tokens
-        while self._waiting and room and len(self._running) < self._max_sequences:
-            work = self._admit(self._waiting[0], room)
+        for sequence in list(self._waiting):
+            if not room or len(self._running) == self._max_sequences:
+                break
+            if self._must_wait(sequence):
+                continue
+            work = self._admit(sequence, room)
             if work is None:
                 break
             works.append(work)
@@ -128,20 +146,42 @@ class Scheduler:
         return works
 
     def done(self, work: Work) -> None:
-        """A sequence's part of a step was computed: its copies too. Drawn tokens are appended after this."""
-        table = work.sequence.table
+        """A sequence's part of a step was computed, its copies too, and `notes` has one on each of its tokens.
+
+        Drawn tokens are appended after this.
+        """
+        sequence, table = work.sequence, work.sequence.table
         assert table is not None
         self._blocks.copied(table)
         if work.writes:
-            self._blocks.commit(table, work.sequence.token_ids, work.first + work.num_tokens)
+            self._blocks.commit(table, sequence.token_ids, work.first + work.num_tokens, sequence.notes)
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to compute the next block that this one needs."""
+        if not sequence.reads_cache:
+            return False
+        if sequence.keys is None:
+            sequence.keys = self._blocks.keys(sequence.token_ids, sequence.source)
+        if sequence.awaits is None or not self._blocks.is_coming(sequence.awaits):
+            sequence.awaits = self._blocks.first_missing(sequence.keys)
+        return sequence.awaits is not None and self._blocks.is_coming(sequence.awaits)
 
     def _admit(self, sequence: Sequence, room: int) -> Work | None:
-        sequence.table = self._blocks.open(sequence.token_ids, sequence.source)
-        if not self._blocks.grow(sequence.table, len(sequence.token_ids)):
-            self._close(sequence)
+        keys = sequence.keys or self._blocks.keys(sequence.token_ids, sequence.source)
+        if sequence.reads_cache:
+            table = self._blocks.open(sequence.token_ids, sequence.source, keys)
+        else:
+            table = self._blocks.open([], sequence.source, keys[:1])
+        if not self._blocks.grow(table, len(sequence.token_ids)):
+            self._blocks.close(table)
             return None
+        sequence.table, sequence.keys, sequence.awaits = table, None, None
+        self._blocks.announce(table, keys)
+        if sequence.num_cached < 0:
+            sequence.num_cached, sequence.num_reencoded = table.num_cached, table.num_reencoded
+        sequence.notes += table.notes[len(sequence.notes) :]
         work = self._cut(sequence, room)
-        self._waiting.popleft()
+        self._waiting.remove(sequence)
         self._running.append(sequence)
         self._running.sort(key=lambda running: running.arrival)
         return work
@@ -174,5 +214,6 @@ class Scheduler:
 
     def _close(self, sequence: Sequence) -> None:
         assert sequence.table is not None
+        sequence.num_recomputed += sequence.table.num_recomputed
         self._blocks.close(sequence.table)
         sequence.table = None

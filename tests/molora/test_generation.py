@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from molora.generation import _TextStream, sample
+from molora.serving.answer import Drawn
+from molora.serving.engine import EngineError
+from molora.serving.text import TextStream
 from molora.tiny import byte_tokenizer
 
 TEXT = "Grüße, 你好! 🎉🎊 naïve — done. "
@@ -15,7 +17,7 @@ def spoken(m, monkeypatch):
 
     def say(ids: list[int]) -> None:
         rest = iter(ids)
-        monkeypatch.setattr("molora.generation.sample", lambda *_: next(rest))
+        monkeypatch.setattr(m.engine._sampler, "draw", lambda *_: [Drawn(next(rest))])
 
     return say
 
@@ -56,8 +58,8 @@ class TestText:
         tokenizer = byte_tokenizer()
         for seed in range(20):
             ids = torch.randint(0, 259, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
-            text = _TextStream(tokenizer)
-            pieces = [text.push(token, flush=i == len(ids) - 1) for i, token in enumerate(ids)]
+            text = TextStream(tokenizer.decode)
+            pieces = [text.push(token, last=i == len(ids) - 1) for i, token in enumerate(ids)]
             assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
@@ -84,7 +86,7 @@ class TestStream:
     def test_a_stream_that_is_closed_leaves_what_it_computed(self, m, random_ids, num_tokens):
         ids = random_ids(20)
         whole = m.generate(ids, activation=5, max_new_tokens=8)
-        m.cache.clear()
+        m.engine.clear_cache()
         with m.stream(ids, activation=5, max_new_tokens=8) as stream:
             for _ in range(num_tokens):
                 next(stream)
@@ -93,20 +95,25 @@ class TestStream:
             _ = stream.result
         assert m.decoder.routes.request is None
         continued = m.generate(whole.token_ids, activation=5, max_new_tokens=4)
-        assert continued.num_reused_tokens == 20 + num_tokens - 1
-        m.cache.clear()
+        # The engine does not wait for those who read: it may have been a few tokens further.
+        assert 20 + num_tokens - 1 <= continued.num_reused_tokens <= 27
+        m.engine.clear_cache()
         assert continued.token_ids == m.generate(whole.token_ids, activation=5, max_new_tokens=4).token_ids
 
-    def test_a_stream_that_never_began_costs_and_keeps_nothing(self, m, random_ids):
-        stream = m.stream(random_ids(20), activation=3)
+    def test_a_stream_that_is_closed_is_over_within_a_step(self, m, random_ids):
+        stream = m.stream(random_ids(20), activation=3, max_new_tokens=900)
+        next(stream)
+        assert m.engine.stats().num_running == 1
         stream.close()
         assert list(stream) == []
-        assert len(m.cache) == 0
+        m.engine.clear_cache()  # waits for the step, and would refuse while the sequence runs
+        assert m.engine.stats().num_running == 0
+        assert m.slots._num_users.total() == m.slots._num_on_version.total() == 0
 
     def test_a_forward_that_fails_leaves_the_cache_usable(self, m, random_ids, monkeypatch):
         ids = random_ids(20)
         expected = m.generate(ids, activation=5, max_new_tokens=6).token_ids
-        m.cache.clear()
+        m.engine.clear_cache()
         layer = m.model.get_decoder().layers[2]
         calls = []
 
@@ -116,23 +123,16 @@ class TestStream:
                 raise MemoryError("no room")
 
         handle = layer.register_forward_pre_hook(fail)
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(EngineError, match="the step failed: no room") as raised:
             m.generate(ids, activation=5, max_new_tokens=6)
+        assert isinstance(raised.value.__cause__, MemoryError)
         handle.remove()
+        assert m.engine.stats().num_running == 0
         out = m.generate(expected, activation=5, max_new_tokens=1)
         assert out.num_reused_tokens == 21
-        m.cache.clear()
+        m.engine.clear_cache()
         assert m.generate(expected, activation=5, max_new_tokens=1).token_ids == out.token_ids
         assert m.generate(ids, activation=5, max_new_tokens=6).token_ids == expected
-
-    def test_without_a_cache_between_calls(self, m, random_ids, monkeypatch):
-        monkeypatch.setattr(m.cache, "max_sequences", 0)
-        ids = random_ids(12)
-        first = m.generate(ids, activation=3, max_new_tokens=4)
-        again = m.generate(ids, activation=3, max_new_tokens=4)
-        assert again.token_ids == first.token_ids
-        assert again.num_reused_tokens == 0
-
 
 class TestSampling:
     def test_a_seed_makes_a_draw_repeatable(self, m, random_ids):
@@ -148,14 +148,3 @@ class TestSampling:
         assert draw(None) != draw(None)
         assert draw(1, temperature=0.0) == draw(2, temperature=0.0)
         assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
-
-    def test_greedy_ties_go_to_the_lowest_id(self):
-        assert sample(torch.tensor([1.0, 3.0, 3.0]), 0, None) == 1
-
-    def test_draws_follow_the_temperature(self):
-        logits_V, generator = torch.tensor([0.0, 1.0, 2.0]), torch.Generator().manual_seed(0)
-        for temperature in (0.5, 2.0):
-            counts = torch.zeros(3)
-            for _ in range(4000):
-                counts[sample(logits_V, temperature, generator)] += 1
-            assert torch.allclose(counts / 4000, (logits_V / temperature).softmax(-1), atol=0.03)

@@ -8,6 +8,7 @@ import torch
 
 import molora
 from molora import Bank, RouterConfig
+from molora.serving.engine import EngineError
 from molora.tiny import make_tiny_base
 
 USER = [{"role": "user", "content": "Hello there"}]
@@ -65,7 +66,7 @@ def test_an_answer_without_a_given_length_ends_where_the_context_is_full(m):
 @pytest.mark.usefixtures("no_forward")
 class TestBadInput:
     def test_the_trap_works(self, m):
-        with pytest.raises(AssertionError, match="a forward ran"):
+        with pytest.raises(EngineError, match="a forward ran"):
             m.generate(USER)
 
     @pytest.mark.parametrize(
@@ -112,7 +113,8 @@ class TestBadInput:
         for call in (m.generate, m.stream):
             with pytest.raises(ValueError, match=message):
                 call(prompt, **options)
-        assert len(m.cache) == 0
+        assert m.engine.stats().num_free_blocks == m.engine.stats().num_blocks
+        assert m.engine.stats().num_waiting == 0
 
     @pytest.mark.parametrize(
         ("args", "options", "message"),

@@ -1,0 +1,135 @@
+"""One answer while it is written: its tokens, their text and routes, and what ends it. It imports no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Protocol, cast
+
+from molora.generation import FinishReason, Generation, Sampling, Token, TokenLogprob, TokenRoute
+from molora.serving.scheduler import Sequence
+from molora.serving.stream import Stream
+from molora.serving.text import TextStream
+from molora.slots import Hold, ResolvedRoute
+
+
+class Matcher(Protocol):
+    """What an answer must match, as far as it has come."""
+
+    @property
+    def is_finished(self) -> bool: ...
+
+    def accept(self, token_id: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token, and its log-probability if it was asked for."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(eq=False)
+class Answer:
+    """
+    Attributes:
+        index: which of its request's n answers it is.
+        tokens: the prompt's and its own, as the scheduler knows them.
+        hold: what its route may use; None for base.
+        eos_ids: the model's end tokens, unless they are to be ignored.
+        matcher: what it must match; None if anything goes.
+        decode: the tokenizer's.
+    """
+
+    stream: Stream
+    index: int
+    tokens: Sequence
+    route: ResolvedRoute
+    hold: Hold | None
+    activation_start: int
+    sampling: Sampling
+    seed: int
+    eos_ids: Collection[int]
+    matcher: Matcher | None
+    decode: Callable[..., str]
+    result: Generation | None = field(default=None, init=False)
+    num_computed: int = field(default=0, init=False)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens.token_ids)
+        self._text = TextStream(self.decode, self.sampling.stop)
+        self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._submitted_s = time.monotonic()
+        self._begun_s = self._first_token_s = 0.0
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_reused(self) -> int:
+        """Prompt tokens that were found. Of a prompt that was found whole, the last one runs again for its logits."""
+        return min(self.tokens.num_cached, self.num_prompt_tokens - 1)
+
+    @property
+    def routes(self) -> list[TokenRoute]:
+        """Of each token that was found or computed."""
+        return cast("list[TokenRoute]", self.tokens.notes)
+
+    def begun(self) -> None:
+        """It is part of a step."""
+        if not self._begun_s:
+            self._begun_s = time.monotonic()
+
+    def push(self, drawn: Drawn, candidates: tuple[tuple[str, float], ...]) -> Token:
+        """The next token was drawn, on a route that is the last of `routes`."""
+        token_id = drawn.token_id
+        if not self.num_generated:
+            self._first_token_s = time.monotonic()
+        self.tokens.token_ids.append(token_id)
+        if self.matcher is not None:
+            self.matcher.accept(token_id)
+        reason = self._finish_reason(token_id)
+        piece = self._text.push(token_id, last=reason is not None)
+        if self._text.stopped:
+            reason = "stop"
+        self._pieces.append(piece)
+        if drawn.logprob is not None:
+            self._logprobs.append(drawn.logprob)
+        return Token(token_id, piece, self.routes[-1], self.index, candidates, drawn.logprob, reason)
+
+    def finish(self, reason: FinishReason) -> None:
+        now_s = time.monotonic()
+        tokens, num_prompt = self.tokens, self.num_prompt_tokens
+        asked = self.sampling.prompt_logprobs is not None and self.index == 0
+        self.result = Generation(
+            text="".join(self._pieces),
+            token_ids=list(tokens.token_ids),
+            routes=[*self.routes[: len(tokens.token_ids) - 1], []],
+            num_prompt_tokens=num_prompt,
+            num_generated_tokens=self.num_generated,
+            activation_start=None if self.route.is_base else self.activation_start,
+            num_reused_tokens=self.num_reused,
+            num_computed_tokens=self.num_computed,
+            num_recomputed_tokens=tokens.num_recomputed,
+            num_reencoded_tokens=tokens.num_reencoded,
+            finish_reason=reason,
+            num_replayed_tokens=tokens.num_replayed,
+            choice=self.index,
+            logprobs=None if self.sampling.logprobs is None else self._logprobs,
+            prompt_logprobs=[None, *self.prompt_logprobs] if asked else None,
+            queue_s=self._begun_s - self._submitted_s,
+            first_token_s=self._first_token_s - self._submitted_s,
+            total_s=now_s - self._submitted_s,
+        )
+
+    def _finish_reason(self, token_id: int) -> FinishReason | None:
+        if token_id in self.eos_ids or token_id in self.sampling.stop_token_ids:
+            return "stop"
+        if self.matcher is not None and self.matcher.is_finished:
+            return "stop"
+        return "length" if len(self.tokens.token_ids) == self.tokens.max_tokens else None

@@ -1,0 +1,426 @@
+"""The engine: many conversations at once over one paged cache.
+
+A request is checked where it is submitted, and then belongs to the engine's own thread, which plans a step
+(`scheduler.py`), runs it (`runner.py`), draws the next tokens (`sampling.py`) and hands them to the streams. It knows
+nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from molora.activation import Activation
+from molora.digest import json_digest
+from molora.display import one_line
+from molora.generation import Generation, TokenRoute
+from molora.injection import text_config
+from molora.serving.answer import Answer, Drawn
+from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
+from molora.serving.request import EngineError, EngineFullError, Request
+from molora.serving.runner import Row, Runner, StepOutput
+from molora.serving.scheduler import Scheduler, Work
+from molora.serving.scheduler import Sequence as Tokens
+from molora.serving.stream import Stream, agather, gather
+from molora.slots import AdapterInfo, NoFreeSlotError
+
+if TYPE_CHECKING:
+    from molora.model import MoLoRA
+
+__all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineStats", "NoFreeSlotError", "Request"]
+
+IDLE_S = 10.0  # after which the thread ends; the next request starts one again
+CPU_CACHE_BYTES = 1 << 30
+GPU_CACHE_SHARE = 0.9  # of the memory that is free once the model is loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """
+    Attributes:
+        kv_cache_bytes: memory for keys and values; None is `CPU_CACHE_BYTES` on a CPU, most of what is free on a GPU.
+        block_size: tokens of a block: what is shared and evicted at once.
+        max_step_tokens: tokens that a step computes at most; a longer prompt is read in several steps.
+        max_sequences: that run at once.
+        max_waiting: requests that wait; one more is refused.
+    """
+
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    max_step_tokens: int = 512
+    max_sequences: int = 64
+    max_waiting: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_bytes", "block_size", "max_step_tokens", "max_sequences", "max_waiting"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected a whole number of 1 or more.")
+        if self.max_sequences > self.max_step_tokens:
+            raise ValueError(
+                f"max_sequences is {self.max_sequences}, over max_step_tokens, {self.max_step_tokens}: a step must "
+                "have room for a token of each sequence."
+            )
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """A moment's counts. Those of tokens are totals since the start.
+
+    Attributes:
+        num_cached_tokens: prompt tokens whose keys and values were found.
+        num_computed_tokens: rows that entered layer 0.
+        num_recomputed_tokens: base tokens that were computed while they could be found: 0.
+        num_reencoded_tokens: tokens that were found as active ones only, and computed once as base.
+        num_replayed_tokens: tokens computed again after preemption.
+        num_adapter_tokens: how many tokens each adapter acted on, by name; "base" for those on which none did.
+    """
+
+    num_running: int = 0
+    num_waiting: int = 0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_preemptions: int = 0
+    num_evicted_blocks: int = 0
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_computed_tokens: int = 0
+    num_recomputed_tokens: int = 0
+    num_reencoded_tokens: int = 0
+    num_replayed_tokens: int = 0
+    num_steps: int = 0
+    num_failed_steps: int = 0
+    num_adapter_tokens: dict[str, int] = field(default_factory=dict)
+
+
+class Engine:
+    """Continues many prompts at once; see `Request` for what may be asked.
+
+    Attributes:
+        m: the loaded model.
+        config: what the engine was made with.
+    """
+
+    def __init__(self, m: MoLoRA, config: EngineConfig | None = None) -> None:
+        """
+        Raises:
+            ValueError: the cache's memory holds no block.
+        """
+        self.m = m
+        self.config = config = EngineConfig() if config is None else config
+        self._runner = Runner(m.decoder, block_size=config.block_size, num_bytes=_cache_bytes(m, config))
+        self._sampler = _Temp()
+        self._domain = _domain(m)
+        self._forget()
+        self._counts: Counter[str] = Counter()
+        self._adapter_counts: Counter[str] = Counter()
+        self._wake = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._answers: dict[Tokens, Answer] = {}
+        self._num_submitted = 0  # that the thread has not seen yet
+        self._memory_lock = threading.Lock()
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._closed
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens of one sequence, prompt and answer together."""
+        return min(self.m.max_context, self._runner.num_blocks * self.config.block_size)
+
+    def submit(self, request: Request) -> Stream:
+        """Check a request and queue it; its tokens come through the stream.
+
+        Raises:
+            ValueError: the request cannot be served, whenever it comes.
+            EngineFullError: too many wait.
+            NoFreeSlotError: the adapter that it names has no slot, and all slots are in use.
+            EngineError: the engine was closed.
+        """
+        if self._closed:
+            raise EngineError("the engine was closed and takes no more requests.")
+        m, sampling = self.m, request.sampling
+        m.check_not_routing()
+        with self._memory_lock:
+            if self.stats().num_waiting >= self.config.max_waiting:
+                raise EngineFullError(self.config.max_waiting, retry_after_s=1.0)
+        prompt = m.render(request.prompt)
+        max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
+        m.check_token_ids("logit_bias", list(sampling.logit_bias))
+        m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
+        grammar = None if sampling.grammar is None else self._sampler.compile(sampling.grammar)
+        route = m.resolve_route(request.route)
+        start = m.resolve_activation(route, request.activation, prompt)
+        hold = None if route.is_base else m.slots.acquire(route)
+        try:
+            source = Source(salt=request.salt.encode())
+            if hold is not None and start < NEVER:
+                source = Source(start, hold.version.route_digest(route).encode(), request.salt.encode())
+            stream = Stream(list(prompt.token_ids), self._cancel)
+            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+            answers = [
+                Answer(
+                    stream=stream,
+                    index=index,
+                    tokens=Tokens(
+                        list(prompt.token_ids),
+                        source,
+                        len(prompt.token_ids) + max_new_tokens,
+                        reads_cache=sampling.prompt_logprobs is None or index > 0,
+                    ),
+                    route=route,
+                    hold=hold,
+                    activation_start=start,
+                    sampling=sampling,
+                    seed=seed,
+                    eos_ids=frozenset() if sampling.ignore_eos else m.eos_ids,
+                    matcher=None if grammar is None else grammar.matcher(),
+                    decode=m.tokenizer.decode,
+                )
+                for index in range(sampling.n)
+            ]
+        except BaseException:
+            if hold is not None:
+                m.slots.release(hold)
+            raise
+        stream.start(answers, None if hold is None else lambda: m.slots.release(hold))
+        self._num_submitted += 1
+        self._send(lambda: self._begin(stream))
+        return stream
+
+    def generate(self, requests: Request | Sequence[Request]) -> list[Generation]:
+        """Answer requests side by side; returns when all have ended: in their order, and each one's n answers in order.
+
+        Raises:
+            what `submit` raises; EngineError if a step failed.
+        """
+        return gather(self.submit, [requests] if isinstance(requests, Request) else requests)
+
+    async def agenerate(self, requests: Request | Sequence[Request]) -> list[Generation]:
+        """`generate`, for an event loop."""
+        return await agather(self.submit, [requests] if isinstance(requests, Request) else requests)
+
+    def adapters(self) -> list[AdapterInfo]:
+        """Those that requests which begin now may name."""
+        return list(self.m.slots.current.adapters.values())
+
+    def load_adapter(
+        self, name: str, path: str | Path, *, activation: Activation | None = None, replace: bool = False
+    ) -> AdapterInfo:
+        """Let requests name the adapter of a PEFT folder; see `AdapterSlots.load`. Requests that run do not notice."""
+        return self.m.slots.load(name, path, activation=activation, replaces=replace)
+
+    def unload_adapter(self, name: str) -> None:
+        """Requests that begin from now on cannot name it; see `AdapterSlots.unload`."""
+        self.m.slots.unload(name)
+
+    def clear_cache(self) -> None:
+        """Forget what was computed.
+
+        Raises:
+            RuntimeError: requests are running or waiting.
+        """
+        cleared: Future[bool] = Future()
+
+        def clear() -> None:
+            if not self._answers:
+                self._forget()
+            cleared.set_result(not self._answers)
+
+        self._send(clear)
+        if not cleared.result():
+            raise RuntimeError("requests are running; wait for them, or cancel them, before the cache is cleared.")
+
+    def stats(self) -> EngineStats:
+        counts = dict(self._counts)
+        scheduler, blocks = self._scheduler, self._blocks
+        return EngineStats(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting + self._num_submitted,
+            num_blocks=self._runner.num_blocks,
+            num_free_blocks=blocks.num_free,
+            num_preemptions=scheduler.num_preempted,
+            num_evicted_blocks=blocks.num_evicted,
+            num_adapter_tokens=dict(self._adapter_counts),
+            **counts,
+        )
+
+    def close(self, *, drain_s: float = 0.0) -> None:
+        """Take no more requests, let those that run go on for `drain_s` seconds at most, and end the rest."""
+        self._closed = True
+        deadline = time.monotonic() + drain_s
+        while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
+            time.sleep(0.01)
+        self._send(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
+
+    # What follows runs on the engine's thread, but for _send and _cancel.
+
+    def _send(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            self._inbox.append(action)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="molora-engine", daemon=True)
+                self._thread.start()
+            self._wake.notify()
+
+    def _cancel(self, stream: Stream) -> None:
+        self._send(lambda: self._end(stream))
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._inbox and not self._answers:
+                    if not self._wake.wait(IDLE_S) and not self._inbox:
+                        self._thread = None
+                        return
+                actions = list(self._inbox)
+                self._inbox.clear()
+            for action in actions:
+                action()
+            if self._answers:
+                self._step()
+
+    def _begin(self, stream: Stream) -> None:
+        self._num_submitted -= 1
+        if self._closed:
+            stream.fail(EngineError("the engine was closed."))
+        elif not stream.is_over:
+            self._counts["num_prompt_tokens"] += stream.num_prompt_tokens
+            self._add(stream.answers[0])
+
+    def _add(self, answer: Answer) -> None:
+        self._answers[answer.tokens] = answer
+        self._scheduler.add(answer.tokens)
+
+    def _end(self, stream: Stream) -> None:
+        for answer in stream.answers:
+            self._drop(answer)
+        stream.release()
+
+    def _drop(self, answer: Answer) -> None:
+        if self._answers.pop(answer.tokens, None) is not None:
+            self._scheduler.remove(answer.tokens)
+            self._counts["num_recomputed_tokens"] += answer.tokens.num_recomputed
+
+    def _fail(self, answers: Sequence[Answer], error: Exception) -> None:
+        for stream in {id(answer.stream): answer.stream for answer in answers}.values():
+            self._end(stream)
+            stream.fail(error)
+
+    def _step(self) -> None:
+        works = self._scheduler.plan()
+        answers = [self._answers[work.sequence] for work in works]
+        try:
+            with self.m.lock, torch.inference_mode():
+                self._runner.copy([copy for work in works for copy in _table(work).copies])
+                out = self._runner.step([self._row(work, answer) for work, answer in zip(works, answers, strict=True)])
+                drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
+                drawn = self._sampler.draw(out.logits_DV, drawing)
+        except Exception as error:  # whatever a model may raise, out of memory included: only this step's requests end
+            self._counts["num_failed_steps"] += 1
+            failure = EngineError(f"the step failed: {one_line(error)}")
+            failure.__cause__ = error
+            self._fail(answers, failure)
+            return
+        self._counts["num_steps"] += 1
+        next_drawn = iter(drawn)
+        for index, (work, answer) in enumerate(zip(works, answers, strict=True)):
+            self._note(work, answer, out, index)
+            self._scheduler.done(work)
+            if work.draws:
+                self._push(answer, next(next_drawn), out.candidates[index])
+
+    def _row(self, work: Work, answer: Answer) -> Row:
+        table, tokens = _table(work), answer.tokens
+        end = work.first + work.num_tokens
+        answer.begun()
+        asks_logprobs = not tokens.reads_cache and len(answer.prompt_logprobs) < answer.num_prompt_tokens
+        return Row(
+            token_ids=tokens.token_ids[work.first : end],
+            first=work.first,
+            blocks=table.blocks[: -(-end // self.config.block_size)],
+            draws=work.draws,
+            writes=work.writes,
+            activation_start=answer.activation_start,
+            route=answer.route,
+            hold=answer.hold,
+            known=answer.routes[work.first : end],
+            next_ids=tokens.token_ids[work.first + 1 : min(end + 1, answer.num_prompt_tokens)] if asks_logprobs else (),
+            num_top=answer.sampling.prompt_logprobs or 0,
+        )
+
+    def _note(self, work: Work, answer: Answer, out: StepOutput, index: int) -> None:
+        """Keep the routes of what was computed, each token's once."""
+        tokens = answer.tokens
+        num_known = max(0, min(len(tokens.notes) - work.first, work.num_tokens))
+        fresh: list[TokenRoute] = out.routes[index][num_known:]
+        tokens.notes += fresh
+        for route in fresh:
+            self._adapter_counts.update([name for name, _ in route] or ["base"])
+        answer.prompt_logprobs += out.prompt_logprobs[index]
+        answer.num_computed += work.num_tokens
+        self._counts["num_computed_tokens"] += work.num_tokens
+        if work.writes:
+            tokens.num_replayed += num_known
+            self._counts["num_replayed_tokens"] += num_known
+
+    def _push(self, answer: Answer, drawn: Drawn, candidates: tuple[tuple[str, float], ...]) -> None:
+        is_first = not answer.num_generated
+        if is_first:
+            self._counts["num_cached_tokens"] += answer.num_reused
+            self._counts["num_reencoded_tokens"] += answer.tokens.num_reencoded
+        token = answer.push(drawn, candidates)
+        self._counts["num_generated_tokens"] += 1
+        if token.finish_reason is not None:
+            self._drop(answer)
+            answer.finish(token.finish_reason)
+        answer.stream.put(token)
+        if is_first and answer.index == 0:
+            for other in answer.stream.answers[1:]:  # they find the prompt that was read for the first one
+                self._add(other)
+
+    def _forget(self) -> None:
+        config = self.config
+        self._blocks = BlockManager(self._runner.num_blocks, config.block_size, self._domain)
+        self._scheduler = Scheduler(
+            self._blocks, max_step_tokens=config.max_step_tokens, max_sequences=config.max_sequences
+        )
+
+
+def _table(work: Work) -> BlockTable:
+    assert work.sequence.table is not None
+    return work.sequence.table
+
+
+def _domain(m: MoLoRA) -> bytes:
+    """What all keys of the cache depend on, beside tokens and routes."""
+    dtype = str(m.model.dtype)
+    config = text_config(m.model).to_json_string(use_diff=False)
+    return json_digest([m.base_digest, dtype, config, "activated"]).encode()
+
+
+def _cache_bytes(m: MoLoRA, config: EngineConfig) -> int:
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes
+    if m.decoder.device.type != "cuda":
+        return CPU_CACHE_BYTES
+    free, _ = torch.cuda.mem_get_info(m.decoder.device)
+    return int(free * GPU_CACHE_SHARE)
+
+
+class _Temp:
+    def draw(self, logits, answers):
+        return [Drawn(int(row.argmax())) for row in logits]

@@ -1,0 +1,40 @@
+"""What is asked of the engine, and the ways in which it says no. It imports no torch and knows nothing of HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from molora.activation import Activation, Messages
+from molora.generation import Sampling
+
+
+class EngineFullError(RuntimeError):
+    """Too many requests wait already; `retry_after_s` says when to try again."""
+
+    def __init__(self, num_waiting: int, retry_after_s: float) -> None:
+        super().__init__(f"{num_waiting} requests wait already; try again in {retry_after_s:g} s.")
+        self.retry_after_s = retry_after_s
+
+
+class EngineError(RuntimeError):
+    """The engine failed on a request, or has stopped; the request itself may be in order."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt to continue.
+
+    Attributes:
+        prompt: chat messages, plain text, or token ids.
+        route: who acts on the active tokens: "auto" (the router), "base", an adapter's name, or {name: weight}.
+        activation: where adapters may begin to act: a policy or an absolute token index; None takes the policy that
+            the route was trained with.
+        salt: nothing is shared in the cache between requests of different salts.
+    """
+
+    prompt: Messages | str | Sequence[int]
+    route: str | Mapping[str, float] = "auto"
+    activation: Activation | None = None
+    sampling: Sampling = field(default_factory=Sampling)
+    salt: str = ""

@@ -1,0 +1,296 @@
+"""One step of the engine on the device: all tokens of several sequences, packed in one row, in one forward.
+
+It knows the model, the pool of keys and values and the routes; what to run, and who owns a block, it is told.
+
+Legend: N tokens of the step, S sequences, D rows that draw, K adapters a token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from molora.generation import TokenLogprob, TokenRoute
+from molora.injection import RoutedDecoder, text_config
+from molora.routing import NO_ADAPTER, RouteRequest
+from molora.serving.attention import Pages, Pool, PoolShape, Span, attending
+from molora.serving.block_manager import Copy
+from molora.slots import Hold, ResolvedRoute, name_slots
+
+NUM_CANDIDATES = 2  # of the router, for those who want to know how sure it was
+LOGPROB_ROWS = 256  # of the vocabulary's width in float32 at a time
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence's part of a step.
+
+    Attributes:
+        token_ids: of the tokens to run; the first one stands at position `first`.
+        blocks: the sequence's, up to the last of these tokens.
+        draws: the next token is drawn.
+        writes: their keys and values are kept; False for a token that runs for its logits alone.
+        activation_start: the first active token of the sequence.
+        hold: what its route may use; None for base.
+        known: the routes of the first of these tokens, which were routed before: they take them again.
+        next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these; else empty.
+        num_top: how many of the most likely tokens are reported beside each.
+    """
+
+    token_ids: Sequence[int]
+    first: int
+    blocks: Sequence[int]
+    draws: bool
+    writes: bool
+    activation_start: int
+    route: ResolvedRoute
+    hold: Hold | None
+    known: Sequence[TokenRoute] = ()
+    next_ids: Sequence[int] = ()
+    num_top: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether an adapter may act on any of its tokens."""
+        return self.hold is not None and self.first + len(self.token_ids) > self.activation_start
+
+
+class StepOutput(NamedTuple):
+    """What a step leaves.
+
+    Attributes:
+        logits_DV: of the rows that draw, in order.
+        routes: of each row's tokens, by name.
+        candidates: of each row's last token, the router's likeliest columns.
+        prompt_logprobs: of each row's `next_ids`.
+    """
+
+    logits_DV: Tensor
+    routes: list[list[TokenRoute]]
+    candidates: list[tuple[tuple[str, float], ...]]
+    prompt_logprobs: list[list[TokenLogprob]]
+
+
+class Runner:
+    """
+    Attributes:
+        num_blocks: of the pool; the pool itself has one more, for what is not to be kept.
+    """
+
+    def __init__(self, decoder: RoutedDecoder, *, block_size: int, num_bytes: int) -> None:
+        """
+        Args:
+            num_bytes: for the pool of keys and values.
+
+        Raises:
+            ValueError: they hold no block.
+        """
+        self._decoder = decoder
+        self._config = decoder.model.config
+        self.block_size = block_size
+        shapes = self._ask_for_shapes()
+        self.num_bytes_per_token = sum(
+            shape.num_heads * (shape.key_size + shape.value_size) * shape.dtype.itemsize for shape in shapes.values()
+        )
+        self.num_blocks = num_bytes // (self.num_bytes_per_token * block_size) - 1
+        if self.num_blocks < 1:
+            raise ValueError(
+                f"{num_bytes} bytes hold no block of {block_size} tokens, of {self.num_bytes_per_token} bytes each; "
+                "give the cache more memory."
+            )
+        self._pools = {layer: self._pool(shape) for layer, shape in shapes.items()}
+
+    @torch.inference_mode()
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Copy the first tokens of blocks into others."""
+        for source, target, num_tokens in ((c.source, c.target, c.num_tokens) for c in copies):
+            for pool in self._pools.values():
+                pool.keys[target, :num_tokens] = pool.keys[source, :num_tokens]
+                pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[Row]) -> StepOutput:
+        """Run the rows' tokens; keys and values are in the pool when it returns."""
+        decoder, device = self._decoder, self._decoder.device
+        ids = [token for row in rows for token in row.token_ids]
+        positions = [row.first + index for row in rows for index in range(len(row.token_ids))]
+        pages = self._pages(rows)
+        kept, drawn = _rows_of_logits(rows, pages.spans)
+        request = _route_request(rows, device)
+        early = any(row.hold is not None and row.hold.acts_early for row in rows)
+        with decoder.requested(request, early=early), attending(self._config):
+            out = decoder.model(
+                input_ids=torch.tensor([ids], device=device),
+                position_ids=torch.tensor([positions], device=device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, device=device),
+                pages=pages,
+            )
+            routes, candidates = self._read_routes(rows, pages.spans)
+        logits: Tensor = out.logits[0]
+        prompt_logprobs = _prompt_logprobs(rows, logits)
+        return StepOutput(logits[drawn] if len(drawn) < len(kept) else logits, routes, candidates, prompt_logprobs)
+
+    def _ask_for_shapes(self) -> dict[int, PoolShape]:
+        """What each layer keeps of a token, found by a forward of one token whose attention does nothing else."""
+        shapes: dict[int, PoolShape] = {}
+        device = self._decoder.device
+        with torch.inference_mode(), self._decoder.requested(None), attending(self._config):
+            self._decoder.model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+                position_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+                use_cache=False,
+                logits_to_keep=1,
+                pages=shapes,
+            )
+        if len(shapes) != text_config(self._decoder.model).num_hidden_layers:
+            raise ValueError(
+                f"{type(self._decoder.model).__name__} does not call transformers' attention interface in each of its "
+                "layers, so its cache cannot be paged."
+            )
+        return shapes
+
+    def _pool(self, shape: PoolShape) -> Pool:
+        def zeros(size: int) -> Tensor:
+            places = (self.num_blocks + 1, self.block_size, shape.num_heads, size)
+            return torch.zeros(places, dtype=shape.dtype, device=self._decoder.device)
+
+        return Pool(zeros(shape.key_size), zeros(shape.value_size))
+
+    def _pages(self, rows: Sequence[Row]) -> Pages:
+        size, nobodys = self.block_size, self.num_blocks * self.block_size
+        width = max(len(row.blocks) for row in rows)
+        places, tables, spans = [], [], []
+        end = 0
+        for row in rows:
+            num_tokens = len(row.token_ids)
+            last = row.first + num_tokens
+            spans.append(Span(end, end + num_tokens, last))
+            end += num_tokens
+            tables.append([*row.blocks, *[0] * (width - len(row.blocks))])
+            if row.writes:
+                places += [row.blocks[p // size] * size + p % size for p in range(row.first, last)]
+            else:
+                places += [nobodys] * num_tokens
+        device = self._decoder.device
+        return Pages(
+            self._pools,
+            torch.tensor(places, device=device),
+            torch.tensor(tables, dtype=torch.int32, device=device),
+            spans,
+        )
+
+    def _read_routes(
+        self, rows: Sequence[Row], spans: Sequence[Span]
+    ) -> tuple[list[list[TokenRoute]], list[tuple[tuple[str, float], ...]]]:
+        # Explicit routes below the router layer are the same as from it on, so the later record says it all.
+        record = self._decoder.routes.record
+        if record is None:
+            return [[[] for _ in row.token_ids] for row in rows], [()] * len(rows)
+        slots, gates = record.slots[0].tolist(), record.gates[0].tolist()
+        routes = []
+        for row, (first, end, _) in zip(rows, spans, strict=True):
+            names = {} if row.hold is None else row.hold.names
+            routes.append([name_slots(slots[t], gates[t], names) for t in range(first, end)])
+        if record.logits is None:
+            return routes, [()] * len(rows)
+        last = torch.tensor([end - 1 for _, end, _ in spans], device=record.logits.device)
+        probs_SC = record.logits[0, last].float().softmax(-1)
+        top = probs_SC.topk(min(NUM_CANDIDATES, probs_SC.shape[-1]))
+        candidates = [
+            tuple((_column_name(row, column), prob) for column, prob in zip(columns, probs, strict=True))
+            if row.route.auto and row.is_active
+            else ()
+            for row, columns, probs in zip(rows, top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+        return routes, candidates
+
+
+def _column_name(row: Row, column: int) -> str:
+    assert row.hold is not None
+    return row.hold.names[row.hold.version.column_slots[column - 1]] if column else "base"
+
+
+def _rows_of_logits(rows: Sequence[Row], spans: Sequence[Span]) -> tuple[list[int], list[int]]:
+    """The tokens whose logits are needed, and the places among them of those that draw."""
+    kept: list[int] = []
+    drawn: list[int] = []
+    for row, (first, end, _) in zip(rows, spans, strict=True):
+        kept += range(first, first + len(row.next_ids))
+        if row.draws:
+            drawn.append(len(kept))
+            kept.append(end - 1)
+    return kept or [0], drawn  # a head that computes nothing is nothing that models are tested for
+
+
+def _prompt_logprobs(rows: Sequence[Row], logits: Tensor) -> list[list[TokenLogprob]]:
+    out: list[list[TokenLogprob]] = []
+    at = 0
+    for row in rows:
+        found: list[TokenLogprob] = []
+        for first in range(0, len(row.next_ids), LOGPROB_ROWS):
+            ids = row.next_ids[first : first + LOGPROB_ROWS]
+            logprobs = logits[at + first : at + first + len(ids)].float().log_softmax(-1)
+            found += read_logprobs(logprobs, torch.tensor(ids, device=logits.device), row.num_top)
+        out.append(found)
+        at += len(row.next_ids) + row.draws
+    return out
+
+
+def read_logprobs(logprobs_TV: Tensor, ids_T: Tensor, num_top: int) -> list[TokenLogprob]:
+    """Each token's log-probability and the most likely ones at its place, ties to the lowest id."""
+    own = logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist()
+    if not num_top:
+        return [TokenLogprob(token, logprob) for token, logprob in zip(ids_T.tolist(), own, strict=True)]
+    top = logprobs_TV.topk(num_top)
+    return [
+        TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(
+            ids_T.tolist(), own, top.indices.tolist(), top.values.tolist(), strict=True
+        )
+    ]
+
+
+def _route_request(rows: Sequence[Row], device: torch.device) -> RouteRequest | None:
+    """What the step asks of the routes; None if no token is active, which the host knows."""
+    if not any(row.is_active for row in rows):
+        return None
+    counts = torch.tensor([len(row.token_ids) for row in rows])
+
+    def per_token(values: Sequence[object]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(counts, 0)[None]
+
+    start = per_token([row.activation_start for row in rows])
+    auto = per_token([row.route.auto for row in rows])
+    version = per_token([0 if row.hold is None else row.hold.version.number for row in rows])
+    num_known = [len(row.known) if row.route.auto else 0 for row in rows]
+    if all(row.route.auto for row in rows) and not any(num_known):
+        return RouteRequest(start.to(device), auto.to(device), version=version.to(device))
+    width = max(1, *(len(row.route.names) for row in rows), *(len(r) for row in rows for r in row.known))
+    slots = per_token([_padded(() if row.hold is None else row.hold.slots, width, NO_ADAPTER) for row in rows])
+    gates = per_token([_padded(row.route.weights, width, 0.0) for row in rows])
+    first = 0
+    for row, count in zip(rows, num_known, strict=True):
+        if count and row.hold is not None:
+            slot_of = {name: slot for slot, name in row.hold.names.items()}
+            known = slice(first, first + count)
+            auto[0, known] = False
+            names = [[slot_of[name] for name, _ in route] for route in row.known]
+            slots[0, known] = torch.tensor([_padded(each, width, NO_ADAPTER) for each in names])
+            gates[0, known] = torch.tensor([_padded([gate for _, gate in route], width, 0.0) for route in row.known])
+        first += len(row.token_ids)
+    return RouteRequest(
+        start.to(device),
+        auto.to(device) if bool(auto.any()) else None,
+        slots.to(device, torch.int32),
+        gates.to(device, torch.float32),
+        version=version.to(device),
+    )
+
+
+def _padded(values: Sequence[float], width: int, value: float) -> list[float]:
+    return [*values, *[value] * (width - len(values))]

@@ -1,0 +1,200 @@
+"""The tokens of a request on their way from the engine's thread to a thread or an event loop that waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from molora.generation import Generation, Token
+from molora.serving.request import Request
+
+if TYPE_CHECKING:
+    from molora.serving.answer import Answer
+
+
+class Stream(Iterator[Token], AsyncIterator[Token]):
+    """The tokens of a request's answers as they come, those of its n answers interleaved.
+
+    Iterate it from a thread or from an event loop, and leave it with `close`, or by `with`: then the rest is not
+    computed.
+
+    Attributes:
+        prompt_ids: the prompt as the model reads it.
+        answers: the engine's side of it.
+    """
+
+    def __init__(self, prompt_ids: list[int], cancel: Callable[[Stream], None]) -> None:
+        self.prompt_ids = prompt_ids
+        self.answers: Sequence[Answer] = ()
+        self._cancel = cancel
+        self._release: Callable[[], None] | None = None
+        self._changed = threading.Condition()
+        self._tokens: deque[Token] = deque()
+        self._is_over = False
+        self._error: Exception | None = None
+        self._waiter: tuple[asyncio.AbstractEventLoop, asyncio.Future[None]] | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+    @property
+    def is_over(self) -> bool:
+        """No more tokens will come."""
+        return self._is_over
+
+    @property
+    def results(self) -> list[Generation]:
+        """The finished answers.
+
+        Raises:
+            RuntimeError: the stream has not come to its end.
+        """
+        results = [answer.result for answer in self.answers]
+        if self._tokens or not all(results):
+            raise RuntimeError("the stream has no result before its last token; iterate it to the end first.")
+        return [result for result in results if result is not None]
+
+    @property
+    def result(self) -> Generation:
+        """The finished answer of a request for one.
+
+        Raises:
+            RuntimeError: the stream has not come to its end.
+        """
+        return self.results[0]
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Token:
+        with self._changed:
+            while True:
+                if self._tokens:
+                    return self._tokens.popleft()
+                if self._error is not None:
+                    raise self._error
+                if self._is_over:
+                    raise StopIteration
+                self._changed.wait()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        while True:
+            with self._changed:
+                if self._tokens:
+                    return self._tokens.popleft()
+                if self._error is not None:
+                    raise self._error
+                if self._is_over:
+                    raise StopAsyncIteration
+                loop = asyncio.get_running_loop()
+                future: asyncio.Future[None] = loop.create_future()
+                self._waiter = loop, future
+            await future
+
+    def close(self) -> None:
+        """Stop generating, within one step; what was computed so far stays in the cache."""
+        with self._changed:
+            self._tokens.clear()
+            if self._is_over:
+                return
+            self._over()
+        self._cancel(self)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # The engine's side.
+
+    def start(self, answers: Sequence[Answer], release: Callable[[], None] | None) -> None:
+        """release: called once, when nothing of the request runs any more."""
+        self.answers = answers
+        self._release = release
+
+    def put(self, token: Token) -> None:
+        with self._changed:
+            if self._is_over:
+                return
+            self._tokens.append(token)
+            if all(answer.result is not None for answer in self.answers):
+                self.release()
+                self._over()
+            else:
+                self._wake()
+
+    def fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = error
+            self._over()
+
+    def release(self) -> None:
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def _over(self) -> None:
+        self._is_over = True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            loop, future = waiter
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_wake_up, future)
+
+
+def _wake_up(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def gather(submit: Callable[[Request], Stream], requests: Sequence[Request]) -> list[Generation]:
+    """Submit requests, wait for all, and cancel the rest if one fails."""
+    streams: list[Stream] = []
+    try:
+        for request in requests:
+            streams.append(submit(request))  # noqa: PERF401 - what was submitted must be known if one is refused
+        for stream in streams:
+            for _ in stream:
+                pass
+        return [result for stream in streams for result in stream.results]
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+async def agather(submit: Callable[[Request], Stream], requests: Sequence[Request]) -> list[Generation]:
+    """`gather`, for an event loop: prompts are tokenized on other threads."""
+    streams: list[Stream] = []
+    try:
+        for request in requests:
+            streams.append(await asyncio.to_thread(submit, request))  # noqa: PERF401 - as in `gather`
+        for stream in streams:
+            async for _ in stream:
+                pass
+        return [result for stream in streams for result in stream.results]
+    finally:
+        for stream in streams:
+            stream.close()

@@ -1,0 +1,59 @@
+"""Token ids become text as they come, and the text ends before a stop string. It knows a tokenizer's `decode` alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+
+class TextStream:
+    """The text of one answer.
+
+    Attributes:
+        stopped: a stop string was met; the text before it is all there is.
+    """
+
+    def __init__(self, decode: Callable[..., str], stop: Sequence[str] = ()) -> None:
+        self.stopped = False
+        self._decode = decode
+        self._stop = tuple(stop)
+        self._ids: list[int] = []
+        self._num_shown = 0  # characters of the text of these ids that were passed on
+        self._held = ""  # it may be the beginning of a stop string
+
+    def push(self, token_id: int | None, *, last: bool = False) -> str:
+        """The text that a token completes: none inside a character, or where a stop string may have begun.
+
+        Args:
+            token_id: None for a token that is no text.
+            last: no more will come, so that nothing is held back.
+        """
+        piece = self._complete(token_id, last)
+        return self._before_stop(piece, last) if self._stop else piece
+
+    def _complete(self, token_id: int | None, last: bool) -> str:
+        if token_id is not None:
+            self._ids.append(token_id)
+        text = self._decode(self._ids, skip_special_tokens=True)
+        if text.endswith("\ufffd") and not last:
+            return ""
+        piece, self._num_shown = text[self._num_shown :], len(text)
+        # Some tokenizers glue a word to the one before it: keep a few ids as context and forget the rest.
+        if len(self._ids) > 32:
+            self._ids = self._ids[-16:]
+            self._num_shown = len(self._decode(self._ids, skip_special_tokens=True))
+        return piece
+
+    def _before_stop(self, piece: str, last: bool) -> str:
+        text = self._held + piece
+        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if ends:
+            self.stopped, self._held = True, ""
+            return text[: min(ends)]
+        num_held = 0 if last else max(_count_begun(text, stop) for stop in self._stop)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held]
+
+
+def _count_begun(text: str, stop: str) -> int:
+    """How many characters at the end of a text are the beginning of a stop string."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
