@@ -42,7 +42,7 @@ def test_it_imports_the_standard_library_alone() -> None:
     tree = ast.parse(Path(block_manager.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"__future__", "struct", "collections", "collections.abc", "dataclasses", "hashlib"}
+    assert imported == {"__future__", "array", "struct", "collections", "collections.abc", "dataclasses", "hashlib"}
 
 
 def test_a_sequence_is_found_again_with_its_partial_tail(manager: BlockManager) -> None:
@@ -63,7 +63,6 @@ def test_tokens_before_activation_are_shared_by_every_route(manager: BlockManage
     assert cached(manager, IDS, Source(start, ROUTE)) == len(IDS)
     assert cached(manager, IDS, Source(start, OTHER)) == start
     assert cached(manager, IDS) == len(IDS)
-    assert manager.num_recomputed == 0
 
 
 @pytest.mark.parametrize("start", [5, 7, 8, 9])
@@ -105,13 +104,79 @@ def test_a_running_sequence_is_found_as_far_as_it_is(manager: BlockManager) -> N
     assert cached(manager, IDS) == 13
 
 
-def test_equal_prompts_side_by_side_count_as_recomputed(manager: BlockManager) -> None:
+def test_what_could_be_found_and_is_computed_counts_as_recomputed(manager: BlockManager) -> None:
     first, second = manager.open(IDS, BASE), manager.open(IDS, BASE)
-    for table in (first, second):
+    for table in (first, second):  # side by side, neither could have found the other's
         assert manager.grow(table, len(IDS))
         manager.commit(table, IDS, len(IDS))
-    assert manager.num_recomputed == 20
     assert set(first.blocks).isdisjoint(second.blocks)
+    assert first.num_recomputed == second.num_recomputed == 0
+    manager.step += 1
+    late = manager.open([], BASE)
+    assert manager.grow(late, len(IDS))
+    manager.commit(late, IDS, 7)
+    manager.step += 1
+    manager.commit(late, IDS, len(IDS))
+    assert late.num_recomputed == 20
+    active = manager.open([], Source(6, ROUTE))
+    assert manager.grow(active, len(IDS))
+    manager.commit(active, IDS, len(IDS))
+    assert active.num_recomputed == 4, "of the active blocks there were none"
+
+
+@pytest.mark.parametrize("start", [0, 3, 4, 9, 22])
+@pytest.mark.parametrize("new_start", [0, 3, 4, 9, 12, 22, NEVER])
+def test_tokens_that_are_held_as_active_only_are_encoded_again(
+    manager: BlockManager, start: int, new_start: int
+) -> None:
+    manager.close(run(manager, IDS, Source(start, ROUTE)))
+    table = manager.open([*IDS, 7, 8, 9], BASE if new_start == NEVER else Source(new_start, ROUTE))
+    if new_start == start:
+        assert (table.num_cached, table.num_reencoded) == (22, 0)
+    else:
+        assert table.num_cached == min(start, new_start)
+        assert table.num_reencoded == max(0, min(new_start, 22) - start)
+    manager.close(table)
+    assert manager.open([1, *IDS], BASE).num_reencoded == 0
+    assert manager.open(IDS, Source(salt=b"salt")).num_reencoded == 0
+
+
+def test_tokens_encoded_again_are_found_from_then_on(manager: BlockManager) -> None:
+    run(manager, IDS, Source(3, ROUTE))
+    assert run(manager, IDS).num_reencoded == 19
+    table = manager.open(IDS, BASE)
+    assert (table.num_cached, table.num_reencoded) == (22, 0)
+
+
+def test_notes_are_found_with_their_tokens(manager: BlockManager) -> None:
+    table = manager.open(IDS, BASE)
+    assert manager.grow(table, len(IDS))
+    notes = [f"note on {token}" for token in IDS]
+    manager.commit(table, IDS, 9, notes)
+    manager.commit(table, IDS, 22, notes)
+    assert manager.open([*IDS, 5], BASE).notes == notes
+    assert manager.open(IDS[:7], BASE).notes == notes[:7]
+    assert manager.open([*IDS[:10], 5, 5, 5], BASE).notes == notes[:10]
+
+
+def test_what_is_announced_is_coming_until_it_has_come_or_is_given_up(manager: BlockManager) -> None:
+    keys = manager.keys(IDS, BASE)
+    assert len(keys) == 6
+    assert manager.first_missing(keys) == keys[1]
+    table, other = manager.open(IDS, BASE, keys), manager.open(IDS, BASE, keys)
+    assert table.awaits == keys[1]
+    for each in (table, other):
+        assert manager.grow(each, len(IDS))
+        manager.announce(each, keys)
+    manager.commit(table, IDS, 10)
+    assert [manager.is_coming(key) for key in keys] == [False, True, True, True, True, True]
+    manager.commit(other, IDS, 9)
+    assert [manager.is_coming(key) for key in keys] == [False, False, False, True, True, True]
+    assert manager.first_missing(keys) == keys[3]
+    manager.close(table)
+    manager.close(other)
+    assert not any(map(manager.is_coming, keys))
+    assert not manager._coming
 
 
 def test_a_second_copy_of_a_block_is_not_kept() -> None:
@@ -224,9 +289,13 @@ class Memory:
             block, offset = self.place(table, position)
             assert all(block not in other.table.blocks for other in others if other is not running)
             self.places[block, offset] = self.content(running, position)
-        self.manager.commit(table, running.ids, end)
+        notes = [self.content(running, position) for position in range(end)]
+        self.manager.commit(table, running.ids, end, notes)
 
     def check(self, running: Running) -> None:
+        table = running.table
+        assert table.notes == [self.content(running, position) for position in range(table.num_cached)]
+        assert table.num_reencoded <= max(0, table.source.activation_start - table.num_cached)
         for position in range(running.table.num_computed):
             assert self.places[self.place(running.table, position)] == self.content(running, position)
 
@@ -277,6 +346,8 @@ def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
     for running in sequences:
         manager.close(running.table)
     assert manager.num_free == num_blocks
+    held = sum(block.base_key is not None for block in manager._blocks)
+    assert manager._by_base_key.total() == held
     whole = manager.open([0] * (num_blocks * block_size), Source(salt=b"another"))
     assert manager.grow(whole, num_blocks * block_size)
     assert sorted(whole.blocks) == list(range(num_blocks))

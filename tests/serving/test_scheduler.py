@@ -44,6 +44,10 @@ class Model:
                 self.cache[block, position % BLOCK_SIZE] = sequence.token_ids[position], is_active and sequence.source
                 written.add(block)
                 self.num_computed += 1
+        sequence.notes += [
+            f"{sequence.token_ids[position]}{sequence.source if position >= sequence.source.activation_start else None}"
+            for position in range(len(sequence.notes), work.first + work.num_tokens)
+        ]
         self.scheduler.done(work)
         if work.draws:
             read = [self.cache[table.blocks[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(len(sequence.token_ids))]
@@ -108,6 +112,46 @@ def test_a_prompt_that_is_found_whole_runs_its_last_token_and_writes_nothing() -
     assert model.num_computed == 4
 
 
+def test_a_prefix_that_several_ask_for_is_read_once() -> None:
+    model = Model(num_blocks=40, max_step_tokens=8, max_sequences=6)
+    prefix = [1, 2, 0, 1, 2, 2, 1, 0, 0, 1, 2]
+    wanted = [Sequence([*prefix, end], Source(11, route), 15) for end, route in ((0, b"one"), (1, b"two"), (2, b"six"))]
+    for sequence in wanted:
+        model.scheduler.add(sequence)
+    assert [work.sequence for work in model.step()] == [wanted[0]], "the others wait for what it reads"
+    other = Sequence([2, 2, 2], BASE, 5)
+    model.scheduler.add(other)
+    assert other in [work.sequence for work in model.step()], "who needs nothing of it does not wait"
+    while model.step():
+        pass
+    assert model.num_computed == 14 + 2 * (14 - 11) + 4, "the prefix once; the last of 15 is not computed"
+    assert all(sequence.num_recomputed == 0 for sequence in wanted)
+    for sequence, end in zip(wanted, (0, 1, 2), strict=True):
+        assert sequence.token_ids == alone([*prefix, end], sequence.source, 15)
+
+
+def test_who_waits_for_a_prefix_reads_it_when_its_reader_is_gone() -> None:
+    model = Model(num_blocks=40, max_step_tokens=3, max_sequences=3)
+    first, second = (Sequence([1] * 12, BASE, 14) for _ in range(2))
+    for sequence in (first, second):
+        model.scheduler.add(sequence)
+    model.step()
+    model.scheduler.remove(first)
+    while model.step():
+        pass
+    assert second.token_ids == alone([1] * 12, BASE, 14)
+    assert second.num_cached == 3
+
+
+def test_a_sequence_that_does_not_read_the_cache_computes_all_of_it() -> None:
+    model = Model(num_blocks=40, max_step_tokens=30, max_sequences=8)
+    for reads, expected in ((True, 0), (True, 8), (False, 0)):
+        sequence = Sequence([1, 2] * 4, BASE, 9, reads_cache=reads)
+        model.scheduler.add(sequence)
+        model.step()
+        assert sequence.num_cached == expected
+
+
 def test_who_came_last_makes_way_and_goes_on_where_it_was() -> None:
     model = Model(num_blocks=5, max_step_tokens=8, max_sequences=3)
     first, second = Sequence([1] * 4, BASE, 11), Sequence([2] * 4, BASE, 11)
@@ -121,6 +165,7 @@ def test_who_came_last_makes_way_and_goes_on_where_it_was() -> None:
     assert finished[0] is first
     assert first.token_ids == alone([1] * 4, BASE, 11)
     assert second.token_ids == alone([2] * 4, BASE, 11)
+    assert second.notes == [f"{token}None" for token in second.token_ids[:10]], "kept while it waited"
     assert model.blocks.num_free == 5
 
 
@@ -184,5 +229,7 @@ def test_whatever_happens_beside_it_a_sequence_ends_as_alone(
                 model.scheduler.remove(sequence)
     assert model.scheduler.num_running == model.scheduler.num_waiting == 0
     assert model.blocks.num_free == num_blocks
+    assert not model.blocks._coming
     for sequence, ids, _ in expected:
+        assert len(sequence.notes) <= len(sequence.token_ids)
         assert sequence.token_ids == ids[: len(sequence.token_ids)]
