@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from molora.serving.packing import Span
+
 NAME = "molora_pages"  # transformers gives names that hold "flash", "sdpa", "flex_attention" or "paged|" a mask
 
 
@@ -31,14 +33,6 @@ class Pool(NamedTuple):
 
     keys: Tensor
     values: Tensor
-
-
-class Span(NamedTuple):
-    """A sequence's tokens in the packed row, and its keys: those of the step included."""
-
-    first: int
-    end: int
-    num_keys: int
 
 
 @dataclass

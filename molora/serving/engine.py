@@ -26,8 +26,9 @@ from molora.generation import Generation, TokenRoute
 from molora.injection import text_config
 from molora.serving.answer import Answer, Drawn
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
+from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
-from molora.serving.runner import Row, Runner, StepOutput
+from molora.serving.runner import Runner, StepOutput
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather

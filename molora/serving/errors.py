@@ -1,17 +1,31 @@
 """Every error in OpenAI's body: `{"error": {"message", "type", "param", "code"}}`."""
 
+import math
+from collections.abc import Mapping
+
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from molora.serving.protocol import Error, ErrorBody
-from molora.serving.serial import InvalidRequestError
+from molora.serving.request import EngineError, EngineFullError
+from molora.slots import NoFreeSlotError
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
 
 
-class UnknownModelError(ValueError):
-    """The request names a model that this server does not have."""
+class InvalidRequestError(ValueError):
+    """The request is refused; the message is for the one who sent it."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.status = status
+        self.code = code
+
+
+class UnavailableError(RuntimeError):
+    """The engine takes no requests: it has stopped, or is about to."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -22,11 +36,25 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(InvalidRequestError)
     async def invalid_request(request: Request, error: InvalidRequestError) -> Response:
-        return refusal(400, str(error))
+        return refusal(error.status, str(error), param=error.param, code=error.code)
 
-    @app.exception_handler(UnknownModelError)
-    async def unknown_model(request: Request, error: UnknownModelError) -> Response:
-        return refusal(404, str(error), param="model", code="model_not_found")
+    @app.exception_handler(EngineFullError)
+    async def full(request: Request, error: EngineFullError) -> Response:
+        wait = {"Retry-After": str(max(1, math.ceil(error.retry_after_s)))}
+        body = Error(message=str(error), type="rate_limit_error", code="rate_limit_exceeded")
+        return error_response(429, body, headers=wait)
+
+    @app.exception_handler(NoFreeSlotError)
+    async def no_free_slot(request: Request, error: NoFreeSlotError) -> Response:
+        return refusal(409, str(error), code="no_free_slot")
+
+    @app.exception_handler(UnavailableError)
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
+        return error_response(503, Error(message=str(error), type="server_error"))
+
+    @app.exception_handler(EngineError)
+    async def engine_error(request: Request, error: EngineError) -> Response:
+        return error_response(500, describe(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -37,6 +65,11 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def server_error(request: Request, error: Exception) -> Response:
         return error_response(500, SERVER_ERROR)  # Starlette then raises it again, for the log
+
+
+def describe(error: Exception) -> Error:
+    """What a client is told of a failure: the engine's own words, and of anything else only that it happened."""
+    return Error(message=str(error), type="server_error") if isinstance(error, EngineError) else SERVER_ERROR
 
 
 def explain(error: RequestValidationError) -> tuple[str, str | None]:
@@ -56,5 +89,13 @@ def refusal(status: int, message: str, *, param: str | None = None, code: str | 
     return error_response(status, Error(message=message, type="invalid_request_error", param=param, code=code))
 
 
-def error_response(status: int, error: Error) -> Response:
-    return Response(ErrorBody(error=error).model_dump_json(), status_code=status, media_type="application/json")
+def error_response(status: int, error: Error, *, headers: Mapping[str, str] | None = None) -> Response:
+    body = ErrorBody(error=sendable(error)).model_dump_json()
+    return Response(body, status_code=status, media_type="application/json", headers=headers)
+
+
+def sendable(error: Error) -> Error:
+    """An error may quote what was sent, at any length, and half of a surrogate pair, which UTF-8 does not carry."""
+    fields = {"message": error.message[:2000], "param": None if error.param is None else error.param[:200]}
+    update = {name: text and text.encode("utf-8", "backslashreplace").decode() for name, text in fields.items()}
+    return error.model_copy(update=update)

@@ -1,199 +1,200 @@
-"""What goes over the wire: OpenAI's chat-completion schema, as far as this server speaks it.
-
-Nothing in a request is ignored. A field is either honoured or refused, and a refused one may still be sent at the
-value that changes nothing (`top_p: 1`, `n: 1`, `null`), because client libraries do.
+"""What chat and plain completions have in common on the wire: OpenAI's fields, and vLLM's names for the rest.
 
 This module knows nothing about engines or FastAPI.
 """
 
-from collections.abc import Mapping
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializerFunctionWrapHandler,
-    Tag,
-    model_serializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from molora.activation import Policy
-from molora.generation import FinishReason
+from molora.generation import Grammar, TokenRoute
+from molora.serving.fields import Activation, Neutral, Number, RequestPart, Route, Text, TokenId, one_of
 
-Gates = list[tuple[str, float]]
-"""The adapters that acted on one token, by name, and their gates; empty where the base model ran alone."""
+MAX_SCHEMA_DEPTH = 64
 
-
-# Requests
-
-
-def _json_kind(value: object) -> str:
-    return f"<{type(value).__name__}>"
+Bias = Annotated[Number, Field(ge=-100, le=100)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
 
-def _one_of(kinds: str) -> Discriminator:
-    """Choose a union's member by JSON type, so that a wrong value gets one error and not one for each member."""
-    return Discriminator(_json_kind, custom_error_type="json_kind", custom_error_message=f"Input should be {kinds}")
-
-
-def _check_unicode(text: str) -> str:
-    """JSON can escape half of a surrogate pair, which is no text: no tokenizer and no answer can carry it."""
+def _check_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    """Free-form JSON is walked without recursion: whoever reads it later may recurse."""
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            break
+    else:
+        raise PydanticCustomError("depth", "Input should be nested less deeply")
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "Input should have no lone surrogate") from None
-    return text
+        json.dumps(schema, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:  # a lone surrogate, or NaN or Infinity
+        raise PydanticCustomError("schema", "Input should have no lone surrogate and no infinite number") from None
+    return schema
 
 
-Text = Annotated[str, AfterValidator(_check_unicode)]
+Schema = Annotated[dict[str, Any], AfterValidator(_check_schema)]
 
 
-class _RequestPart(BaseModel):
-    """A request object: unknown fields are errors, nothing is coerced, and null means absent."""
+class JsonSchema(RequestPart):
+    neutral: ClassVar[Neutral] = {"description": ()}
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-    neutral: ClassVar[Mapping[str, tuple[object, ...]]] = {}
-    """Fields that are not supported, with the values (besides null) that change nothing and so are accepted."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_neutral(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            return data
-        return {name: value for name, value in data.items() if not cls._is_neutral(name, value)}
-
-    @classmethod
-    def _is_neutral(cls, name: str, value: object) -> bool:
-        if value is None:
-            return name in cls.model_fields or name in cls.neutral
-        # JSON's true is not 1, though Python's is.
-        return any(
-            value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-            for neutral in cls.neutral.get(name, ())
-        )
+    name: Text
+    json_schema: Schema = Field(alias="schema")
+    strict: bool = True
 
 
-class TextPart(_RequestPart):
+class TextFormat(RequestPart):
     type: Literal["text"]
-    text: Text
 
 
-class Message(_RequestPart):
-    neutral = {
-        "annotations": ([],),
-        "audio": (),
-        "function_call": (),
-        "name": (),
-        "refusal": (),
-        "tool_calls": ([],),
-    }
+class JsonObjectFormat(RequestPart):
+    type: Literal["json_object"]
 
-    role: Literal["system", "user", "assistant"]
-    content: Annotated[
-        Annotated[Text, Tag("<str>")] | Annotated[list[TextPart], Tag("<list>")],
-        _one_of("a string or a list of text parts"),
-    ]
+
+class JsonSchemaFormat(RequestPart):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+def _format_kind(value: object) -> str:
+    return f"<{value.get('type') if isinstance(value, dict) else getattr(value, 'type', None)}>"
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")],
+    Discriminator(
+        _format_kind,
+        custom_error_type="format_kind",
+        custom_error_message="Input should be an object whose type is text, json_object or json_schema",
+    ),
+]
+
+
+class StructuredOutputs(RequestPart):
+    """vLLM's name for what an answer must match; exactly one of these."""
+
+    neutral: ClassVar[Neutral] = {"choice": (), "grammar": (), "structural_tag": (), "disable_any_whitespace": (False,)}
+
+    regex: Text | None = None
+    json_schema: (
+        Annotated[
+            Annotated[Text, Tag("<str>")] | Annotated[Schema, Tag("<dict>")],
+            one_of("a JSON schema, as an object or as a string"),
+        ]
+        | None
+    ) = Field(None, alias="json")
+    json_object: Literal[True] | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "StructuredOutputs":
+        if [self.regex, self.json_schema, self.json_object].count(None) != 2:
+            raise PydanticCustomError("conflict", "expected exactly one of regex, json and json_object")
+        return self
 
     @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    def grammar(self) -> Grammar:
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.json_schema is None:
+            return Grammar("json_object")
+        text = self.json_schema if isinstance(self.json_schema, str) else json.dumps(self.json_schema)
+        return Grammar("json_schema", text)
 
 
-class StreamOptions(_RequestPart):
-    neutral = {"include_obfuscation": (False,)}
+class StreamOptions(RequestPart):
+    neutral: ClassVar[Neutral] = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
 
 
-Route = Annotated[
-    Annotated[Text, Tag("<str>")] | Annotated[dict[Text, Annotated[float, Field(allow_inf_nan=False)]], Tag("<dict>")],
-    _one_of("a name, or an object of adapter names and weights"),
-]
-Activation = Annotated[
-    Annotated[Policy, Tag("<str>")] | Annotated[int, Field(ge=0), Tag("<int>")],
-    _one_of("a policy's name or a token index"),
-]
-
-
-class RouteOptions(_RequestPart):
-    """The extension field `molora` of a request: overrides the route that `model` names, and the activation."""
-
-    route: Route | None = None
-    activation: Activation | None = None
-
-
-class ChatRequest(_RequestPart):
-    """The body of `POST /v1/chat/completions`.
+class GenerationRequest(RequestPart):
+    """The fields of both kinds of request.
 
     Two defaults differ from OpenAI's: `temperature` is 0 (greedy, so that answers repeat), and an answer ends after
-    `molora.model.DEFAULT_MAX_NEW_TOKENS` tokens, or where the model's context is full, unless `max_completion_tokens`
-    (or its older name `max_tokens`) says otherwise.
+    512 tokens, or where the model's context is full, unless `max_tokens` says otherwise.
     """
 
-    neutral = {
-        "audio": (),
-        "frequency_penalty": (0,),
-        "function_call": ("none",),
-        "functions": ([],),
-        "logit_bias": ({},),
-        "logprobs": (False,),
+    neutral: ClassVar[Neutral] = {
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "best_of": (1,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
         "metadata": ({},),
-        "modalities": (["text"],),
-        "n": (1,),
-        "parallel_tool_calls": (True,),
-        "prediction": (),
-        "presence_penalty": (0,),
+        "min_tokens": (0,),
+        "priority": (0,),
         "prompt_cache_key": (),
         "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
         "safety_identifier": (),
         "service_tier": ("auto", "default"),
-        "stop": ([],),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
         "store": (False,),
-        "tool_choice": ("none",),
-        "tools": ([],),
-        "top_logprobs": (0,),
-        "top_p": (1,),
+        "truncate_prompt_tokens": (),
+        "use_beam_search": (False,),
         "user": (),
-        "verbosity": (),
-        "web_search_options": (),
     }
 
     model: Text
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2, allow_inf_nan=False)
+    temperature: Number = Field(0.0, ge=0, le=2)
+    top_p: Number = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 or -1: all tokens")
+    min_p: Number = Field(0.0, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    repetition_penalty: Number = Field(1.0, gt=0, le=1000)
+    presence_penalty: Number = Field(0.0, ge=-2, le=2)
+    frequency_penalty: Number = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[TokenKey, Bias] = Field(default_factory=dict, max_length=1024)
+    stop: Annotated[
+        Annotated[Text, Tag("<str>")] | Annotated[list[Text], Tag("<list>")], one_of("a string or a list of strings")
+    ] = Field(default_factory=list)
+    stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=1024)
+    ignore_eos: bool = False
+    n: int = Field(1, ge=1)
+    prompt_logprobs: int | None = Field(None, ge=0)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    molora: RouteOptions = RouteOptions()
+    route: Route | None = Field(None, description='"auto", "base", an adapter\'s name, or {name: weight}')
+    activation: Activation | None = Field(None, description="where adapters may begin to act")
+    cache_salt: Text = Field("", description="nothing is shared in the cache between requests of different salts")
+    return_routes: bool = Field(False, description="say in `logprobs` who wrote each token")
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> "ChatRequest":
+    def _check_conflicts(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("conflict", "stream_options is only allowed when stream is true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError("conflict", "max_tokens and max_completion_tokens disagree; send one of them")
+        if self.stream and self.prompt_logprobs is not None:
+            raise PydanticCustomError("conflict", "prompt_logprobs is not streamed; leave stream out")
+        if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
+            raise PydanticCustomError("conflict", "response_format and structured_outputs both ask; send one of them")
         return self
 
     @property
-    def max_new_tokens(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def stop_strings(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-
-# Responses
+    @property
+    def grammar(self) -> Grammar | None:
+        if self.structured_outputs is not None:
+            return self.structured_outputs.grammar
+        if isinstance(self.response_format, JsonSchemaFormat):
+            return Grammar("json_schema", json.dumps(self.response_format.json_schema.json_schema))
+        return Grammar("json_object") if isinstance(self.response_format, JsonObjectFormat) else None
 
 
 class CachedTokens(BaseModel):
@@ -207,91 +208,39 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class Answer(BaseModel):
-    role: Literal["assistant"] = "assistant"
-    content: str
-
-
-class Choice(BaseModel):
-    index: Literal[0] = 0
-    message: Answer
-    logprobs: None = None
-    finish_reason: FinishReason
-
-
 class Report(BaseModel):
-    """The extension field `molora` of an answer: a route for each generated token, and where the work went."""
+    """The extension field `molora` of an answer: who wrote each token, and where the work went.
 
-    routes: list[Gates]
+    `routes` has a route for each generated token, choice after choice; `num_generated_tokens` says how many each has.
+    The counts are of all prompts and choices together; the times are of the slowest, in seconds from its submission.
+    """
+
+    routes: list[TokenRoute]
+    num_generated_tokens: list[int]
     num_reused_tokens: int
     num_computed_tokens: int
     num_recomputed_tokens: int
     num_reencoded_tokens: int
+    num_replayed_tokens: int
+    queue_s: float
+    first_token_s: float
+    total_s: float
 
 
-class ChatCompletion(BaseModel):
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    molora: Report
+class PromptLogprob(BaseModel):
+    """vLLM's entry of `prompt_logprobs`, by token id; `rank` counts from 1 and is null beyond those asked for."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
 
 
-class Delta(BaseModel):
-    role: Literal["assistant"] | None = None
-    content: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _without_absent(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if value is not None}
-
-
-class ChunkChoice(BaseModel):
-    index: Literal[0] = 0
-    delta: Delta
-    logprobs: None = None
-    finish_reason: FinishReason | None = None
-
-
-class ChunkReport(BaseModel):
-    """The extension field `molora` of a chunk: the route of its token."""
-
-    route: Gates
-
-
-class ChatCompletionChunk(BaseModel):
-    """One event of a stream. Each generated token is one chunk, even where its bytes complete no character."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    usage: Usage | None = None
-    molora: ChunkReport | None = None
-
-
-class ModelCard(BaseModel):
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: Literal["molora"] = "molora"
-
-
-class ModelList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Health(BaseModel):
-    status: Literal["ok"] = "ok"
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Error(BaseModel):
     message: str
-    type: Literal["invalid_request_error", "server_error"]
+    type: Literal["invalid_request_error", "rate_limit_error", "server_error"]
     param: str | None = None
     code: str | None = None
 

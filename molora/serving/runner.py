@@ -8,55 +8,23 @@ Legend: N tokens of the step, S sequences, D rows that draw, K adapters a token,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora.generation import TokenLogprob, TokenRoute
 from molora.injection import RoutedDecoder, text_config
-from molora.routing import NO_ADAPTER, RouteRequest
-from molora.serving.attention import Pages, Pool, PoolShape, Span, attending
+from molora.routing import RouteRequest
+from molora.serving.attention import Pages, Pool, PoolShape, attending
 from molora.serving.block_manager import Copy
-from molora.slots import Hold, ResolvedRoute, name_slots
+from molora.serving.packing import PackedRoutes, Row, Span, pack
+from molora.slots import name_slots
 
 NUM_CANDIDATES = 2  # of the router, for those who want to know how sure it was
 LOGPROB_ROWS = 256  # of the vocabulary's width in float32 at a time
-
-
-@dataclass(frozen=True)
-class Row:
-    """A sequence's part of a step.
-
-    Attributes:
-        token_ids: of the tokens to run; the first one stands at position `first`.
-        blocks: the sequence's, up to the last of these tokens.
-        draws: the next token is drawn.
-        writes: their keys and values are kept; False for a token that runs for its logits alone.
-        activation_start: the first active token of the sequence.
-        hold: what its route may use; None for base.
-        known: the routes of the first of these tokens, which were routed before: they take them again.
-        next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these; else empty.
-        num_top: how many of the most likely tokens are reported beside each.
-    """
-
-    token_ids: Sequence[int]
-    first: int
-    blocks: Sequence[int]
-    draws: bool
-    writes: bool
-    activation_start: int
-    route: ResolvedRoute
-    hold: Hold | None
-    known: Sequence[TokenRoute] = ()
-    next_ids: Sequence[int] = ()
-    num_top: int = 0
-
-    @property
-    def is_active(self) -> bool:
-        """Whether an adapter may act on any of its tokens."""
-        return self.hold is not None and self.first + len(self.token_ids) > self.activation_start
 
 
 class StepOutput(NamedTuple):
@@ -116,24 +84,30 @@ class Runner:
     def step(self, rows: Sequence[Row]) -> StepOutput:
         """Run the rows' tokens; keys and values are in the pool when it returns."""
         decoder, device = self._decoder, self._decoder.device
-        ids = [token for row in rows for token in row.token_ids]
-        positions = [row.first + index for row in rows for index in range(len(row.token_ids))]
-        pages = self._pages(rows)
-        kept, drawn = _rows_of_logits(rows, pages.spans)
-        request = _route_request(rows, device)
-        early = any(row.hold is not None and row.hold.acts_early for row in rows)
+        packed = pack(rows, self.block_size, self.num_blocks * self.block_size)
+        request, early = None, False
+        if packed.routes is not None:
+            request, early = _route_request(packed.routes, device), packed.routes.acts_early
+        pages = Pages(
+            self._pools,
+            torch.from_numpy(packed.places_N).to(device),
+            torch.from_numpy(packed.tables_SM).to(device, torch.int32),
+            packed.spans,
+        )
         with decoder.requested(request, early=early), attending(self._config):
             out = decoder.model(
-                input_ids=torch.tensor([ids], device=device),
-                position_ids=torch.tensor([positions], device=device),
+                input_ids=torch.from_numpy(packed.ids_N).to(device)[None],
+                position_ids=torch.from_numpy(packed.positions_N).to(device)[None],
                 use_cache=False,
-                logits_to_keep=torch.tensor(kept, device=device),
+                logits_to_keep=torch.tensor(packed.kept, device=device),
                 pages=pages,
             )
-            routes, candidates = self._read_routes(rows, pages.spans)
+            routes, candidates = self._read_routes(rows, packed.spans)
         logits: Tensor = out.logits[0]
         prompt_logprobs = _prompt_logprobs(rows, logits)
-        return StepOutput(logits[drawn] if len(drawn) < len(kept) else logits, routes, candidates, prompt_logprobs)
+        if len(packed.drawn) < len(packed.kept):
+            logits = logits[packed.drawn]
+        return StepOutput(logits, routes, candidates, prompt_logprobs)
 
     def _ask_for_shapes(self) -> dict[int, PoolShape]:
         """What each layer keeps of a token, found by a forward of one token whose attention does nothing else."""
@@ -160,29 +134,6 @@ class Runner:
             return torch.zeros(places, dtype=shape.dtype, device=self._decoder.device)
 
         return Pool(zeros(shape.key_size), zeros(shape.value_size))
-
-    def _pages(self, rows: Sequence[Row]) -> Pages:
-        size, nobodys = self.block_size, self.num_blocks * self.block_size
-        width = max(len(row.blocks) for row in rows)
-        places, tables, spans = [], [], []
-        end = 0
-        for row in rows:
-            num_tokens = len(row.token_ids)
-            last = row.first + num_tokens
-            spans.append(Span(end, end + num_tokens, last))
-            end += num_tokens
-            tables.append([*row.blocks, *[0] * (width - len(row.blocks))])
-            if row.writes:
-                places += [row.blocks[p // size] * size + p % size for p in range(row.first, last)]
-            else:
-                places += [nobodys] * num_tokens
-        device = self._decoder.device
-        return Pages(
-            self._pools,
-            torch.tensor(places, device=device),
-            torch.tensor(tables, dtype=torch.int32, device=device),
-            spans,
-        )
 
     def _read_routes(
         self, rows: Sequence[Row], spans: Sequence[Span]
@@ -215,18 +166,6 @@ def _column_name(row: Row, column: int) -> str:
     return row.hold.names[row.hold.version.column_slots[column - 1]] if column else "base"
 
 
-def _rows_of_logits(rows: Sequence[Row], spans: Sequence[Span]) -> tuple[list[int], list[int]]:
-    """The tokens whose logits are needed, and the places among them of those that draw."""
-    kept: list[int] = []
-    drawn: list[int] = []
-    for row, (first, end, _) in zip(rows, spans, strict=True):
-        kept += range(first, first + len(row.next_ids))
-        if row.draws:
-            drawn.append(len(kept))
-            kept.append(end - 1)
-    return kept or [0], drawn  # a head that computes nothing is nothing that models are tested for
-
-
 def _prompt_logprobs(rows: Sequence[Row], logits: Tensor) -> list[list[TokenLogprob]]:
     out: list[list[TokenLogprob]] = []
     at = 0
@@ -255,42 +194,17 @@ def read_logprobs(logprobs_TV: Tensor, ids_T: Tensor, num_top: int) -> list[Toke
     ]
 
 
-def _route_request(rows: Sequence[Row], device: torch.device) -> RouteRequest | None:
-    """What the step asks of the routes; None if no token is active, which the host knows."""
-    if not any(row.is_active for row in rows):
-        return None
-    counts = torch.tensor([len(row.token_ids) for row in rows])
+def _route_request(routes: PackedRoutes, device: torch.device) -> RouteRequest:
+    def packed(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(device)[None]
 
-    def per_token(values: Sequence[object]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(counts, 0)[None]
-
-    start = per_token([row.activation_start for row in rows])
-    auto = per_token([row.route.auto for row in rows])
-    version = per_token([0 if row.hold is None else row.hold.version.number for row in rows])
-    num_known = [len(row.known) if row.route.auto else 0 for row in rows]
-    if all(row.route.auto for row in rows) and not any(num_known):
-        return RouteRequest(start.to(device), auto.to(device), version=version.to(device))
-    width = max(1, *(len(row.route.names) for row in rows), *(len(r) for row in rows for r in row.known))
-    slots = per_token([_padded(() if row.hold is None else row.hold.slots, width, NO_ADAPTER) for row in rows])
-    gates = per_token([_padded(row.route.weights, width, 0.0) for row in rows])
-    first = 0
-    for row, count in zip(rows, num_known, strict=True):
-        if count and row.hold is not None:
-            slot_of = {name: slot for slot, name in row.hold.names.items()}
-            known = slice(first, first + count)
-            auto[0, known] = False
-            names = [[slot_of[name] for name, _ in route] for route in row.known]
-            slots[0, known] = torch.tensor([_padded(each, width, NO_ADAPTER) for each in names])
-            gates[0, known] = torch.tensor([_padded([gate for _, gate in route], width, 0.0) for route in row.known])
-        first += len(row.token_ids)
+    slots, gates = None, None
+    if not routes.auto_N.all():
+        slots, gates = packed(routes.slots_NK.astype(np.int32)), packed(routes.gates_NK)
     return RouteRequest(
-        start.to(device),
-        auto.to(device) if bool(auto.any()) else None,
-        slots.to(device, torch.int32),
-        gates.to(device, torch.float32),
-        version=version.to(device),
+        packed(routes.start_N),
+        packed(routes.auto_N) if routes.auto_N.any() else None,
+        slots,
+        gates,
+        version=packed(routes.version_N),
     )
-
-
-def _padded(values: Sequence[float], width: int, value: float) -> list[float]:
-    return [*values, *[value] * (width - len(values))]

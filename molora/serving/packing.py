@@ -1,0 +1,158 @@
+"""The tokens of a step in one row: what each sequence's part of it says, as arrays. It imports no torch.
+
+Legend: N tokens, S sequences, D rows that draw, K adapters a token, M blocks of the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from molora.generation import TokenRoute
+from molora.routing import NO_ADAPTER
+from molora.slots import Hold, ResolvedRoute
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A sequence's part of a step.
+
+    Attributes:
+        token_ids: of the tokens to run; the first one stands at position `first`.
+        blocks: the sequence's, up to the last of these tokens.
+        draws: the next token is drawn.
+        writes: their keys and values are kept; False for a token that runs for its logits alone.
+        activation_start: the first active token of the sequence.
+        hold: what its route may use; None for base.
+        known: the routes of the first of these tokens, which were routed before: they take them again.
+        next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these; else empty.
+        num_top: how many of the most likely tokens are reported beside each.
+    """
+
+    token_ids: Sequence[int]
+    first: int
+    blocks: Sequence[int]
+    draws: bool
+    writes: bool
+    activation_start: int
+    route: ResolvedRoute
+    hold: Hold | None
+    known: Sequence[TokenRoute] = ()
+    next_ids: Sequence[int] = ()
+    num_top: int = 0
+
+    @property
+    def is_active(self) -> bool:
+        """Whether an adapter may act on any of its tokens."""
+        return self.hold is not None and self.first + len(self.token_ids) > self.activation_start
+
+
+class Span(NamedTuple):
+    """A sequence's tokens in the packed row, and its keys: those of the step included."""
+
+    first: int
+    end: int
+    num_keys: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """
+    Attributes:
+        places_N: block * block size + offset of each token's key and value; `nobodys` where they are not to be kept.
+        kept: the tokens whose logits are needed; never none, since a head that computes nothing is not what models are
+            tested for.
+        drawn: the places among them of those that draw.
+        routes: what the routes are asked for; None if no token is active, which the host knows.
+    """
+
+    ids_N: Ints
+    positions_N: Ints
+    places_N: Ints
+    tables_SM: Ints
+    spans: list[Span]
+    kept: list[int]
+    drawn: list[int]
+    routes: PackedRoutes | None
+
+
+@dataclass(frozen=True)
+class PackedRoutes:
+    """`RouteRequest`, as arrays.
+
+    Attributes:
+        acts_early: something that is named acts below the router layer.
+    """
+
+    start_N: Ints
+    auto_N: NDArray[np.bool_]
+    version_N: Ints
+    slots_NK: Ints
+    gates_NK: NDArray[np.float32]
+    acts_early: bool
+
+
+def pack(rows: Sequence[Row], block_size: int, nobodys: int) -> Packed:
+    """The rows side by side.
+
+    Args:
+        nobodys: the place of what is not to be kept.
+    """
+    sizes = np.array([len(row.token_ids) for row in rows])
+    ends = sizes.cumsum()
+    firsts = np.array([row.first for row in rows])
+    ids_N = np.array([token for row in rows for token in row.token_ids])
+    positions_N = np.arange(ends[-1]) + np.repeat(firsts - (ends - sizes), sizes)
+    tables_SM = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
+    for table_M, row in zip(tables_SM, rows, strict=True):
+        table_M[: len(row.blocks)] = row.blocks
+    owner_N = np.repeat(np.arange(len(rows)), sizes)
+    places_N = tables_SM[owner_N, positions_N // block_size] * block_size + positions_N % block_size
+    places_N[~np.repeat([row.writes for row in rows], sizes)] = nobodys
+    spans = [
+        Span(end - size, end, first + size)
+        for end, size, first in zip(ends.tolist(), sizes.tolist(), firsts.tolist(), strict=True)
+    ]
+    kept: list[int] = []
+    drawn: list[int] = []
+    for row, (first, end, _) in zip(rows, spans, strict=True):
+        kept += range(first, first + len(row.next_ids))
+        if row.draws:
+            drawn.append(len(kept))
+            kept.append(end - 1)
+    routes = _pack_routes(rows, sizes, spans) if any(row.is_active for row in rows) else None
+    return Packed(ids_N, positions_N, places_N, tables_SM, spans, kept or [0], drawn, routes)
+
+
+def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> PackedRoutes:
+    width = max(1, *(len(row.route.names) for row in rows), *(len(route) for row in rows for route in row.known))
+    slots_SK = np.full((len(rows), width), NO_ADAPTER)
+    gates_SK = np.zeros((len(rows), width), np.float32)
+    for s, row in enumerate(rows):
+        if row.hold is not None and row.route.names:
+            slots_SK[s, : len(row.hold.slots)] = row.hold.slots
+            gates_SK[s, : len(row.hold.slots)] = row.route.weights
+    slots_NK, gates_NK = slots_SK.repeat(sizes, 0), gates_SK.repeat(sizes, 0)
+    auto_N = np.repeat([row.route.auto for row in rows], sizes)
+    for row, span in zip(rows, spans, strict=True):
+        if row.hold is None or not row.route.auto or not row.known:
+            continue
+        slot_of = {name: slot for slot, name in row.hold.names.items()}
+        auto_N[span.first : span.first + len(row.known)] = False
+        for t, route in enumerate(row.known, span.first):
+            slots_NK[t, : len(route)] = [slot_of[name] for name, _ in route]
+            gates_NK[t, : len(route)] = [gate for _, gate in route]
+    return PackedRoutes(
+        np.repeat([row.activation_start for row in rows], sizes),
+        auto_N,
+        np.repeat([0 if row.hold is None else row.hold.version.number for row in rows], sizes),
+        slots_NK,
+        gates_NK,
+        any(row.hold is not None and row.hold.acts_early for row in rows),
+    )
