@@ -1,77 +1,35 @@
-"""The app over HTTP, without a socket: answers, streams and errors, as a client library sees them."""
+"""Chat over HTTP, without a socket: answers, streams and errors, as a client library sees them."""
 
-import asyncio
 import json
-from typing import Any
 
-import httpx
 import pytest
-from fastapi import FastAPI
 
-from molora.serving.app import create_app
+from molora.generation import Grammar, Sampling
+from molora.serving.request import Request
 
 MESSAGES = [{"role": "user", "content": "hello there"}]
 BODY = {"model": "demo", "messages": MESSAGES}
-ROUTE = [["maths", 0.75], ["base", 0.25]]
+ROUTE = [["maths", 0.75], ["code", 0.25]]
+CANDIDATES = [["maths", 0.75], ["base", 0.125]]
+URL = "/v1/chat/completions"
 
 
-def call(app: FastAPI, method: str, path: str, **options: Any) -> httpx.Response:
-    async def send() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://molora") as client:
-            return await client.request(method, path, **options)
+@pytest.fixture
+def chat(app, call):
+    def chat(app=app, **fields):
+        content = json.dumps(BODY | fields)  # httpx sends no NaN
+        return call(app, "POST", URL, content=content, headers={"content-type": "application/json"})
 
-    return asyncio.run(send())
-
-
-def chat(app: FastAPI, **fields: Any) -> httpx.Response:
-    return call(app, "POST", "/v1/chat/completions", json=BODY | fields)
+    return chat
 
 
-def assert_refused(response: httpx.Response, param: str | None, *, words: str, status: int = 400) -> None:
-    assert response.status_code == status
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert set(response.json()) == {"error"}
-    assert set(error) == {"message", "type", "param", "code"}
-    assert (error["type"], error["param"]) == ("invalid_request_error", param)
-    assert words in error["message"]
+@pytest.fixture
+def num_prompt_tokens(engine):
+    return len(engine.m.render(MESSAGES).token_ids)
 
 
-def events(response: httpx.Response) -> list[str]:
-    assert response.text.endswith("\n\n")
-    lines = response.text.split("\n\n")[:-1]
-    assert all(line.startswith("data: ") for line in lines)
-    return [line.removeprefix("data: ") for line in lines]
-
-
-def test_health(app):
-    response = call(app, "GET", "/health")
-    assert (response.status_code, response.json()) == (200, {"status": "ok"})
-
-
-def test_models_are_the_router_the_base_and_each_adapter(app):
-    body = call(app, "GET", "/v1/models").json()
-    assert body["object"] == "list"
-    assert [card["id"] for card in body["data"]] == ["demo", "base", "maths", "code"]
-    assert all(card["object"] == "model" and card["owned_by"] == "molora" for card in body["data"])
-
-
-def test_a_bank_without_a_router_offers_no_routed_model(model):
-    model.bank = type(model.bank)(has_router=False)
-    app = create_app(model)
-    assert [card["id"] for card in call(app, "GET", "/v1/models").json()["data"]] == ["base", "maths", "code"]
-    assert_refused(chat(app), "model", words="'base', 'maths', 'code'", status=404)
-
-
-def test_two_models_of_one_name_are_an_error(model):
-    model.bank = type(model.bank)(name="maths")
-    with pytest.raises(ValueError, match="one name"):
-        create_app(model)
-
-
-def test_completion(app):
-    response = chat(app)
+def test_completion(chat, num_prompt_tokens):
+    response = chat()
     body = response.json()
     assert response.status_code == 200
     assert body.pop("id").startswith("chatcmpl-")
@@ -88,27 +46,29 @@ def test_completion(app):
             }
         ],
         "usage": {
-            "prompt_tokens": 2,
+            "prompt_tokens": num_prompt_tokens,
             "completion_tokens": 6,
-            "total_tokens": 8,
+            "total_tokens": num_prompt_tokens + 6,
             "prompt_tokens_details": {"cached_tokens": 3},
         },
+        "prompt_logprobs": None,
         "molora": {
             "routes": [ROUTE] * 6,
+            "num_generated_tokens": [6],
             "num_reused_tokens": 3,
             "num_computed_tokens": 4,
             "num_recomputed_tokens": 0,
             "num_reencoded_tokens": 1,
+            "num_replayed_tokens": 2,
+            "queue_s": 0.25,
+            "first_token_s": 0.5,
+            "total_s": 1.0,
         },
     }
 
 
-def test_stream(app):
-    response = chat(app, stream=True, max_tokens=4)
-    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
-    *chunks, done = events(response)
-    assert done == "[DONE]"
-    chunks = [json.loads(chunk) for chunk in chunks]
+def test_stream(chat, events):
+    chunks = events(chat(stream=True, max_tokens=4))
     assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
     assert chunks[0]["object"] == "chat.completion.chunk"
     assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
@@ -117,58 +77,142 @@ def test_stream(app):
         {"content": "-token"},
         {"content": " rout"},
         {"content": ""},
-        {},
     ]
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 5 + ["length"]
-    assert [chunk["molora"] for chunk in chunks] == [None, *[{"route": ROUTE}] * 4, None]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
+    assert [chunk.get("molora") for chunk in chunks] == [None, *[{"route": ROUTE}] * 4]
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
-def test_stream_with_usage(app):
-    response = chat(app, stream=True, stream_options={"include_usage": True})
-    *_, last, usage, done = events(response)
-    assert json.loads(last)["choices"][0]["finish_reason"] == "stop"
-    assert json.loads(usage)["choices"] == []
-    assert json.loads(usage)["usage"] == chat(app).json()["usage"]
-    assert done == "[DONE]"
+def test_stream_with_usage(chat, events):
+    *_, last, usage = events(chat(stream=True, stream_options={"include_usage": True}))
+    whole = chat().json()
+    assert last["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == []
+    assert usage["usage"] == whole["usage"]
+    assert usage["molora"] == {name: value for name, value in whole["molora"].items() if name != "routes"}
+
+
+def test_several_choices(chat, events, num_prompt_tokens):
+    body = chat(n=2).json()
+    assert [choice["index"] for choice in body["choices"]] == [0, 1]
+    assert all(choice["message"]["content"] == "Per-token routing ✓" for choice in body["choices"])
+    assert body["usage"]["prompt_tokens"] == num_prompt_tokens
+    assert body["usage"]["completion_tokens"] == 12
+    assert body["molora"]["num_generated_tokens"] == [6, 6]
+    assert len(body["molora"]["routes"]) == 12
+
+    choices = [chunk["choices"][0] for chunk in events(chat(n=2, stream=True, max_tokens=2))]
+    assert [choice["index"] for choice in choices] == [0, 0, 1, 1, 0, 1]
+    assert [choice["delta"].get("role") for choice in choices] == ["assistant", None, "assistant", None, None, None]
+    assert [choice["finish_reason"] for choice in choices[-2:]] == ["length", "length"]
+
+
+def entry(text, logprob, **more):
+    return {"token": text, "logprob": logprob, "bytes": list(text.encode()), **more}
+
+
+def test_logprobs(chat, engine, events):
+    texts = [engine.m.tokenizer.decode([token_id]) for token_id in (50, 51, 60, 61)]
+    top = [entry(texts[2], -0.25), entry(texts[3], -1.0)]
+    content = chat(logprobs=True, top_logprobs=2, max_tokens=2).json()["choices"][0]["logprobs"]["content"]
+    assert content == [entry(text, -0.5, top_logprobs=top) for text in texts[:2]]
+    assert engine.requests[-1].sampling.logprobs == 2
+
+    chunks = events(chat(logprobs=True, max_tokens=2, stream=True))
+    assert [chunk["choices"][0]["logprobs"] for chunk in chunks] == [
+        None,
+        *({"content": [entry(text, -0.5, top_logprobs=[])], "refusal": None} for text in texts[:2]),
+    ]
+
+
+def test_routes_in_the_logprobs(chat, events):
+    route = {"adapters": ROUTE, "candidates": CANDIDATES}
+    (choice,) = chat(logprobs=True, return_routes=True).json()["choices"]
+    assert [entry["route"] for entry in choice["logprobs"]["content"]] == [route] * 6
+    *_, chunk = events(chat(logprobs=True, return_routes=True, stream=True))
+    assert chunk["choices"][0]["logprobs"]["content"][0]["route"] == route
+
+
+def test_prompt_logprobs(chat, engine, num_prompt_tokens):
+    body = chat(prompt_logprobs=1).json()
+    assert engine.requests[-1].sampling.prompt_logprobs == 1
+    first, second, *rest = body["prompt_logprobs"]
+    token_id = engine.m.render(MESSAGES).token_ids[1]
+    assert first is None
+    assert second == {
+        str(token_id): {"logprob": -0.5, "rank": 1, "decoded_token": engine.m.tokenizer.decode([token_id])}
+    }
+    assert len(rest) == num_prompt_tokens - 2
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_every_field_reaches_the_model(app, model, stream):
+def test_every_field_reaches_the_engine(chat, engine, stream):
     messages = [{"role": "system", "content": "be brief"}, *MESSAGES, {"role": "assistant", "content": "ok"}]
-    options = {"max_completion_tokens": 9, "temperature": 0.5, "seed": 7, "stream": stream}
-    chat(app, messages=messages, molora={"route": {"maths": 0.5, "code": 1}, "activation": 12}, **options)
-    assert model.calls == [
-        {
-            "messages": messages,
-            "route": {"maths": 0.5, "code": 1},
-            "activation": 12,
-            "max_new_tokens": 9,
-            "temperature": 0.5,
-            "seed": 7,
-        }
+    chat(
+        messages=messages,
+        stream=stream,
+        max_completion_tokens=9,
+        temperature=0.5,
+        top_p=0.9,
+        top_k=5,
+        min_p=0.1,
+        seed=7,
+        repetition_penalty=1.1,
+        presence_penalty=-1,
+        frequency_penalty=2,
+        logit_bias={"12": -100, "7": 1.5},
+        stop="END",
+        stop_token_ids=[3, 4],
+        ignore_eos=True,
+        n=2,
+        logprobs=True,
+        top_logprobs=3,
+        response_format={"type": "json_object"},
+        route={"maths": 0.5, "code": 1},
+        activation=12,
+        cache_salt="mine",
+    )
+    assert engine.requests == [
+        Request(
+            prompt=messages,
+            route={"maths": 0.5, "code": 1},
+            activation=12,
+            salt="mine",
+            sampling=Sampling(
+                max_new_tokens=9,
+                temperature=0.5,
+                top_p=0.9,
+                top_k=5,
+                min_p=0.1,
+                seed=7,
+                repetition_penalty=1.1,
+                presence_penalty=-1,
+                frequency_penalty=2,
+                logit_bias={12: -100, 7: 1.5},
+                stop=["END"],
+                stop_token_ids=[3, 4],
+                ignore_eos=True,
+                n=2,
+                logprobs=3,
+                grammar=Grammar("json_object"),
+            ),
+        )
     ]
 
 
-@pytest.mark.parametrize(("name", "route"), [("demo", "auto"), ("base", "base"), ("maths", "maths"), ("code", "code")])
-def test_the_model_names_the_route(app, model, name, route):
-    assert chat(app, model=name).json()["model"] == name
-    assert model.calls == [
-        {
-            "messages": MESSAGES,
-            "route": route,
-            "activation": None,
-            "max_new_tokens": None,
-            "temperature": 0.0,
-            "seed": None,
-        }
-    ]
+@pytest.mark.parametrize(
+    ("name", "route"), [("demo", "auto"), ("org/base", "base"), ("demo:maths", "maths"), ("demo:code", "code")]
+)
+def test_the_model_names_the_route(chat, engine, name, route):
+    assert chat(model=name).json()["model"] == name
+    assert engine.requests == [Request(prompt=MESSAGES, route=route, sampling=Sampling(stop=[], stop_token_ids=[]))]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_unknown_model_is_not_found(app, stream):
-    response = chat(app, model="gpt-5", stream=stream)
-    assert_refused(response, "model", words="'demo', 'base', 'maths', 'code'", status=404)
+@pytest.mark.parametrize("name", ["gpt-5", "base", "maths", "auto"])
+def test_an_unknown_model_is_not_found(chat, assert_refused, stream, name):
+    response = chat(model=name, stream=stream)
+    assert_refused(response, "model", words="'demo', 'org/base', 'demo:maths', 'demo:code'", status=404)
     assert response.json()["error"]["code"] == "model_not_found"
 
 
@@ -192,33 +236,58 @@ def test_an_unknown_model_is_not_found(app, stream):
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": 2**80}, "top_k"),
+        ({"x" * 999: 1}, "x" * 200),
+        ({"min_p": float("inf")}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logit_bias": {"x": 1}}, "logit_bias.x.[key]"),
+        ({"logit_bias": {"9" * 5000: 1}}, f"logit_bias.{'9' * 189}"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"seed": 2**63}, "seed"),
         ({"stream": "yes"}, "stream"),
         ({"stream": True, "stream_options": {"include_all": True}}, "stream_options.include_all"),
-        ({"molora": {"route": 3}}, "molora.route"),
-        ({"molora": {"route": {"maths": "much"}}}, "molora.route.maths"),
-        ({"molora": {"route": {"maths": float("inf")}}}, "molora.route.maths"),
-        ({"molora": {"activation": "always"}}, "molora.activation"),
-        ({"molora": {"activation": -1}}, "molora.activation"),
-        ({"molora": {"activation": True}}, "molora.activation"),
-        ({"molora": {"router": "x"}}, "molora.router"),
-        ({"top_p": 0.9}, "top_p"),
-        ({"n": 2}, "n"),
-        ({"stop": ["\n"]}, "stop"),
-        ({"logprobs": True}, "logprobs"),
+        ({"route": 3}, "route"),
+        ({"route": {"maths": "much"}}, "route.maths"),
+        ({"route": {"maths": float("inf")}}, "route.maths"),
+        ({"activation": "always"}, "activation"),
+        ({"activation": -1}, "activation"),
+        ({"activation": 2**63}, "activation"),
+        ({"activation": True}, "activation"),
+        ({"cache_salt": "\ud800"}, "cache_salt"),
+        ({"molora": {"route": "x"}}, "molora"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 17}, "n"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"a": "\ud800"}}}},
+            "response_format.json_schema.schema",
+        ),
+        ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs"),
         ({"user": "me"}, "user"),
-        ({"top_k": None}, "top_k"),
     ],
 )
-def test_a_refusal_names_the_field(app, model, fields, param):
-    content = json.dumps(BODY | fields)  # httpx sends no NaN
-    headers = {"content-type": "application/json"}
-    response = call(app, "POST", "/v1/chat/completions", content=content, headers=headers)
-    assert_refused(response, param, words=f"{param}: ")
-    assert model.calls == []
+def test_a_refusal_names_the_field(chat, engine, assert_refused, fields, param):
+    assert_refused(chat(**fields), param, words=param)
+    assert engine.requests == []
+
+
+def test_a_field_whose_name_is_no_text(chat, assert_refused):
+    assert_refused(chat(**{"\ud800": 1}), None, words="unicode")
 
 
 @pytest.mark.parametrize(
@@ -226,64 +295,71 @@ def test_a_refusal_names_the_field(app, model, fields, param):
     [
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "disagree"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"return_routes": True}, "return_routes"),
+        ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
+        ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
 )
-def test_fields_that_contradict_each_other(app, fields, words):
-    assert_refused(chat(app, **fields), None, words=words)
+def test_fields_that_contradict_each_other(chat, assert_refused, fields, words):
+    assert_refused(chat(**fields), None, words=words)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"a":' * 100_000])
-@pytest.mark.parametrize("content_type", ["application/json", "text/plain"])
-def test_a_body_that_is_no_json_object(app, content, content_type):
-    headers = {"content-type": content_type}
-    response = call(app, "POST", "/v1/chat/completions", content=content, headers=headers)
-    assert_refused(response, None, words="body")
+SCHEMA = {"type": "object", "properties": {"größe": {"type": "number"}}}
 
 
-def test_unknown_paths_and_methods(app):
-    assert_refused(call(app, "POST", "/v1/completions", json={}), None, words="/v1/completions", status=404)
-    response = call(app, "GET", "/v1/chat/completions")
-    assert_refused(response, None, words="Method Not Allowed", status=405)
-    assert response.headers["allow"] == "POST"
+@pytest.mark.parametrize(
+    ("fields", "grammar"),
+    [
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Grammar("json_object")),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": SCHEMA, "strict": True},
+                }
+            },
+            Grammar("json_schema", json.dumps(SCHEMA)),
+        ),
+        ({"structured_outputs": {"regex": "[0-9]+"}}, Grammar("regex", "[0-9]+")),
+        ({"structured_outputs": {"json": SCHEMA}}, Grammar("json_schema", json.dumps(SCHEMA))),
+        ({"structured_outputs": {"json": "{}", "regex": None}}, Grammar("json_schema", "{}")),
+        ({"structured_outputs": {"json_object": True}}, Grammar("json_object")),
+    ],
+)
+def test_what_an_answer_must_match(chat, engine, fields, grammar):
+    assert chat(**fields).status_code == 200
+    assert engine.requests[-1].sampling.grammar == grammar
+
+
+def test_what_the_engine_refuses_is_the_users_error(chat, engine, assert_refused):
+    for stream in (False, True):
+        response = chat(messages=[{"role": "user", "content": "x" * 1001}], stream=stream)
+        assert_refused(response, None, words="the model reads at most 1000 tokens")
+    assert chat().status_code == 200
+    assert engine.running == []
+
+
+def test_a_prompt_beyond_the_servers_own_limit(chat, make_app, engine, assert_refused):
+    response = chat(make_app(limits={"max_prompt_tokens": 10}))
+    assert_refused(response, "prompt", words="at most 10 tokens")
+    assert engine.running == []
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_model_refuses_is_the_users_error(app, stream):
-    response = chat(app, messages=[{"role": "user", "content": "x" * 1001}], stream=stream)
-    assert_refused(response, None, words="the context holds 1000")
-    assert chat(app).status_code == 200
+def test_a_full_engine_says_when_to_come_back(chat, engine, stream):
+    engine.max_running = 0
+    response = chat(stream=stream)
+    assert response.status_code == 429
+    assert response.headers["retry-after"] == "2"
+    assert response.json()["error"]["type"] == "rate_limit_error"
 
 
-def fail_at_two(position: int) -> None:
-    if position == 2:
-        raise ValueError("a secret of the server")
-
-
-def test_an_error_while_generating(app, model):
-    model.before_token = fail_at_two
-    response = chat(app)
-    assert response.status_code == 500
-    assert response.json()["error"]["type"] == "server_error"
-    assert "secret" not in response.text
-    assert model.closed.wait(timeout=5)
-
-
-def test_an_error_in_mid_stream_is_the_last_event(app, model, caplog):
-    model.before_token = fail_at_two
-    response = chat(app, stream=True)
-    assert response.status_code == 200
-    *chunks, last = [json.loads(event) for event in events(response)]
-    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["", "Per", "-token"]
-    assert last["error"]["type"] == "server_error"
-    assert "secret" not in response.text
-    assert "a secret of the server" in caplog.text
-    assert model.closed.wait(timeout=5)
-
-    model.before_token = lambda position: None
-    assert chat(app).status_code == 200
-
-
-def test_the_schema_documents_errors_as_they_are(app):
-    responses = call(app, "GET", "/openapi.json").json()["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert "422" not in responses
-    assert responses["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
+def test_an_engine_that_has_stopped(chat, engine):
+    engine.stopped = True
+    response = chat()
+    assert response.status_code == 503
+    assert response.json()["error"] == {
+        "message": "the engine was closed.", "type": "server_error", "param": None, "code": None
+    }  # fmt: skip

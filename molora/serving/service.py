@@ -1,0 +1,178 @@
+"""What the endpoints share: the engine, what its routes are called, and how a request is handed to it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from molora.generation import Grammar, Sampling
+from molora.serving.config import Limits, ServeConfig
+from molora.serving.errors import InvalidRequestError, UnavailableError
+from molora.serving.metrics import Metrics
+from molora.serving.protocol import GenerationRequest
+from molora.serving.request import EngineError, Request
+from molora.serving.running import Running
+from molora.serving.token_text import TokenTexts
+
+if TYPE_CHECKING:
+    from molora.serving.engine import Engine
+    from molora.serving.stream import Stream
+    from molora.slots import AdapterInfo
+
+NUM_THREADS = 4  # that tokenize and check; the engine's own work is elsewhere
+
+
+@dataclass(frozen=True)
+class Model:
+    """A name that requests may give as `model`: the base, the router or an adapter, and its route."""
+
+    name: str
+    route: str
+    root: str
+    parent: str | None
+    adapter: AdapterInfo | None = None
+
+
+class Service:
+    """Attributes: engine, limits, metrics, and when it was created, in seconds since 1970."""
+
+    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+        """
+        Raises:
+            ValueError: the base and the router would have one name.
+        """
+        self.engine = engine
+        self.limits: Limits = config.limits
+        self.adapter_folders = config.adapter_folders
+        self.metrics = Metrics(engine)
+        self.created = int(time.time())
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="submit")
+        if self.base_name == engine.m.bank.name:
+            raise ValueError(f"the base and the router would both be called {self.base_name!r}; rename the bank.")
+
+    @property
+    def base_name(self) -> str:
+        return self.engine.m.bank.config.base.name
+
+    @cached_property
+    def texts(self) -> TokenTexts:
+        return TokenTexts(self.engine.m.tokenizer)
+
+    def models(self) -> dict[str, Model]:
+        """By name: the router, if there is one, the base, and each adapter that can be named now."""
+        bank, base = self.engine.m.bank, self.base_name
+        models = [Model(bank.name, "auto", bank.name, base)] if bank.has_router else []
+        models.append(Model(base, "base", base, None))
+        models += [
+            Model(f"{bank.name}:{info.name}", info.name, str(info.path), base, info) for info in self.engine.adapters()
+        ]
+        return {model.name: model for model in models}
+
+    def model(self, name: str) -> Model:
+        """
+        Raises:
+            InvalidRequestError: there is no such model (404).
+        """
+        models = self.models()
+        if name not in models:
+            known = ", ".join(map(repr, models))
+            raise InvalidRequestError(
+                f"unknown model {name!r}; this server has {known}", param="model", status=404, code="model_not_found"
+            )
+        return models[name]
+
+    def sampling(
+        self,
+        body: GenerationRequest,
+        *,
+        max_new_tokens: int | None,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> Sampling:
+        """
+        Raises:
+            InvalidRequestError: a value is beyond this server's limits.
+        """
+        limits, grammar = self.limits, body.grammar
+        _at_most("n", body.n, limits.max_n)
+        _at_most("stop", len(body.stop_strings), limits.max_stop_strings, "strings")
+        for text in body.stop_strings:
+            _at_most("stop", len(text), limits.max_stop_chars, "characters each")
+            if not text:
+                raise InvalidRequestError("stop: an empty string would end every answer at once", param="stop")
+        _at_most("logprobs", logprobs, limits.max_logprobs)
+        _at_most("prompt_logprobs", prompt_logprobs, limits.max_logprobs)
+        if isinstance(grammar, Grammar):
+            field = "response_format" if body.structured_outputs is None else "structured_outputs"
+            _at_most(field, len(grammar.text.encode()), limits.max_grammar_bytes, "bytes")
+        return Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=body.temperature,
+            top_k=max(body.top_k, 0),
+            top_p=body.top_p,
+            min_p=body.min_p,
+            seed=body.seed,
+            repetition_penalty=body.repetition_penalty,
+            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty,
+            logit_bias={int(token_id): bias for token_id, bias in body.logit_bias.items()},
+            stop=body.stop_strings,
+            stop_token_ids=body.stop_token_ids,
+            ignore_eos=body.ignore_eos,
+            n=body.n,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
+        )
+
+    async def submit(self, requests: Sequence[Request]) -> Running:
+        """Hand all of them to the engine, or none.
+
+        Raises:
+            InvalidRequestError: one of them cannot be served.
+            EngineFullError: too many wait.
+            UnavailableError: the engine has stopped.
+        """
+        streams: list[Stream] = []
+        try:
+            for request in requests:
+                streams.append(await self._submit(request))
+                _at_most("prompt", streams[-1].num_prompt_tokens, self.limits.max_prompt_tokens, "tokens")
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return Running(streams, self.metrics)
+
+    async def _submit(self, request: Request) -> Stream:
+        submitted = self._threads.submit(self.engine.submit, request)
+        try:
+            return await asyncio.wrap_future(submitted)
+        except asyncio.CancelledError:
+            submitted.add_done_callback(_close)  # whoever asked has left, and the thread may be half through
+            raise
+        except EngineError as error:
+            raise UnavailableError(str(error)) from error
+        except ValueError as error:
+            raise InvalidRequestError(str(error)) from error
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _at_most(field: str, value: int | None, limit: int | None, unit: str = "") -> None:
+    if value is not None and limit is not None and value > limit:
+        what = f"{limit} {unit}".rstrip()
+        raise InvalidRequestError(f"{field}: {value} is too much; this server takes at most {what}", param=field)
+
+
+def _close(submitted: Future[Stream]) -> None:
+    with suppress(Exception):
+        if not submitted.cancelled():
+            submitted.result().close()

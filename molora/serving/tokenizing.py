@@ -1,0 +1,111 @@
+"""`/tokenize` and `/detokenize`, with vLLM's bodies."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, ClassVar
+
+from fastapi import APIRouter
+from jinja2 import TemplateError
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from molora.serving.errors import InvalidRequestError
+from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId
+from molora.serving.service import Service
+
+
+class TokenizeRequest(RequestPart):
+    """Either a text or a conversation.
+
+    `add_special_tokens` is true by default for a text, and false for a conversation, whose template has its own.
+    """
+
+    neutral: ClassVar[Neutral] = {
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "continue_final_message": (False,),
+        "mm_processor_kwargs": ({},),
+        "tools": ([],),
+    }
+
+    model: Text | None = None
+    prompt: Text | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check_one(self) -> TokenizeRequest:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("conflict", "expected either prompt or messages")
+        if self.messages is None and self.add_generation_prompt is not None:
+            raise PydanticCustomError("conflict", "add_generation_prompt is only allowed with messages")
+        return self
+
+
+class Tokens(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(RequestPart):
+    model: Text | None = None
+    tokens: list[TokenId]
+
+
+class Detokenized(BaseModel):
+    prompt: str
+
+
+def tokenizing_router(service: Service) -> APIRouter:
+    router = APIRouter(tags=["tokens"])
+    m = service.engine.m
+
+    def tokenize(body: TokenizeRequest) -> list[int]:
+        if body.messages is None:
+            add = body.add_special_tokens is not False
+            return list(m.tokenizer(body.prompt, add_special_tokens=add)["input_ids"])
+        messages = [message.plain for message in body.messages]
+        add_prompt = body.add_generation_prompt is not False
+        try:
+            if add_prompt and not body.add_special_tokens:
+                return list(m.render(messages).token_ids)  # as a request to answer them is read
+            text = _apply_template(m.tokenizer, messages, add_prompt)
+        except ValueError as error:
+            raise InvalidRequestError(str(error), param="messages") from error
+        return list(m.tokenizer(text, add_special_tokens=bool(body.add_special_tokens))["input_ids"])
+
+    def detokenize(ids: list[int]) -> str:
+        num_ids = len(m.tokenizer)
+        if any(token_id >= num_ids for token_id in ids):
+            raise InvalidRequestError(f"tokens: expected token ids from 0 to {num_ids - 1}", param="tokens")
+        return str(m.tokenizer.decode(ids))
+
+    @router.post("/tokenize")
+    async def tokenize_text(body: TokenizeRequest) -> Tokens:
+        if body.model is not None:
+            service.model(body.model)
+        ids = await asyncio.to_thread(tokenize, body)
+        strings = list(m.tokenizer.convert_ids_to_tokens(ids)) if body.return_token_strs else None
+        return Tokens(count=len(ids), max_model_len=m.max_context, tokens=ids, token_strs=strings)
+
+    @router.post("/detokenize")
+    async def detokenize_ids(body: DetokenizeRequest) -> Detokenized:
+        if body.model is not None:
+            service.model(body.model)
+        return Detokenized(prompt=await asyncio.to_thread(detokenize, body.tokens))
+
+    return router
+
+
+def _apply_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("this tokenizer has no chat template; send a prompt instead of messages")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages: {error}") from error

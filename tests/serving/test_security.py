@@ -1,0 +1,107 @@
+"""API keys, the bound on bodies, and the headers of every answer."""
+
+import asyncio
+import json
+
+import pytest
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
+URL = "/v1/chat/completions"
+
+
+@pytest.fixture
+def locked(make_app):
+    return make_app(api_keys=("first-key", "second-key"))
+
+
+def bearer(key):
+    return {"authorization": f"Bearer {key}"}
+
+
+def paths(app, call):
+    described = call(app, "GET", "/openapi.json").json()["paths"]
+    return [(method.upper(), path) for path, methods in described.items() for method in methods]
+
+
+def test_every_route_but_the_probes_wants_a_key(app, locked, call):
+    described = [*paths(app, call), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("PUT", URL)]
+    assert len(described) >= 16
+    for method, path in described:
+        status = call(locked, method, path.replace("{model_id}", "demo")).status_code
+        assert (status == 401) == (path not in ("/health", "/ready")), (method, path, status)
+
+
+def test_the_page_is_open_and_holds_no_data(locked, call):
+    assert call(locked, "GET", "/").status_code in (200, 404)
+    assert call(locked, "GET", "/static/nothing").status_code == 404
+    for path in ("/static/../v1/models", "/static", "//v1/models", "/v1/models/", "/STATIC/../metrics"):
+        assert call(locked, "GET", path).status_code in (401, 404), path
+
+
+@pytest.mark.parametrize("key", ["first-key", "second-key", "  second-key "])
+def test_each_key_fits(locked, call, key):
+    assert call(locked, "POST", URL, json=CHAT, headers=bearer(key)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header", [b"", b"Bearer", b"Bearer ", b"Bearer first", b"Bearer first-key2", b"Basic first-key", b"first-key",
+               b"Bearer \xff\xfe", b"Bearer first-key second-key", b"Bearer first-key,second-key"],
+)  # fmt: skip
+def test_no_other_does(locked, call, engine, assert_refused, header):
+    response = call(locked, "POST", URL, json=CHAT, headers={"authorization": header})
+    assert_refused(response, None, words="Authorization: Bearer", status=401)
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert response.json()["error"]["code"] == "invalid_api_key"
+    assert engine.log == []
+
+
+def test_two_headers_are_none(locked, call):
+    headers = [("authorization", "Bearer first-key"), ("authorization", "Bearer first-key")]
+    assert call(locked, "GET", "/v1/models", headers=headers).status_code == 401
+
+
+def body_of(num_bytes):
+    return (
+        json.dumps(CHAT | {"cache_salt": ""}).replace('"cache_salt": ""', f'"cache_salt": "{"x" * num_bytes}"').encode()
+    )
+
+
+def test_a_body_of_the_largest_size(make_app, call, assert_refused):
+    app = make_app(limits={"max_body_bytes": 200})
+    headers = {"content-type": "application/json"}
+    fits = body_of(200 - len(body_of(0)))
+    assert call(app, "POST", URL, content=fits, headers=headers).status_code == 200
+    response = call(app, "POST", URL, content=fits + b" ", headers=headers)
+    assert_refused(response, None, words="200 bytes", status=413)
+    headers["content-length"] = "9" * 5000
+    assert call(app, "POST", URL, content=b"{}", headers=headers).status_code == 413
+
+
+def test_a_body_in_chunks_is_read_no_further_than_it_may(make_app, call):
+    app, sent = make_app(limits={"max_body_bytes": 1000}), []
+
+    async def endless():
+        while True:
+            sent.append(100)
+            yield b" " * 100
+            await asyncio.sleep(0)
+
+    response = call(app, "POST", URL, content=endless(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    assert sum(sent) <= 1200
+
+
+def test_chunks_are_put_together(app, call):
+    async def pieces():
+        for byte in body_of(5):
+            yield bytes([byte])
+
+    response = call(app, "POST", URL, content=pieces(), headers={"content-type": "application/json"})
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/nowhere", "/"])
+def test_headers_of_every_answer(app, call, path):
+    headers = call(app, "GET", path).headers
+    assert headers["x-content-type-options"] == "nosniff"
+    assert headers["x-frame-options"] == "DENY"
