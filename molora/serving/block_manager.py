@@ -72,7 +72,8 @@ class BlockTable:
         num_computed: tokens whose keys and values are in them.
         num_cached: how many of those were found and not computed.
         num_reencoded: tokens that were found as active ones only, and are needed as base.
-        num_recomputed: base tokens that were computed while a block that held them could be found.
+        num_asked: tokens that were looked for.
+        num_recomputed: of those, base tokens that were computed while a block that held them could be found.
         notes: on each token that was found.
         copies: to be done before the first step; `BlockManager.copied` lets go of their sources.
         awaits: the key of the first block that was not found, if it is a full one.
@@ -82,6 +83,7 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_cached: int = 0
+    num_asked: int = 0
     num_reencoded: int = 0
     num_recomputed: int = 0
     notes: list[object] = field(default_factory=list)
@@ -160,7 +162,7 @@ class BlockManager:
             keys: what `keys` gave for them, if the caller kept it.
         """
         keys = self.keys(token_ids, source) if keys is None else keys
-        table = BlockTable(source, keys=[keys[0]])
+        table = BlockTable(source, num_asked=len(token_ids), keys=[keys[0]])
         for key in keys[1:]:
             number = self._by_key.get(key)
             if number is None:
@@ -272,7 +274,8 @@ class BlockManager:
             block.key, block.found_since = key, self.step
             return
         self._unlink(number)  # one of a kind is enough to find
-        if not is_active and self._blocks[holder].found_since < block.begun:
+        was_asked = first + size <= table.num_asked
+        if was_asked and not is_active and self._blocks[holder].found_since < block.begun:
             table.num_recomputed += size
 
     def _arrived(self, key: bytes) -> None:

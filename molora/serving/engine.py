@@ -119,7 +119,8 @@ class Engine:
         """
         self.m = m
         self.config = config = EngineConfig() if config is None else config
-        self._runner = Runner(m.decoder, block_size=config.block_size, num_bytes=_cache_bytes(m, config))
+        with m.lock:
+            self._runner = Runner(m.decoder, block_size=config.block_size, num_bytes=_cache_bytes(m, config))
         self._sampler = _Temp()
         self._domain = _domain(m)
         self._forget()
@@ -234,16 +235,13 @@ class Engine:
         Raises:
             RuntimeError: requests are running or waiting.
         """
-        cleared: Future[bool] = Future()
 
         def clear() -> None:
-            if not self._answers:
-                self._forget()
-            cleared.set_result(not self._answers)
+            if self._answers:
+                raise RuntimeError("requests run; wait for them, or cancel them, before the cache is cleared.")
+            self._forget()
 
-        self._send(clear)
-        if not cleared.result():
-            raise RuntimeError("requests are running; wait for them, or cancel them, before the cache is cleared.")
+        self._call(clear)
 
     def stats(self) -> EngineStats:
         counts = dict(self._counts)
@@ -265,9 +263,22 @@ class Engine:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
             time.sleep(0.01)
-        self._send(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
+        self._call(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
 
-    # What follows runs on the engine's thread, but for _send and _cancel.
+    # What follows runs on the engine's thread, but for _call, _send and _cancel.
+
+    def _call(self, action: Callable[[], None]) -> None:
+        """Do something on the engine's thread, between steps, and wait for it."""
+        done: Future[None] = Future()
+
+        def act() -> None:
+            try:
+                done.set_result(action())
+            except Exception as error:
+                done.set_exception(error)
+
+        self._send(act)
+        done.result()
 
     def _send(self, action: Callable[[], None]) -> None:
         with self._wake:

@@ -47,8 +47,8 @@ def test_kernels_know_no_molora():
     assert importers("transformers", KERNELS) == set()
 
 
-# The commands stand to the right of everything.
-COMMANDS = {"molora/cli.py", "molora/demo.py"}
+# The commands stand to the right of everything; and a model answers by its engine, which it makes when it is asked.
+COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/model.py"}
 
 
 @pytest.mark.parametrize(
@@ -72,6 +72,15 @@ def test_a_framework_stays_in_its_folder(package, folder):
 @pytest.mark.parametrize("folder", ["training", "serving"])
 def test_the_core_knows_neither_training_nor_serving(folder):
     assert outside(importers(f"molora.{folder}", MOLORA), f"molora/{folder}") <= COMMANDS
+
+
+def test_the_engine_knows_nothing_of_http():
+    parts = ("engine", "runner", "scheduler", "block_manager", "stream", "answer", "attention", "packing", "sampling")
+    web = {file for package in ("fastapi", "starlette", "pydantic") for file in importers(package, MOLORA / "serving")}
+    assert web
+    assert not web & {f"molora/serving/{part}.py" for part in parts}
+    for part in ("scheduler", "block_manager", "packing", "request", "text"):
+        assert f"molora/serving/{part}.py" not in importers("torch", MOLORA)
 
 
 def test_training_and_serving_do_not_know_each_other():

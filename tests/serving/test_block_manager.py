@@ -105,20 +105,18 @@ def test_a_running_sequence_is_found_as_far_as_it_is(manager: BlockManager) -> N
 
 
 def test_what_could_be_found_and_is_computed_counts_as_recomputed(manager: BlockManager) -> None:
-    first, second = manager.open(IDS, BASE), manager.open(IDS, BASE)
+    first, second, late, active = (manager.open(IDS, s) for s in (BASE, BASE, BASE, Source(6, ROUTE)))
     for table in (first, second):  # side by side, neither could have found the other's
         assert manager.grow(table, len(IDS))
         manager.commit(table, IDS, len(IDS))
     assert set(first.blocks).isdisjoint(second.blocks)
     assert first.num_recomputed == second.num_recomputed == 0
     manager.step += 1
-    late = manager.open([], BASE)
     assert manager.grow(late, len(IDS))
     manager.commit(late, IDS, 7)
     manager.step += 1
     manager.commit(late, IDS, len(IDS))
     assert late.num_recomputed == 20
-    active = manager.open([], Source(6, ROUTE))
     assert manager.grow(active, len(IDS))
     manager.commit(active, IDS, len(IDS))
     assert active.num_recomputed == 4, "of the active blocks there were none"
