@@ -5,7 +5,7 @@ Legend: E slots, R padded rank, I in-features, O out-features.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
 from molora.routing import Routes
+
+if TYPE_CHECKING:
+    from molora.siblings import Siblings
 
 
 class RoutedLinear(nn.Module):
@@ -41,9 +44,13 @@ class RoutedLinear(nn.Module):
         self.lora_b_EOR = nn.Parameter(b_EOR, requires_grad=False)
         self.scaling_E: Tensor
         self.register_buffer("scaling_E", torch.zeros(num_slots, device=linear.weight.device), persistent=False)
+        self.siblings: Siblings | None = None
+        self.place = 0  # among them
         self._views: AdapterViews | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.siblings is not None and (y := self.siblings.take(self.place, x)) is not None:
+            return y
         routes = self.routes
         if routes.plan is None or routes.gates_TK is None:
             return F.linear(x, self.weight, self.bias)
