@@ -7,6 +7,7 @@ nothing of HTTP.
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from molora.model import MoLoRA
 
 __all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineStats", "NoFreeSlotError", "Request"]
+
+logger = logging.getLogger(__name__)
 
 IDLE_S = 10.0  # after which the thread ends; the next request starts one again
 CPU_CACHE_BYTES = 1 << 30
@@ -132,7 +135,6 @@ class Engine:
         self._closed = False
         self._answers: dict[Tokens, Answer] = {}
         self._num_submitted = 0  # that the thread has not seen yet
-        self._memory_lock = threading.Lock()
 
     @property
     def is_ready(self) -> bool:
@@ -152,54 +154,20 @@ class Engine:
             NoFreeSlotError: the adapter that it names has no slot, and all slots are in use.
             EngineError: the engine was closed.
         """
-        if self._closed:
-            raise EngineError("the engine was closed and takes no more requests.")
-        m, sampling = self.m, request.sampling
-        m.check_not_routing()
-        with self._memory_lock:
-            if self.stats().num_waiting >= self.config.max_waiting:
-                raise EngineFullError(self.config.max_waiting, retry_after_s=1.0)
-        prompt = m.render(request.prompt)
-        max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
-        m.check_token_ids("logit_bias", list(sampling.logit_bias))
-        m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
-        grammar = None if sampling.grammar is None else self._sampler.compile(sampling.grammar)
-        route = m.resolve_route(request.route)
-        start = m.resolve_activation(route, request.activation, prompt)
-        hold = None if route.is_base else m.slots.acquire(route)
+        self.m.check_not_routing()
+        with self._wake:
+            if self._closed:
+                raise EngineError("the engine was closed and takes no more requests.")
+            num_waiting = self._scheduler.num_waiting + self._num_submitted
+            if num_waiting >= self.config.max_waiting:
+                raise EngineFullError(num_waiting, retry_after_s=1.0)
+            self._num_submitted += 1
         try:
-            source = Source(salt=request.salt.encode())
-            if hold is not None and start < NEVER:
-                source = Source(start, hold.version.route_digest(route).encode(), request.salt.encode())
-            stream = Stream(list(prompt.token_ids), self._cancel)
-            seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-            answers = [
-                Answer(
-                    stream=stream,
-                    index=index,
-                    tokens=Tokens(
-                        list(prompt.token_ids),
-                        source,
-                        len(prompt.token_ids) + max_new_tokens,
-                        reads_cache=sampling.prompt_logprobs is None or index > 0,
-                    ),
-                    route=route,
-                    hold=hold,
-                    activation_start=start,
-                    sampling=sampling,
-                    seed=seed,
-                    eos_ids=frozenset() if sampling.ignore_eos else m.eos_ids,
-                    matcher=None if grammar is None else grammar.matcher(),
-                    decode=m.tokenizer.decode,
-                )
-                for index in range(sampling.n)
-            ]
+            stream = self._stream(request)
         except BaseException:
-            if hold is not None:
-                m.slots.release(hold)
+            with self._wake:
+                self._num_submitted -= 1
             raise
-        stream.start(answers, None if hold is None else lambda: m.slots.release(hold))
-        self._num_submitted += 1
         self._send(lambda: self._begin(stream))
         return stream
 
@@ -265,6 +233,46 @@ class Engine:
             time.sleep(0.01)
         self._call(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
 
+    def _stream(self, request: Request) -> Stream:
+        """Check a request, and take hold of what it needs."""
+        m, sampling = self.m, request.sampling
+        prompt = m.render(request.prompt)
+        max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
+        m.check_token_ids("logit_bias", list(sampling.logit_bias))
+        m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
+        grammar = None if sampling.grammar is None else self._sampler.compile(sampling.grammar)
+        route = m.resolve_route(request.route)
+        start = m.resolve_activation(route, request.activation, prompt)
+        hold = None if route.is_base else m.slots.acquire(route)
+        source = Source(salt=request.salt.encode())
+        if hold is not None and start < NEVER:
+            source = Source(start, hold.version.route_digest(route).encode(), request.salt.encode())
+        stream = Stream(list(prompt.token_ids), self._cancel)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        answers = [
+            Answer(
+                stream=stream,
+                index=index,
+                tokens=Tokens(
+                    list(prompt.token_ids),
+                    source,
+                    len(prompt.token_ids) + max_new_tokens,
+                    reads_cache=sampling.prompt_logprobs is None or index > 0,
+                ),
+                route=route,
+                hold=hold,
+                activation_start=start,
+                sampling=sampling,
+                seed=seed,
+                eos_ids=frozenset() if sampling.ignore_eos else m.eos_ids,
+                matcher=None if grammar is None else grammar.matcher(),
+                decode=m.tokenizer.decode,
+            )
+            for index in range(sampling.n)
+        ]
+        stream.start(answers, None if hold is None else lambda: m.slots.release(hold))
+        return stream
+
     # What follows runs on the engine's thread, but for _call, _send and _cancel.
 
     def _call(self, action: Callable[[], None]) -> None:
@@ -300,14 +308,21 @@ class Engine:
                         return
                 actions = list(self._inbox)
                 self._inbox.clear()
-            for action in actions:
-                action()
-            if self._answers:
-                self._step()
+            try:
+                for action in actions:
+                    action()
+                if self._answers:
+                    self._step()
+            except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
+                logger.exception("the engine failed between two steps")
+                self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
+                self._forget()
 
     def _begin(self, stream: Stream) -> None:
-        self._num_submitted -= 1
+        with self._wake:
+            self._num_submitted -= 1
         if self._closed:
+            stream.release()
             stream.fail(EngineError("the engine was closed."))
         elif not stream.is_over:
             self._counts["num_prompt_tokens"] += stream.num_prompt_tokens

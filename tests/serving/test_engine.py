@@ -343,6 +343,17 @@ class TestFaults:
         assert engine.generate(request)[0].token_ids == expected
         idle(engine)
 
+    def test_a_fault_of_its_own_leaves_nobody_waiting(self, m, engine_of, random_ids, monkeypatch):
+        engine = engine_of(m)
+        request = ask(random_ids(12), "auto")
+        expected = engine.generate(request)[0].token_ids
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._scheduler, "plan", lambda: 1 / 0)
+            with pytest.raises(EngineError, match="the engine failed: division by zero"):
+                engine.generate(request)
+        assert engine.generate(request)[0].token_ids == expected
+        idle(engine)
+
     def test_who_leaves_stops_within_a_step(self, m, engine_of, random_ids):
         engine = engine_of(m)
         streams = [engine.submit(ask(random_ids(9, seed=s), r, num_new=900, n=2)) for s, r in enumerate(ROUTES)]
