@@ -40,7 +40,7 @@ class Limits:
         max_adapter_rank: of such an adapter, and what its slot has room for; None is the bank's own maximum.
     """
 
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: int = 8 << 20
     max_prompt_tokens: int | None = None
     max_prompts: int = 64
     max_n: int = 16

@@ -137,7 +137,7 @@ class Service:
         Raises:
             InvalidRequestError: one of them cannot be served.
             EngineFullError: too many wait.
-            UnavailableError: the engine has stopped.
+            UnavailableError: the engine has stopped, or an adapter's files are gone.
         """
         streams: list[Stream] = []
         try:
@@ -157,7 +157,7 @@ class Service:
         except asyncio.CancelledError:
             submitted.add_done_callback(_close)  # whoever asked has left, and the thread may be half through
             raise
-        except EngineError as error:
+        except (EngineError, OSError) as error:
             raise UnavailableError(str(error)) from error
         except ValueError as error:
             raise InvalidRequestError(str(error)) from error

@@ -356,6 +356,15 @@ def test_a_full_engine_says_when_to_come_back(chat, engine, stream):
     assert response.json()["error"]["type"] == "rate_limit_error"
 
 
+def test_an_adapter_whose_files_are_gone(chat, engine):
+    def gone():
+        raise FileNotFoundError("adapters/maths does not exist")
+
+    engine.while_submitting = gone
+    response = chat(model="demo:maths")
+    assert (response.status_code, response.json()["error"]["type"]) == (503, "server_error")
+
+
 def test_an_engine_that_has_stopped(chat, engine):
     engine.stopped = True
     response = chat()

@@ -3,49 +3,77 @@
 import hypothesis
 import pytest
 
+from molora.serving.app import create_app
+from molora.serving.config import ServeConfig
+from molora.serving.engine import Engine, EngineConfig
+
 schemathesis = pytest.importorskip("schemathesis")
 
-MAX_EXAMPLES = 60
-KNOWN = {"model": "demo", "lora_path": "good", "lora_name": "good"}
+MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+KNOWN = {"lora_path": "good", "lora_name": "good"}
 
 
-@pytest.fixture
-def described(make_app, tmp_path, make_adapter):
-    make_adapter(seed=1).write(tmp_path / "good")
-    return schemathesis.openapi.from_asgi("/openapi.json", make_app(adapter_folders=(str(tmp_path),)))
-
-
-def test_no_request_makes_the_server_fail(described, engine):
-    operations = [result.ok() for result in described.get_all_operations()]
-    assert len(operations) >= 11
-    num_cases = 0
+def fuzz(app, known, *, max_examples):
+    """Returns how many requests there were."""
+    statuses = []
 
     def check(case):
-        nonlocal num_cases
-        num_cases += 1
         if isinstance(case.body, dict):  # else hardly anything would get past the first check
-            case.body |= {name: value for name, value in KNOWN.items() if isinstance(case.body.get(name), str)}
+            case.body |= {name: value for name, value in known.items() if isinstance(case.body.get(name), str)}
+            if case.operation.path.endswith("completions"):  # answers need not be long
+                for name in ("max_tokens", "max_completion_tokens"):
+                    if isinstance(limit := case.body.get(name), int):
+                        case.body[name] = min(limit, 3)
+                if case.body.get("max_completion_tokens") is None and case.body.get("max_tokens") is None:
+                    case.body["max_tokens"] = 3
         response = case.call()
         assert response.status_code < 500, (case.as_curl_command(), response.status_code, response.text)
         if response.status_code >= 400:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+        statuses.append(response.status_code)
 
+    settings = hypothesis.settings(
+        max_examples=max_examples,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    operations = [result.ok() for result in schemathesis.openapi.from_asgi("/openapi.json", app).get_all_operations()]
+    assert len(operations) >= 11
     for operation in operations:
-        for mode in (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE):
+        for mode in MODES:
+            cases = operation.as_strategy(generation_mode=mode)
+            run = settings(hypothesis.seed(0)(hypothesis.given(case=cases)(check)))
             try:
-                strategy = operation.as_strategy(generation_mode=mode)
-                run = hypothesis.given(case=strategy)(check)
-                run = hypothesis.seed(0)(run)
-                run = hypothesis.settings(
-                    max_examples=MAX_EXAMPLES,
-                    database=None,
-                    deadline=None,
-                    suppress_health_check=list(hypothesis.HealthCheck),
-                    phases=[hypothesis.Phase.generate],
-                )(run)
                 run()
             except hypothesis.errors.Unsatisfiable:
-                assert mode is schemathesis.GenerationMode.NEGATIVE  # it takes no input that could be wrong
-    assert num_cases > 500
+                assert mode is MODES[1]  # it takes no input that could be wrong
+    return len(statuses)
+
+
+@pytest.fixture
+def folder(tmp_path, make_adapter):
+    make_adapter(seed=1).write(tmp_path / "good")
+    return str(tmp_path)
+
+
+def test_no_request_makes_the_server_fail(make_app, folder, engine):
+    num_requests = fuzz(make_app(adapter_folders=(folder,)), KNOWN | {"model": "demo"}, max_examples=60)
+    assert num_requests > 500
     assert len(engine.requests) > 50
     assert engine.running == []
+
+
+def test_nor_the_engine_behind_it(m, folder):
+    engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 22))
+    app = create_app(engine, ServeConfig(bank="tiny", adapter_folders=(folder,)))
+    before = engine.adapters()
+    try:
+        fuzz(app, KNOWN | {"model": "tiny", "lora_path": "nowhere"}, max_examples=40)
+        assert engine.stats().num_generated_tokens > 20
+        assert engine.stats().num_failed_steps == 0
+        engine.clear_cache()  # refused while something runs
+    finally:
+        engine.close()
+    assert engine.adapters() == before
