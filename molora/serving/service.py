@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from molora.generation import Grammar, Sampling
+from molora.generation import Sampling
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.errors import InvalidRequestError, UnavailableError
 from molora.serving.metrics import Metrics
@@ -108,7 +108,7 @@ class Service:
                 raise InvalidRequestError("stop: an empty string would end every answer at once", param="stop")
         _at_most("logprobs", logprobs, limits.max_logprobs)
         _at_most("prompt_logprobs", prompt_logprobs, limits.max_logprobs)
-        if isinstance(grammar, Grammar):
+        if grammar is not None:
             field = "response_format" if body.structured_outputs is None else "structured_outputs"
             _at_most(field, len(grammar.text.encode()), limits.max_grammar_bytes, "bytes")
         return Sampling(

@@ -210,11 +210,14 @@ def test_a_full_engine_refuses_and_those_that_wait_may_leave(m):
             )
 
         next(iter(start()))
-        waiting = threading.Thread(target=lambda: pytest.raises(openai.APITimeoutError, wait))
+        left = threading.Event()
 
-        def wait():
-            client.with_options(timeout=1).chat.completions.create(model="tiny", messages=MESSAGES, **ENDLESS)
+        def wait_and_leave():
+            with pytest.raises(openai.APITimeoutError):
+                client.with_options(timeout=1).chat.completions.create(model="tiny", messages=MESSAGES, **ENDLESS)
+            left.set()
 
+        waiting = threading.Thread(target=wait_and_leave)
         waiting.start()
         while not engine.stats().num_waiting:
             time.sleep(0.001)
@@ -222,6 +225,7 @@ def test_a_full_engine_refuses_and_those_that_wait_may_leave(m):
             start()
         assert int(caught.value.response.headers["retry-after"]) >= 1
         waiting.join()
+        assert left.is_set()
         deadline = time.monotonic() + 10
         while engine.stats().num_waiting and time.monotonic() < deadline:
             time.sleep(0.01)
