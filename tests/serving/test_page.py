@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,10 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from molora import MoLoRA
+from molora.serving.app import create_app
+from molora.serving.config import ServeConfig
+from molora.serving.engine import Engine
 from molora.serving.page import add_page
 
 pytest.importorskip("selenium", reason="the page is driven by selenium, of the test extra")
@@ -701,3 +705,23 @@ def test_the_answer_is_followed_until_the_reader_scrolls_away(page: Page, server
     page.press(Keys.ESCAPE)
     page.wait(lambda: page.one("#send").text == "Send")
     assert not page.script(at_end)
+
+
+def test_a_real_bank_is_served(browser: webdriver.Chrome, m: MoLoRA) -> None:
+    pytest.importorskip("molora.serving.sampling", reason="the page asks for log-probabilities")
+    with (
+        closing(Engine(m)) as engine,
+        open_page(browser, create_app(engine, ServeConfig(bank=str(m.bank.path)))) as page,
+    ):
+        page.one("#options-toggle").click()
+        page.one("#max-tokens").send_keys("12")
+        routed = page.ask("What is two plus two?")
+        counts = [int(count) for count in texts(parts(routed, ".legend .count"))]
+        assert 1 <= sum(counts) <= 12
+        parts(routed, ".token")[0].click()
+        assert len(parts(page.one("#details"), ".candidates li")) == 2
+        page.choose("tiny:x")
+        named = page.ask("And in words?")
+        assert texts(parts(named, ".legend li")) == ["Xx12"]
+        cached, _ = texts(parts(named, ".cache span"))
+        assert int(cached.split()[0]) > 0
