@@ -98,6 +98,11 @@ class RoutedDecoder:
         device: torch.device = self.model.device
         return device
 
+    @property
+    def top_k(self) -> int:
+        """How many adapters the router gives a token at most."""
+        return 1 if self.router is None else min(self.router.config.top_k, self.router.num_columns)
+
     def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
         """Load an adapter into a slot; None empties it.
 

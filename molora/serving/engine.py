@@ -123,7 +123,13 @@ class Engine:
         self.m = m
         self.config = config = EngineConfig() if config is None else config
         with m.lock:
-            self._runner = Runner(m.decoder, block_size=config.block_size, num_bytes=_cache_bytes(m, config))
+            self._runner = Runner(
+                m.decoder,
+                block_size=config.block_size,
+                num_bytes=_cache_bytes(m, config),
+                max_sequences=config.max_sequences,
+                captures=m.decoder.device.type == "cuda",
+            )
         self._sampler = _Temp()
         self._domain = _domain(m)
         self._forget()
@@ -363,12 +369,12 @@ class Engine:
             self._fail(answers, failure)
             return
         self._counts["num_steps"] += 1
-        next_drawn = iter(drawn)
+        next_drawn, candidates = iter(drawn), iter(out.candidates)
         for index, (work, answer) in enumerate(zip(works, answers, strict=True)):
             self._note(work, answer, out, index)
             self._scheduler.done(work)
             if work.draws:
-                self._push(answer, next(next_drawn), out.candidates[index])
+                self._push(answer, next(next_drawn), next(candidates))
 
     def _row(self, work: Work, answer: Answer) -> Row:
         table, tokens = _table(work), answer.tokens

@@ -20,10 +20,14 @@ from molora.injection import RoutedDecoder, text_config
 from molora.routing import RouteRequest
 from molora.serving.attention import Pages, Pool, PoolShape, attending
 from molora.serving.block_manager import Copy
-from molora.serving.packing import PackedRoutes, Row, Span, pack
+from molora.serving.captured import CapturedSteps
+from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
+from molora.serving.report import Report, read_report, write_report
+from molora.siblings import merge_siblings
 from molora.slots import name_slots
 
-NUM_CANDIDATES = 2  # of the router, for those who want to know how sure it was
+Candidates = tuple[tuple[str, float], ...]
+MAX_CAPTURED_ADAPTERS = 2  # a token; a step with a wider blend is not captured
 LOGPROB_ROWS = 256  # of the vocabulary's width in float32 at a time
 
 
@@ -33,13 +37,13 @@ class StepOutput(NamedTuple):
     Attributes:
         logits_DV: of the rows that draw, in order.
         routes: of each row's tokens, by name.
-        candidates: of each row's last token, the router's likeliest columns.
+        candidates: the router's likeliest columns, for each row that draws.
         prompt_logprobs: of each row's `next_ids`.
     """
 
     logits_DV: Tensor
     routes: list[list[TokenRoute]]
-    candidates: list[tuple[tuple[str, float], ...]]
+    candidates: list[Candidates]
     prompt_logprobs: list[list[TokenLogprob]]
 
 
@@ -49,10 +53,14 @@ class Runner:
         num_blocks: of the pool; the pool itself has one more, for what is not to be kept.
     """
 
-    def __init__(self, decoder: RoutedDecoder, *, block_size: int, num_bytes: int) -> None:
+    def __init__(
+        self, decoder: RoutedDecoder, *, block_size: int, num_bytes: int, max_sequences: int, captures: bool
+    ) -> None:
         """
         Args:
             num_bytes: for the pool of keys and values.
+            max_sequences: of a step.
+            captures: small steps run as graphs on static buffers, and siblings are merged: on a GPU.
 
         Raises:
             ValueError: they hold no block.
@@ -70,7 +78,19 @@ class Runner:
                 f"{num_bytes} bytes hold no block of {block_size} tokens, of {self.num_bytes_per_token} bytes each; "
                 "give the cache more memory."
             )
+        self._nobodys = self.num_blocks * block_size
         self._pools = {layer: self._pool(shape) for layer, shape in shapes.items()}
+        self._captured: CapturedSteps | None = None
+        if captures:
+            merge_siblings(decoder.linears, self._ask_for_shapes)
+            self._captured = CapturedSteps(
+                decoder,
+                self._pools,
+                nobodys=self._nobodys,
+                max_sequences=max_sequences,
+                max_blocks=min(self.num_blocks, -(-text_config(decoder.model).max_position_embeddings // block_size)),
+                num_adapters=max(MAX_CAPTURED_ADAPTERS, decoder.top_k),
+            )
 
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
@@ -83,31 +103,44 @@ class Runner:
     @torch.inference_mode()
     def step(self, rows: Sequence[Row]) -> StepOutput:
         """Run the rows' tokens; keys and values are in the pool when it returns."""
+        packed = pack(rows, self.block_size, self._nobodys)
+        if self._captured is not None and self._captured.fits(packed):
+            logits, report = self._captured.run(packed)
+            return StepOutput(logits, *_name_routes(rows, packed.spans, report), [[] for _ in rows])
+        logits, report = self._forward(packed)
+        prompt_logprobs = _prompt_logprobs(rows, logits)
+        if len(packed.drawn) < len(packed.kept):
+            logits = logits[packed.drawn]
+        return StepOutput(logits, *_name_routes(rows, packed.spans, report), prompt_logprobs)
+
+    def _forward(self, packed: Packed) -> tuple[Tensor, Report | None]:
+        """The logits of the kept tokens, and the routes."""
         decoder, device = self._decoder, self._decoder.device
-        packed = pack(rows, self.block_size, self.num_blocks * self.block_size)
+
+        def put(array: NDArray[Any], dtype: type = np.int64) -> Tensor:
+            return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
+
+        pages = Pages(self._pools, put(packed.places_N), put(packed.tables_SM, np.int32), packed.spans)
+        if device.type == "cuda":
+            pages.cu_queries_S1 = put(np.array([0, *(span.end for span in packed.spans)]), np.int32)
+            pages.num_keys_S = put(np.array([span.num_keys for span in packed.spans]), np.int32)
         request, early = None, False
         if packed.routes is not None:
             request, early = _route_request(packed.routes, device), packed.routes.acts_early
-        pages = Pages(
-            self._pools,
-            torch.from_numpy(packed.places_N).to(device),
-            torch.from_numpy(packed.tables_SM).to(device, torch.int32),
-            packed.spans,
-        )
         with decoder.requested(request, early=early), attending(self._config):
             out = decoder.model(
-                input_ids=torch.from_numpy(packed.ids_N).to(device)[None],
-                position_ids=torch.from_numpy(packed.positions_N).to(device)[None],
+                input_ids=put(packed.ids_N)[None],
+                position_ids=put(packed.positions_N)[None],
                 use_cache=False,
                 logits_to_keep=torch.tensor(packed.kept, device=device),
                 pages=pages,
             )
-            routes, candidates = self._read_routes(rows, packed.spans)
-        logits: Tensor = out.logits[0]
-        prompt_logprobs = _prompt_logprobs(rows, logits)
-        if len(packed.drawn) < len(packed.kept):
-            logits = logits[packed.drawn]
-        return StepOutput(logits, routes, candidates, prompt_logprobs)
+            record = decoder.routes.record
+            if record is None:
+                return out.logits[0], None
+            drawing = torch.tensor([packed.kept[index] for index in packed.drawn], dtype=torch.long, device=device)
+            report, layout = write_report(record, drawing)
+        return out.logits[0], read_report(report.cpu().numpy(), layout)
 
     def _ask_for_shapes(self) -> dict[int, PoolShape]:
         """What each layer keeps of a token, found by a forward of one token whose attention does nothing else."""
@@ -135,30 +168,27 @@ class Runner:
 
         return Pool(zeros(shape.key_size), zeros(shape.value_size))
 
-    def _read_routes(
-        self, rows: Sequence[Row], spans: Sequence[Span]
-    ) -> tuple[list[list[TokenRoute]], list[tuple[tuple[str, float], ...]]]:
-        # Explicit routes below the router layer are the same as from it on, so the later record says it all.
-        record = self._decoder.routes.record
-        if record is None:
-            return [[[] for _ in row.token_ids] for row in rows], [()] * len(rows)
-        slots, gates = record.slots[0].tolist(), record.gates[0].tolist()
-        routes = []
-        for row, (first, end, _) in zip(rows, spans, strict=True):
-            names = {} if row.hold is None else row.hold.names
-            routes.append([name_slots(slots[t], gates[t], names) for t in range(first, end)])
-        if record.logits is None:
-            return routes, [()] * len(rows)
-        last = torch.tensor([end - 1 for _, end, _ in spans], device=record.logits.device)
-        probs_SC = record.logits[0, last].float().softmax(-1)
-        top = probs_SC.topk(min(NUM_CANDIDATES, probs_SC.shape[-1]))
-        candidates = [
-            tuple((_column_name(row, column), prob) for column, prob in zip(columns, probs, strict=True))
-            if row.route.auto and row.is_active
-            else ()
-            for row, columns, probs in zip(rows, top.indices.tolist(), top.values.tolist(), strict=True)
-        ]
-        return routes, candidates
+
+def _name_routes(
+    rows: Sequence[Row], spans: Sequence[Span], report: Report | None
+) -> tuple[list[list[TokenRoute]], list[Candidates]]:
+    """The routes of each row's tokens, and the router's likeliest columns for each row that draws, by name."""
+    num_drawing = sum(row.draws for row in rows)
+    if report is None:
+        return [[[] for _ in row.token_ids] for row in rows], [()] * num_drawing
+    slots_NK, gates_NK = report.slots_NK.tolist(), report.gates_NK.tolist()
+    routes = []
+    for row, (first, end, _) in zip(rows, spans, strict=True):
+        names = {} if row.hold is None else row.hold.names
+        routes.append([name_slots(slots_NK[t], gates_NK[t], names) for t in range(first, end)])
+    drawing = [row for row in rows if row.draws]
+    candidates: list[Candidates] = [
+        tuple((_column_name(row, column), prob) for column, prob in zip(columns, probs, strict=True))
+        if row.route.auto and row.is_active
+        else ()
+        for row, columns, probs in zip(drawing, report.columns_DC.tolist(), report.probs_DC.tolist(), strict=False)
+    ]
+    return routes, candidates
 
 
 def _column_name(row: Row, column: int) -> str:

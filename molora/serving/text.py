@@ -38,8 +38,8 @@ class TextStream:
             return ""
         piece, self._num_shown = text[self._num_shown :], len(text)
         # Some tokenizers glue a word to the one before it: keep a few ids as context and forget the rest.
-        if len(self._ids) > 32:
-            self._ids = self._ids[-16:]
+        if len(self._ids) > 10:
+            self._ids = self._ids[-5:]
             self._num_shown = len(self._decode(self._ids, skip_special_tokens=True))
         return piece
 

@@ -1,0 +1,241 @@
+"""Steps as CUDA graphs: static buffers and one graph for each size and kind of step, captured when it is first needed.
+
+A graph runs what `runner.py` runs, of one size, on buffers that stay where they are; a smaller step is padded to it.
+Padding tokens belong to no sequence: they are active for nobody, and their keys and values go to nobody's block.
+Without a GPU the same buffers and the same padded step are run as they are, which is how it is tested.
+
+Legend: N tokens, S sequences, D rows that draw, K adapters a token, M blocks a sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from molora.injection import RoutedDecoder
+from molora.routing import NO_ADAPTER, RouteRequest
+from molora.serving.attention import Pages, Pool, attending
+from molora.serving.packing import Packed
+from molora.serving.report import Layout, Report, read_report, write_report
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens of a captured step
+NEVER = (1 << 31) - 1  # the activation start of padding
+NUM_WARMUPS = 2  # forwards before a capture: libraries and Triton choose their kernels in them
+
+
+class Kind(NamedTuple):
+    """Which parts a step has: graphs differ by it.
+
+    Attributes:
+        is_routed: the router, the plan and the adapters run.
+        acts_early: adapters act below the router layer as well.
+    """
+
+    is_routed: bool
+    acts_early: bool
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What buffers have room for."""
+
+    num_tokens: int
+    num_sequences: int
+    num_blocks: int
+    num_adapters: int
+
+
+class Buffers:
+    """A step's inputs at fixed addresses, filled on the host and sent in one copy."""
+
+    def __init__(self, capacity: Capacity, device: torch.device) -> None:
+        n, s, m, k = capacity.num_tokens, capacity.num_sequences, capacity.num_blocks, capacity.num_adapters
+        shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+            "ids_N": ((n,), np.int64),
+            "positions_N": ((n,), np.int64),
+            "places_N": ((n,), np.int64),
+            "start_N": ((n,), np.int64),
+            "version_N": ((n,), np.int64),
+            "kept_S": ((s,), np.int64),
+            "slots_NK": ((n, k), np.int32),
+            "gates_NK": ((n, k), np.float32),
+            "cu_queries_S1": ((s + 1,), np.int32),
+            "num_keys_S": ((s,), np.int32),
+            "tables_SM": ((s, m), np.int32),
+            "auto_N": ((n,), np.bool_),
+        }
+        self.capacity = capacity
+        spans: dict[str, tuple[int, int]] = {}
+        end = 0
+        for name, (shape, dtype) in shapes.items():
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            spans[name] = end, end + size
+            end += -(-size // 16) * 16
+        self._staged = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._sent = torch.zeros(end, dtype=torch.uint8, device=device)
+        self.host: dict[str, NDArray[Any]] = {
+            name: self._staged[slice(*spans[name])].numpy().view(dtype).reshape(shape)
+            for name, (shape, dtype) in shapes.items()
+        }
+        self.device: Mapping[str, Tensor] = {
+            name: self._sent[slice(*spans[name])].view(torch.from_numpy(self.host[name]).dtype).view(shape)
+            for name, (shape, _) in shapes.items()
+        }
+
+    def fill(self, packed: Packed, nobodys: int) -> None:
+        """Write a step and what pads it, and send it."""
+        host, n, s = self.host, len(packed.ids_N), len(packed.spans)
+        for name, values, padding in (
+            ("ids_N", packed.ids_N, 0),
+            ("positions_N", packed.positions_N, 0),
+            ("places_N", packed.places_N, nobodys),
+        ):
+            host[name][:n], host[name][n:] = values, padding
+        host["cu_queries_S1"][1 : s + 1] = [span.end for span in packed.spans]
+        host["cu_queries_S1"][s + 1 :] = n
+        host["num_keys_S"][:s], host["num_keys_S"][s:] = [span.num_keys for span in packed.spans], 0
+        host["tables_SM"][:s, : packed.tables_SM.shape[1]] = packed.tables_SM
+        num_kept = len(packed.kept)
+        host["kept_S"][:num_kept], host["kept_S"][num_kept:] = packed.kept, 0
+        host["start_N"][:] = NEVER
+        routes = packed.routes
+        if routes is not None:
+            k = routes.slots_NK.shape[1]
+            host["start_N"][:n] = np.minimum(routes.start_N, NEVER)
+            host["version_N"][:n], host["version_N"][n:] = routes.version_N, 0
+            host["auto_N"][:n], host["auto_N"][n:] = routes.auto_N, False
+            host["slots_NK"][:] = NO_ADAPTER
+            host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
+        self._sent.copy_(self._staged, non_blocking=True)
+
+    def request(self) -> RouteRequest:
+        """What the routes of every step in these buffers are asked for."""
+        on = self.device
+        return RouteRequest(
+            on["start_N"][None],
+            on["auto_N"][None],
+            on["slots_NK"][None],
+            on["gates_NK"][None],
+            version=on["version_N"][None],
+        )
+
+
+class CapturedSteps:
+    """The graphs of a runner, by size and kind."""
+
+    def __init__(
+        self,
+        decoder: RoutedDecoder,
+        pools: dict[int, Pool],
+        *,
+        nobodys: int,
+        max_sequences: int,
+        max_blocks: int,
+        num_adapters: int,
+    ) -> None:
+        """
+        Args:
+            nobodys: the place of what is not to be kept.
+            max_blocks: of a sequence.
+            num_adapters: that a token may have in a captured step; one with more is run as it is.
+        """
+        self._decoder = decoder
+        self._pools = pools
+        self._nobodys = nobodys
+        self._max_sequences = max_sequences
+        self._max_blocks = max_blocks
+        self._num_adapters = num_adapters
+        self._buffers: dict[int, Buffers] = {}
+        self._steps: dict[tuple[int, Kind], _Step] = {}
+
+    def fits(self, packed: Packed) -> bool:
+        """Whether a step is small enough, and asks for nothing that a graph does not hold."""
+        return (
+            len(packed.ids_N) <= BUCKETS[-1]
+            and len(packed.spans) <= self._max_sequences
+            and packed.tables_SM.shape[1] <= self._max_blocks
+            and len(packed.kept) == max(1, len(packed.drawn))
+            and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
+        )
+
+    def run(self, packed: Packed) -> tuple[Tensor, Report | None]:
+        """The logits [D, V] of the rows that draw, which the next step overwrites, and the routes."""
+        bucket = next(size for size in BUCKETS if size >= len(packed.ids_N))
+        buffers = self._buffers.get(bucket)
+        if buffers is None:
+            capacity = Capacity(bucket, min(bucket, self._max_sequences), self._max_blocks, self._num_adapters)
+            buffers = self._buffers[bucket] = Buffers(capacity, self._decoder.device)
+        buffers.fill(packed, self._nobodys)
+        routes = packed.routes
+        kind = Kind(routes is not None, routes is not None and routes.acts_early)
+        step = self._steps.get((bucket, kind))
+        if step is None:
+            step = self._steps[bucket, kind] = _Step(lambda: self._forward(buffers, kind), self._decoder.device)
+        out = step.run()
+        report = None
+        if out.layout is not None:
+            report = read_report(out.report.cpu().numpy(), out.layout)
+        return out.logits_SV[: len(packed.drawn)], report
+
+    def _forward(self, buffers: Buffers, kind: Kind) -> _Output:
+        on, decoder = buffers.device, self._decoder
+        pages = Pages(
+            self._pools,
+            on["places_N"],
+            on["tables_SM"],
+            (),
+            cu_queries_S1=on["cu_queries_S1"],
+            num_keys_S=on["num_keys_S"],
+        )
+        request = buffers.request() if kind.is_routed else None
+        with decoder.requested(request, early=kind.acts_early), attending(decoder.model.config):
+            out = decoder.model(
+                input_ids=on["ids_N"][None],
+                position_ids=on["positions_N"][None],
+                use_cache=False,
+                logits_to_keep=on["kept_S"],
+                pages=pages,
+            )
+            record = decoder.routes.record
+            if record is None:
+                return _Output(out.logits[0], torch.zeros(0, dtype=torch.int32), None)
+            report, layout = write_report(record, on["kept_S"])
+        return _Output(out.logits[0], report, layout)
+
+
+class _Output(NamedTuple):
+    """What a captured step leaves, at fixed addresses."""
+
+    logits_SV: Tensor
+    report: Tensor
+    layout: Layout | None
+
+
+class _Step:
+    """One size and kind, captured when it is made. Without a GPU it is simply run again."""
+
+    def __init__(self, forward: Callable[[], _Output], device: torch.device) -> None:
+        self._forward = forward
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                for _ in range(NUM_WARMUPS):
+                    forward()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._output = forward()
+
+    def run(self) -> _Output:
+        if self._graph is None:
+            return self._forward()
+        self._graph.replay()
+        return self._output

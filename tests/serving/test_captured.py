@@ -1,0 +1,94 @@
+"""Steps on static buffers, padded to a bucket, with Triton's attention: what a GPU captures, run here as it is."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import molora
+from molora import MoLoRA, RouterConfig, Sampling
+from molora.serving import engine as engine_module
+from molora.serving.captured import BUCKETS, Buffers, Capacity
+from molora.serving.engine import Engine, EngineConfig
+from molora.serving.packing import Row, pack
+from molora.serving.request import Request
+from molora.serving.runner import Runner
+from molora.slots import ResolvedRoute
+
+BLEND = {"x": 0.5, "y": 0.25}
+SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+
+
+@pytest.fixture
+def captured(monkeypatch) -> Any:
+    """An engine whose small steps go through the buffers."""
+
+    def runner(decoder: Any, **options: Any) -> Runner:
+        return Runner(decoder, **{**options, "captures": True})
+
+    monkeypatch.setattr(engine_module, "Runner", runner)
+    made: list[Engine] = []
+
+    def make(m: MoLoRA, **config: Any) -> Engine:
+        made.append(Engine(m, EngineConfig(**{"kv_cache_bytes": 1 << 21, "block_size": 8, **config})))
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
+
+
+@pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT], ids=["hard", "soft"])
+def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_ids, tmp_path, router):
+    m = molora.load(make_bank(tmp_path, router=key_router(router)), device="cpu", dtype="float32")
+    engine = captured(m, max_step_tokens=20, max_sequences=4)
+    routes = ["base", "x", "auto", BLEND]
+    requests = [
+        Request(prompt=random_ids(13 + s, seed=s), route=route, activation=6, sampling=Sampling(max_new_tokens=3))
+        for s, route in enumerate(routes)
+    ]
+    for request, out in zip(requests, engine.generate(requests), strict=True):
+        logits, expected = m.logits([out.token_ids], [6], route=request.route)
+        assert logits[0, out.num_prompt_tokens - 1 : -1].argmax(-1).tolist() == out.generated_ids
+        assert [[n for n, _ in route] for route in expected[0][:-1]] == [[n for n, _ in r] for r in out.routes[:-1]]
+    engine.generate(Request(prompt=random_ids(4), route="base", sampling=Sampling(max_new_tokens=1)))
+    steps = engine._runner._captured
+    assert steps is not None
+    assert {kind.is_routed for _, kind in steps._steps} == {True, False}
+    assert {bucket for bucket, _ in steps._steps} <= set(BUCKETS)
+    assert all(linear.siblings is not None for path, linear in m.decoder.linears.items() if "q_proj" in path)
+
+
+def row(num_tokens: int, first: int, *, draws: bool = True, names: tuple[str, ...] = ()) -> Row:
+    blocks = range(10, 10 + (first + num_tokens + 7) // 8)
+    route = ResolvedRoute(False, names, (1.0,) * len(names))
+    return Row(range(5, 5 + num_tokens), first, blocks, draws, True, 0, route, None)
+
+
+def test_buffers_hold_a_step_and_harmless_padding():
+    buffers = Buffers(Capacity(num_tokens=16, num_sequences=4, num_blocks=6, num_adapters=2), torch.device("cpu"))
+    for rows in (
+        [row(9, 3), row(1, 20), row(2, 0, draws=False)],
+        [row(1, 7)],
+    ):  # the second leaves nothing of the first
+        packed = pack(rows, 8, nobodys=800)
+        buffers.fill(packed, 800)
+        on, n = buffers.device, len(packed.ids_N)
+        assert on["ids_N"].tolist() == [*packed.ids_N.tolist(), *[0] * (16 - n)]
+        assert on["places_N"].tolist() == [*packed.places_N.tolist(), *[800] * (16 - n)]
+        ends = [span.end for span in packed.spans]
+        assert on["cu_queries_S1"].tolist() == [0, *ends, *[n] * (4 - len(ends))]
+        assert on["num_keys_S"].tolist() == [*(span.num_keys for span in packed.spans), *[0] * (4 - len(ends))]
+        assert on["kept_S"].tolist()[: len(packed.kept)] == packed.kept
+        assert (on["start_N"] > 1 << 30).all(), "nobody is active in a step without routes"
+    assert all(tensor.data_ptr() % 16 == 0 for tensor in buffers.device.values())
+
+
+def test_what_does_not_fit_is_run_as_it_is(m, captured, random_ids):
+    """Long chunks, wide blends and log-probabilities of prompts; the answers are the same."""
+    engine = captured(m, max_step_tokens=600, max_sequences=4, kv_cache_bytes=1 << 23)
+    steps = engine._runner._captured
+    packed = pack([row(520, 0)], 8, 800)
+    assert not steps.fits(packed)
+    assert steps.fits(pack([row(100, 0), row(1, 9)], 8, 800))
+    assert not steps.fits(pack([row(1, 9)] * 5, 8, 800))
