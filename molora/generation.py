@@ -75,6 +75,11 @@ class Sampling:
     prompt_logprobs: int | None = None
     grammar: Grammar | None = None
 
+    @property
+    def is_penalized(self) -> bool:
+        """Whether what was said before changes what may be said next."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)

@@ -1,17 +1,21 @@
-"""One answer while it is written: its tokens, their text and routes, and what ends it. It imports no torch."""
+"""One answer while it is written: its tokens, their text and routes, and what ends it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from molora.generation import FinishReason, Generation, Sampling, Token, TokenLogprob, TokenRoute
+from molora.serving.sampling import Draw, uniform
 from molora.serving.scheduler import Sequence
 from molora.serving.stream import Stream
 from molora.serving.text import TextStream
 from molora.slots import Hold, ResolvedRoute
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Matcher(Protocol):
@@ -20,15 +24,18 @@ class Matcher(Protocol):
     @property
     def is_finished(self) -> bool: ...
 
+    def bitmask(self) -> Tensor: ...
+
     def accept(self, token_id: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A drawn token, and its log-probability if it was asked for."""
+    """A drawn token, its log-probability if it was asked for, and the router's candidates there."""
 
     token_id: int
     logprob: TokenLogprob | None = None
+    candidates: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -85,7 +92,18 @@ class Answer:
         if not self._begun_s:
             self._begun_s = time.monotonic()
 
-    def push(self, drawn: Drawn, candidates: tuple[tuple[str, float], ...]) -> Token:
+    def draw(self) -> Draw:
+        """What its next token is chosen by."""
+        ids, num_prompt, penalized = self.tokens.token_ids, self.num_prompt_tokens, self.sampling.is_penalized
+        return Draw(
+            self.sampling,
+            ids[:num_prompt] if penalized else (),
+            ids[num_prompt:] if penalized else (),
+            uniform(self.seed, self.index, self.num_generated) if self.sampling.temperature else 0.0,
+            None if self.matcher is None else self.matcher.bitmask(),
+        )
+
+    def push(self, drawn: Drawn) -> Token:
         """The next token was drawn, on a route that is the last of `routes`."""
         token_id = drawn.token_id
         if not self.num_generated:
@@ -100,7 +118,7 @@ class Answer:
         self._pieces.append(piece)
         if drawn.logprob is not None:
             self._logprobs.append(drawn.logprob)
-        return Token(token_id, piece, self.routes[-1], self.index, candidates, drawn.logprob, reason)
+        return Token(token_id, piece, self.routes[-1], self.index, drawn.candidates, drawn.logprob, reason)
 
     def finish(self, reason: FinishReason) -> None:
         now_s = time.monotonic()

@@ -30,6 +30,7 @@ from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
 from molora.serving.runner import Runner, StepOutput
+from molora.serving.sampling import draw
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
@@ -130,7 +131,6 @@ class Engine:
                 max_sequences=config.max_sequences,
                 captures=m.decoder.device.type == "cuda",
             )
-        self._sampler = _Temp()
         self._domain = _domain(m)
         self._forget()
         self._counts: Counter[str] = Counter()
@@ -361,7 +361,7 @@ class Engine:
                 self._runner.copy([copy for work in works for copy in _table(work).copies])
                 out = self._runner.step([self._row(work, answer) for work, answer in zip(works, answers, strict=True)])
                 drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
-                drawn = self._sampler.draw(out.logits_DV, drawing)
+                ids, logprobs = draw(out.logits_DV, [answer.draw() for answer in drawing])
         except Exception as error:  # whatever a model may raise, out of memory included: only this step's requests end
             self._counts["num_failed_steps"] += 1
             failure = EngineError(f"the step failed: {one_line(error)}")
@@ -369,12 +369,12 @@ class Engine:
             self._fail(answers, failure)
             return
         self._counts["num_steps"] += 1
-        next_drawn, candidates = iter(drawn), iter(out.candidates)
+        drawn = map(Drawn, ids, logprobs, out.candidates)
         for index, (work, answer) in enumerate(zip(works, answers, strict=True)):
             self._note(work, answer, out, index)
             self._scheduler.done(work)
             if work.draws:
-                self._push(answer, next(next_drawn), next(candidates))
+                self._push(answer, next(drawn))
 
     def _row(self, work: Work, answer: Answer) -> Row:
         table, tokens = _table(work), answer.tokens
@@ -410,12 +410,12 @@ class Engine:
             tokens.num_replayed += num_known
             self._counts["num_replayed_tokens"] += num_known
 
-    def _push(self, answer: Answer, drawn: Drawn, candidates: tuple[tuple[str, float], ...]) -> None:
+    def _push(self, answer: Answer, drawn: Drawn) -> None:
         is_first = not answer.num_generated
         if is_first:
             self._counts["num_cached_tokens"] += answer.num_reused
             self._counts["num_reencoded_tokens"] += answer.tokens.num_reencoded
-        token = answer.push(drawn, candidates)
+        token = answer.push(drawn)
         self._counts["num_generated_tokens"] += 1
         if token.finish_reason is not None:
             self._drop(answer)
@@ -452,8 +452,3 @@ def _cache_bytes(m: MoLoRA, config: EngineConfig) -> int:
         return CPU_CACHE_BYTES
     free, _ = torch.cuda.mem_get_info(m.decoder.device)
     return int(free * GPU_CACHE_SHARE)
-
-
-class _Temp:
-    def draw(self, logits, answers):
-        return [Drawn(int(row.argmax())) for row in logits]

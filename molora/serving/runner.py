@@ -23,6 +23,7 @@ from molora.serving.block_manager import Copy
 from molora.serving.captured import CapturedSteps
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
+from molora.serving.sampling import read_logprobs
 from molora.siblings import merge_siblings
 from molora.slots import name_slots
 
@@ -208,20 +209,6 @@ def _prompt_logprobs(rows: Sequence[Row], logits: Tensor) -> list[list[TokenLogp
         out.append(found)
         at += len(row.next_ids) + row.draws
     return out
-
-
-def read_logprobs(logprobs_TV: Tensor, ids_T: Tensor, num_top: int) -> list[TokenLogprob]:
-    """Each token's log-probability and the most likely ones at its place, ties to the lowest id."""
-    own = logprobs_TV.gather(-1, ids_T[:, None])[:, 0].tolist()
-    if not num_top:
-        return [TokenLogprob(token, logprob) for token, logprob in zip(ids_T.tolist(), own, strict=True)]
-    top = logprobs_TV.topk(num_top)
-    return [
-        TokenLogprob(token, logprob, tuple(zip(ids, values, strict=True)))
-        for token, logprob, ids, values in zip(
-            ids_T.tolist(), own, top.indices.tolist(), top.values.tolist(), strict=True
-        )
-    ]
 
 
 def _route_request(routes: PackedRoutes, device: torch.device) -> RouteRequest:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from molora.serving.answer import Drawn
 from molora.serving.engine import EngineError
 from molora.serving.text import TextStream
 from molora.tiny import byte_tokenizer
@@ -17,7 +16,7 @@ def spoken(m, monkeypatch):
 
     def say(ids: list[int]) -> None:
         rest = iter(ids)
-        monkeypatch.setattr(m.engine._sampler, "draw", lambda *_: [Drawn(next(rest))])
+        monkeypatch.setattr("molora.serving.engine.draw", lambda *_: ([next(rest)], [None]))
 
     return say
 
@@ -133,6 +132,7 @@ class TestStream:
         m.engine.clear_cache()
         assert m.generate(expected, activation=5, max_new_tokens=1).token_ids == out.token_ids
         assert m.generate(ids, activation=5, max_new_tokens=6).token_ids == expected
+
 
 class TestSampling:
     def test_a_seed_makes_a_draw_repeatable(self, m, random_ids):
