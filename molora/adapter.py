@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -62,6 +62,11 @@ _IRRELEVANT = frozenset(
         "task_type",
     }
 )
+MAX_ALPHA = 1e6
+MAX_PATTERN_LENGTH = 200
+MAX_PATTERN_REPEATS = 4
+_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+
 # These initializations change the base model's own weights, so the adapter alone is not enough.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -113,8 +118,10 @@ class AdapterConfig:
         for name in ("r", "lora_alpha", "target_modules"):
             if raw.get(name) is None:
                 raise ValueError(f"{source}: field {name!r} is missing; PEFT writes it, so the file is incomplete.")
-        if not isinstance(raw["r"], int) or raw["r"] < 1:
-            raise ValueError(f"{source}: field 'r' is {raw['r']!r}; expected a positive integer.")
+        for name, (is_right, expected) in _FIELDS.items():
+            value = raw.get(name)
+            if value is not None and not is_right(value):
+                raise ValueError(f"{source}: field {name!r} is {value!r:.100}; expected {expected}.")
         return cls(
             r=raw["r"],
             lora_alpha=raw["lora_alpha"],
@@ -257,6 +264,54 @@ def target_suffixes(modules: Iterable[str]) -> list[str]:
     return sorted({module.rsplit(".", 1)[-1] for module in modules})
 
 
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA
+
+
+def _is_list(of: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(type(each) is of for each in value)
+
+
+def _is_pattern(key: object) -> bool:
+    """A regular expression that takes no time to speak of: short, and without a repeated group."""
+    if not isinstance(key, str) or len(key) > MAX_PATTERN_LENGTH or _REPEATED_GROUP.search(key):
+        return False
+    try:
+        re.compile(key)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return key.count("*") + key.count("+") <= MAX_PATTERN_REPEATS
+
+
+def _is_map(is_value: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(_is_pattern(key) and is_value(each) for key, each in value.items())
+    )
+
+
+def _is_text_or(other: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) or other(value)
+
+
+_FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_count, "a positive integer"),
+    "lora_alpha": (_is_number, f"a number of at most {MAX_ALPHA:g}"),
+    "target_modules": (_is_text_or(_is_list(str)), "a name, or a list of names"),
+    "base_model_name_or_path": (lambda value: isinstance(value, str), "a name"),
+    "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
+    "rank_pattern": (_is_map(_is_count), "an object of simple expressions and positive integers"),
+    "alpha_pattern": (_is_map(_is_number), f"an object of simple expressions and numbers of at most {MAX_ALPHA:g}"),
+    "layers_to_transform": (lambda value: type(value) is int or _is_list(int)(value), "a layer, or a list of layers"),
+    "layers_pattern": (_is_text_or(_is_list(str)), "a name, or a list of names"),
+    "exclude_modules": (_is_text_or(_is_list(str)), "a name, or a list of names"),
+    "alora_invocation_tokens": (_is_list(int), "a list of token ids"),
+}
+
+
 def _check_supported(name: str, value: Any, source: str) -> None:
     if name in _HONOURED or name in _IRRELEVANT:
         return
@@ -286,7 +341,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a PEFT adapter folder.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); write the adapter again.") from error
     if not isinstance(raw, dict):
         raise ValueError(f"{path} holds a {type(raw).__name__}; expected an object of PEFT's LoraConfig fields.")

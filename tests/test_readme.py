@@ -36,15 +36,21 @@ def test_the_python_of_the_readme_runs(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    (code,) = blocks("python")
+    first, second = blocks("python")
     names: dict[str, object] = {}
-    exec(compile(code, "README.md", "exec"), names)
+    exec(compile(first, "README.md", "exec"), names)
     out = names["out"]
     assert isinstance(out, molora.Generation)
     assert out.num_reused_tokens > 0
     assert out.num_recomputed_tokens == 0
     assert out.num_computed_tokens == out.num_prompt_tokens - out.num_reused_tokens + out.num_generated_tokens - 1
     assert out.text in capsys.readouterr().out
+    exec(compile(second, "README.md", "exec"), names)
+    outs = names["outs"]
+    assert isinstance(outs, list)
+    assert len(outs) == 4
+    assert outs[2].text != outs[0].text
+    assert all(each.num_reused_tokens > out.num_prompt_tokens - 40 and each.num_recomputed_tokens == 0 for each in outs)
 
 
 def test_the_shipped_bank_routes_to_the_right_adapter(base: Path) -> None:

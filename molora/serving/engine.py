@@ -412,7 +412,7 @@ class Engine:
 
     def _push(self, answer: Answer, drawn: Drawn) -> None:
         is_first = not answer.num_generated
-        if is_first:
+        if is_first and answer.index == 0:  # of the prompt, which is one for all answers
             self._counts["num_cached_tokens"] += answer.num_reused
             self._counts["num_reencoded_tokens"] += answer.tokens.num_reencoded
         token = answer.push(drawn)

@@ -87,6 +87,7 @@ class PackedRoutes:
     """`RouteRequest`, as arrays.
 
     Attributes:
+        asks_router: a sequence is routed by it, if only to say how sure it is of a token that was routed before.
         acts_early: something that is named acts below the router layer.
     """
 
@@ -95,6 +96,7 @@ class PackedRoutes:
     version_N: Ints
     slots_NK: Ints
     gates_NK: NDArray[np.float32]
+    asks_router: bool
     acts_early: bool
 
 
@@ -154,5 +156,6 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
         np.repeat([0 if row.hold is None else row.hold.version.number for row in rows], sizes),
         slots_NK,
         gates_NK,
+        any(row.route.auto and row.is_active for row in rows),
         any(row.hold is not None and row.hold.acts_early for row in rows),
     )

@@ -220,7 +220,7 @@ def _route_request(routes: PackedRoutes, device: torch.device) -> RouteRequest:
         slots, gates = packed(routes.slots_NK.astype(np.int32)), packed(routes.gates_NK)
     return RouteRequest(
         packed(routes.start_N),
-        packed(routes.auto_N) if routes.auto_N.any() else None,
+        packed(routes.auto_N) if routes.asks_router else None,
         slots,
         gates,
         version=packed(routes.version_N),

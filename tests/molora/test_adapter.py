@@ -169,3 +169,41 @@ def test_weights_that_are_not_finite_are_refused() -> None:
     tensors = {f"{key}_A.weight": torch.ones(1, 2), f"{key}_B.weight": torch.tensor([[torch.nan]])}
     with pytest.raises(ValueError, match="q_proj"):
         Adapter.from_tensors(config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("r", True),
+        ("r", 1 << 40),
+        ("r", "8"),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", float("inf")),
+        ("lora_alpha", [1]),
+        ("target_modules", 5),
+        ("target_modules", [1]),
+        ("base_model_name_or_path", ["a"]),
+        ("use_rslora", "yes"),
+        ("rank_pattern", [1]),
+        ("rank_pattern", {"q_proj": 0}),
+        ("rank_pattern", {"(": 4}),
+        ("rank_pattern", {"(a+)+": 4}),
+        ("rank_pattern", {".*" * 5: 4}),
+        ("rank_pattern", {"a" * 201: 4}),
+        ("alpha_pattern", {"q_proj": None}),
+        ("alpha_pattern", {"q_proj": float("nan")}),
+        ("layers_to_transform", "1"),
+        ("alora_invocation_tokens", "text"),
+        ("alora_invocation_tokens", [True]),
+    ],
+)
+def test_a_field_of_the_wrong_kind_is_named(name, value):
+    raw = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], name: value}
+    with pytest.raises(ValueError, match=f"here: field '{name}' is .*; expected "):
+        AdapterConfig.from_peft(raw, source="here")
+
+
+def test_json_without_end_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        Adapter.read(tmp_path)
