@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
 from molora.generation import FinishReason, Generation, Sampling, Token, TokenLogprob, TokenRoute
+from molora.serving.runner import Drawn
 from molora.serving.sampling import Draw, uniform
 from molora.serving.scheduler import Sequence
 from molora.serving.stream import Stream
@@ -27,15 +28,6 @@ class Matcher(Protocol):
     def bitmask(self) -> Tensor: ...
 
     def accept(self, token_id: int) -> None: ...
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A drawn token, its log-probability if it was asked for, and the router's candidates there."""
-
-    token_id: int
-    logprob: TokenLogprob | None = None
-    candidates: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(eq=False)

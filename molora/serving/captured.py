@@ -9,7 +9,7 @@ Legend: N tokens, S sequences, D rows that draw, K adapters a token, M blocks a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from molora.routing import NO_ADAPTER, RouteRequest
 from molora.serving.attention import Pages, Pool, attending
 from molora.serving.packing import Packed
 from molora.serving.report import Layout, Report, read_report, write_report
+from molora.serving.sampling import COLUMNS, Draw, Parts, choose, parts_of, table_of
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens of a captured step
 NEVER = (1 << 31) - 1  # the activation start of padding
@@ -35,10 +36,12 @@ class Kind(NamedTuple):
     Attributes:
         is_routed: the router, the plan and the adapters run.
         acts_early: adapters act below the router layer as well.
+        parts: of choosing the next tokens.
     """
 
     is_routed: bool
     acts_early: bool
+    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Capacity:
     num_sequences: int
     num_blocks: int
     num_adapters: int
+    num_ids: int
 
 
 class Buffers:
@@ -68,9 +72,12 @@ class Buffers:
             "cu_queries_S1": ((s + 1,), np.int32),
             "num_keys_S": ((s,), np.int32),
             "tables_SM": ((s, m), np.int32),
+            "table_S5": ((s, COLUMNS), np.float64),
             "auto_N": ((n,), np.bool_),
         }
         self.capacity = capacity
+        # Apart from the rest, since few steps need them and they are large.
+        self.masks_SW = torch.full((s, -(-capacity.num_ids // 32)), -1, dtype=torch.int32, device=device)
         spans: dict[str, tuple[int, int]] = {}
         end = 0
         for name, (shape, dtype) in shapes.items():
@@ -88,7 +95,7 @@ class Buffers:
             for name, (shape, _) in shapes.items()
         }
 
-    def fill(self, packed: Packed, nobodys: int) -> None:
+    def fill(self, packed: Packed, draws: Sequence[Draw], nobodys: int) -> None:
         """Write a step and what pads it, and send it."""
         host, n, s = self.host, len(packed.ids_N), len(packed.spans)
         for name, values, padding in (
@@ -112,7 +119,13 @@ class Buffers:
             host["auto_N"][:n], host["auto_N"][n:] = routes.auto_N, False
             host["slots_NK"][:] = NO_ADAPTER
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
+        host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
         self._sent.copy_(self._staged, non_blocking=True)
+        for s, each in enumerate(draws):
+            if each.bitmask is None:
+                self.masks_SW[s] = -1
+            else:
+                self.masks_SW[s].copy_(each.bitmask, non_blocking=True)
 
     def request(self) -> RouteRequest:
         """What the routes of every step in these buffers are asked for."""
@@ -138,12 +151,14 @@ class CapturedSteps:
         max_sequences: int,
         max_blocks: int,
         num_adapters: int,
+        num_ids: int,
     ) -> None:
         """
         Args:
             nobodys: the place of what is not to be kept.
             max_blocks: of a sequence.
             num_adapters: that a token may have in a captured step; one with more is run as it is.
+            num_ids: of the vocabulary, as wide as logits are.
         """
         self._decoder = decoder
         self._pools = pools
@@ -151,10 +166,11 @@ class CapturedSteps:
         self._max_sequences = max_sequences
         self._max_blocks = max_blocks
         self._num_adapters = num_adapters
+        self._num_ids = num_ids
         self._buffers: dict[int, Buffers] = {}
         self._steps: dict[tuple[int, Kind], _Step] = {}
 
-    def fits(self, packed: Packed) -> bool:
+    def fits(self, packed: Packed, draws: Sequence[Draw]) -> bool:
         """Whether a step is small enough, and asks for nothing that a graph does not hold."""
         return (
             len(packed.ids_N) <= BUCKETS[-1]
@@ -162,26 +178,29 @@ class CapturedSteps:
             and packed.tables_SM.shape[1] <= self._max_blocks
             and len(packed.kept) == max(1, len(packed.drawn))
             and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
+            and not any(each.is_adjusted for each in draws)
         )
 
-    def run(self, packed: Packed) -> tuple[Tensor, Report | None]:
-        """The logits [D, V] of the rows that draw, which the next step overwrites, and the routes."""
+    def run(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, list[int], Report | None]:
+        """The logits [D, V] of the rows that draw (the next step overwrites them), their next tokens, and the routes."""
         bucket = next(size for size in BUCKETS if size >= len(packed.ids_N))
         buffers = self._buffers.get(bucket)
         if buffers is None:
-            capacity = Capacity(bucket, min(bucket, self._max_sequences), self._max_blocks, self._num_adapters)
+            capacity = Capacity(
+                bucket, min(bucket, self._max_sequences), self._max_blocks, self._num_adapters, self._num_ids
+            )
             buffers = self._buffers[bucket] = Buffers(capacity, self._decoder.device)
-        buffers.fill(packed, self._nobodys)
-        routes = packed.routes
-        kind = Kind(routes is not None, routes is not None and routes.acts_early)
+        buffers.fill(packed, draws, self._nobodys)
+        asked = packed.routes
+        kind = Kind(asked is not None, asked is not None and asked.acts_early, parts_of(draws))
         step = self._steps.get((bucket, kind))
         if step is None:
             step = self._steps[bucket, kind] = _Step(lambda: self._forward(buffers, kind), self._decoder.device)
         out = step.run()
-        report = None
-        if out.layout is not None:
-            report = read_report(out.report.cpu().numpy(), out.layout)
-        return out.logits_SV[: len(packed.drawn)], report
+        ids, routes = np.split(out.host.cpu().numpy(), [len(buffers.host["kept_S"])])
+        report = None if out.layout is None else read_report(routes, out.layout)
+        num_drawn = len(packed.drawn)
+        return out.logits_SV[:num_drawn], ids[:num_drawn].tolist(), report
 
     def _forward(self, buffers: Buffers, kind: Kind) -> _Output:
         on, decoder = buffers.device, self._decoder
@@ -203,17 +222,25 @@ class CapturedSteps:
                 pages=pages,
             )
             record = decoder.routes.record
-            if record is None:
-                return _Output(out.logits[0], torch.zeros(0, dtype=torch.int32), None)
-            report, layout = write_report(record, on["kept_S"])
-        return _Output(out.logits[0], report, layout)
+            layout, host = None, []
+            if record is not None:
+                report, layout = write_report(record, on["kept_S"])
+                host = [report]
+        logits_SV = out.logits[0]
+        masks_SW = buffers.masks_SW if kind.parts.masks else None
+        ids_S = choose(logits_SV, on["table_S5"], masks_SW, kind.parts)
+        return _Output(logits_SV, torch.cat([ids_S.int(), *host]), layout)
 
 
 class _Output(NamedTuple):
-    """What a captured step leaves, at fixed addresses."""
+    """What a captured step leaves, at fixed addresses.
+
+    Attributes:
+        host: what the host reads, in one piece: the next tokens [S], and the report.
+    """
 
     logits_SV: Tensor
-    report: Tensor
+    host: Tensor
     layout: Layout | None
 
 

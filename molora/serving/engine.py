@@ -25,12 +25,11 @@ from molora.digest import json_digest
 from molora.display import one_line
 from molora.generation import Generation, TokenRoute
 from molora.injection import text_config
-from molora.serving.answer import Answer, Drawn
+from molora.serving.answer import Answer
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
-from molora.serving.runner import Runner, StepOutput
-from molora.serving.sampling import draw
+from molora.serving.runner import Drawn, Runner, StepOutput
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
@@ -359,9 +358,9 @@ class Engine:
         try:
             with self.m.lock, torch.inference_mode():
                 self._runner.copy([copy for work in works for copy in _table(work).copies])
-                out = self._runner.step([self._row(work, answer) for work, answer in zip(works, answers, strict=True)])
-                drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
-                ids, logprobs = draw(out.logits_DV, [answer.draw() for answer in drawing])
+                rows = [self._row(work, answer) for work, answer in zip(works, answers, strict=True)]
+                draws = [answer.draw() for work, answer in zip(works, answers, strict=True) if work.draws]
+                out = self._runner.step(rows, draws)
         except Exception as error:  # whatever a model may raise, out of memory included: only this step's requests end
             self._counts["num_failed_steps"] += 1
             failure = EngineError(f"the step failed: {one_line(error)}")
@@ -369,7 +368,7 @@ class Engine:
             self._fail(answers, failure)
             return
         self._counts["num_steps"] += 1
-        drawn = map(Drawn, ids, logprobs, out.candidates)
+        drawn = iter(out.drawn)
         for index, (work, answer) in enumerate(zip(works, answers, strict=True)):
             self._note(work, answer, out, index)
             self._scheduler.done(work)

@@ -8,6 +8,7 @@ Legend: N tokens of the step, S sequences, D rows that draw, K adapters a token,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from molora.serving.block_manager import Copy
 from molora.serving.captured import CapturedSteps
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
-from molora.serving.sampling import read_logprobs
+from molora.serving.sampling import Draw, draw, logprobs_of, read_logprobs
 from molora.siblings import merge_siblings
 from molora.slots import name_slots
 
@@ -32,19 +33,26 @@ MAX_CAPTURED_ADAPTERS = 2  # a token; a step with a wider blend is not captured
 LOGPROB_ROWS = 256  # of the vocabulary's width in float32 at a time
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A drawn token, its log-probability if it was asked for, and the router's likeliest columns there."""
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+    candidates: tuple[tuple[str, float], ...] = ()
+
+
 class StepOutput(NamedTuple):
     """What a step leaves.
 
     Attributes:
-        logits_DV: of the rows that draw, in order.
         routes: of each row's tokens, by name.
-        candidates: the router's likeliest columns, for each row that draws.
+        drawn: for each row that draws, in order.
         prompt_logprobs: of each row's `next_ids`.
     """
 
-    logits_DV: Tensor
     routes: list[list[TokenRoute]]
-    candidates: list[Candidates]
+    drawn: list[Drawn]
     prompt_logprobs: list[list[TokenLogprob]]
 
 
@@ -91,6 +99,7 @@ class Runner:
                 max_sequences=max_sequences,
                 max_blocks=min(self.num_blocks, -(-text_config(decoder.model).max_position_embeddings // block_size)),
                 num_adapters=max(MAX_CAPTURED_ADAPTERS, decoder.top_k),
+                num_ids=int(text_config(decoder.model).vocab_size),
             )
 
     @torch.inference_mode()
@@ -102,17 +111,25 @@ class Runner:
                 pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row]) -> StepOutput:
-        """Run the rows' tokens; keys and values are in the pool when it returns."""
+    def step(self, rows: Sequence[Row], draws: Sequence[Draw]) -> StepOutput:
+        """Run the rows' tokens; keys and values are in the pool when it returns.
+
+        Args:
+            draws: for each row that draws, in order.
+        """
         packed = pack(rows, self.block_size, self._nobodys)
-        if self._captured is not None and self._captured.fits(packed):
-            logits, report = self._captured.run(packed)
-            return StepOutput(logits, *_name_routes(rows, packed.spans, report), [[] for _ in rows])
-        logits, report = self._forward(packed)
-        prompt_logprobs = _prompt_logprobs(rows, logits)
-        if len(packed.drawn) < len(packed.kept):
-            logits = logits[packed.drawn]
-        return StepOutput(logits, *_name_routes(rows, packed.spans, report), prompt_logprobs)
+        if self._captured is not None and self._captured.fits(packed, draws):
+            logits, ids, report = self._captured.run(packed, draws)
+            logprobs = logprobs_of(logits, torch.tensor(ids, device=logits.device), draws)
+            prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
+        else:
+            logits, report = self._forward(packed)
+            prompt_logprobs = _prompt_logprobs(rows, logits)
+            if len(packed.drawn) < len(packed.kept):
+                logits = logits[packed.drawn]
+            ids, logprobs = draw(logits, draws)
+        routes, candidates = _name_routes(rows, packed.spans, report)
+        return StepOutput(routes, list(map(Drawn, ids, logprobs, candidates)), prompt_logprobs)
 
     def _forward(self, packed: Packed) -> tuple[Tensor, Report | None]:
         """The logits of the kept tokens, and the routes."""

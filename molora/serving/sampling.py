@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora.generation import Sampling, TokenLogprob
@@ -40,43 +41,90 @@ class Draw:
     uniform: float
     bitmask: Tensor | None = None
 
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether its logits are changed by what was said, or by biases."""
+        return self.sampling.is_penalized or bool(self.sampling.logit_bias)
 
-class Choices(NamedTuple):
-    """Filters and draws, [D] each; a temperature of 0 is greedy."""
 
-    temperature_D: Tensor
-    top_k_D: Tensor
-    top_p_D: Tensor
-    min_p_D: Tensor
-    uniform_D: Tensor
+class Parts(NamedTuple):
+    """Which parts of choosing a batch needs: graphs differ by it. A part that no row needs changes nothing.
+
+    Attributes:
+        draws: some row has a temperature; else all are greedy.
+        filters: some row that draws has top-k, top-p or min-p.
+        masks: some row has a grammar.
+    """
+
+    draws: bool
+    filters: bool
+    masks: bool
+
+
+COLUMNS = 5  # of a batch's table: temperature, top_k, top_p, min_p and the number in [0, 1)
+
+
+def parts_of(draws: Sequence[Draw]) -> Parts:
+    drawn = [each.sampling for each in draws if each.sampling.temperature > 0]
+    filters = any(sampling.top_k or sampling.top_p < 1 or sampling.min_p for sampling in drawn)
+    return Parts(bool(drawn), filters, any(each.bitmask is not None for each in draws))
+
+
+def table_of(draws: Sequence[Draw]) -> NDArray[np.float64]:
+    """[D, COLUMNS]."""
+    samplings = [each.sampling for each in draws]
+    rows = [(s.temperature, s.top_k, s.top_p, s.min_p, each.uniform) for s, each in zip(samplings, draws, strict=True)]
+    return np.array(rows, np.float64).reshape(len(draws), COLUMNS)
 
 
 def uniform(seed: int, index: int, position: int) -> float:
     """The number in [0, 1) that the token at `position` of answer `index` is drawn with."""
-    digest = blake2b(
-        struct.pack("<Qqq", seed % (1 << 64), index, position), digest_size=8, person=b"molora-draw"
-    ).digest()
+    packed = struct.pack("<Qqq", seed % (1 << 64), index, position)
+    digest = blake2b(packed, digest_size=8, person=b"molora-draw").digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-@torch.inference_mode()
 def draw(logits_DV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[TokenLogprob | None]]:
     """The next token of each row, and its log-probability where that is asked for."""
     if not draws:
         return [], []
-    device, raw_DV = logits_DV.device, logits_DV
-    logits_DV = _constrain(logits_DV, draws)
-    samplings = [each.sampling for each in draws]
-    if all(sampling.temperature == 0 for sampling in samplings):
-        ids_D = greedy(logits_DV)
-    else:
-        columns = np.array(
-            [(s.temperature, s.top_k, s.top_p, s.min_p, each.uniform) for s, each in zip(samplings, draws, strict=True)]
-        )
-        table = torch.from_numpy(columns).to(device)
-        filters = any(s.temperature > 0 and (s.top_k or s.top_p < 1 or s.min_p) for s in samplings)
-        ids_D = choose(logits_DV, Choices(*table.unbind(1)), filters=filters)
-    return ids_D.tolist(), _logprobs(raw_DV, ids_D, samplings)
+    device, parts, adjusted_DV = logits_DV.device, parts_of(draws), logits_DV
+    if any(each.is_adjusted for each in draws):
+        adjusted_DV = torch.stack([adjust(logits_V, each) for logits_V, each in zip(logits_DV, draws, strict=True)])
+    masks_DW = None
+    if parts.masks:
+        allows_all = torch.full((-(-logits_DV.shape[1] // 32),), -1, dtype=torch.int32)
+        masks_DW = torch.stack([allows_all if each.bitmask is None else each.bitmask for each in draws]).to(device)
+    ids_D = choose(adjusted_DV, torch.from_numpy(table_of(draws)).to(device), masks_DW, parts)
+    return ids_D.tolist(), logprobs_of(logits_DV, ids_D, draws)
+
+
+def choose(logits_DV: Tensor, table_D5: Tensor, masks_DW: Tensor | None, parts: Parts) -> Tensor:
+    """The next tokens, int64 [D].
+
+    Args:
+        logits_DV: of any floating dtype, penalties and biases included.
+        table_D5: float64, as `table_of` makes it.
+        masks_DW: int32, a bit for each token that may be chosen; None if `parts` has no masks.
+    """
+    if masks_DW is not None:
+        logits_DV = logits_DV.masked_fill(~unpack(masks_DW, logits_DV.shape[1]), -torch.inf)
+    greedy_D = greedy(logits_DV)
+    if not parts.draws:
+        return greedy_D
+    temperature_D, top_k_D, top_p_D, min_p_D, uniform_D = table_D5.unbind(1)
+    scaled_DV = logits_DV.double()
+    scaled_DV = scaled_DV - scaled_DV.amax(-1, keepdim=True)
+    probs_DV = (scaled_DV / temperature_D.clamp(min=SMALLEST_TEMPERATURE)[:, None]).softmax(-1)
+    if parts.filters:
+        probs_DV = probs_DV * _passes(probs_DV, top_k_D, top_p_D, min_p_D)
+    # In the order of ids, whatever the filters needed, so that a row is drawn alike beside rows with and without them.
+    cdf_DV = probs_DV.cumsum(-1)
+    goal_D1 = (uniform_D * cdf_DV[:, -1])[:, None]
+    drawn_D = torch.searchsorted(cdf_DV, goal_D1, right=True)[:, 0]
+    # Rounding may put the goal at the sum itself: then it is the last token that has any probability.
+    last_D = (cdf_DV < cdf_DV[:, -1:]).sum(-1)
+    return torch.where(temperature_D > 0, torch.minimum(drawn_D, last_D), greedy_D)
 
 
 def greedy(logits_DV: Tensor) -> Tensor:
@@ -86,59 +134,28 @@ def greedy(logits_DV: Tensor) -> Tensor:
     return torch.where(is_best_DV, ids_V, logits_DV.shape[1]).amin(-1).clamp(max=logits_DV.shape[1] - 1)
 
 
-def choose(logits_DV: Tensor, by: Choices, *, filters: bool = True) -> Tensor:
-    """Draw from softmax(logits / temperature), as far as the filters leave it; greedy at temperature 0.
-
-    Args:
-        filters: False if no row has any; it changes no draw.
-    """
-    scaled_DV = logits_DV.double()
-    scaled_DV = scaled_DV - scaled_DV.amax(-1, keepdim=True)
-    scaled_DV = scaled_DV / by.temperature_D.double().clamp(min=SMALLEST_TEMPERATURE)[:, None]
-    probs_DV = scaled_DV.softmax(-1)
-    if filters:
-        probs_DV = probs_DV * _passes(probs_DV, by)
-    # In the order of ids, whatever the filters needed, so that a row is drawn alike beside rows with and without them.
-    cdf_DV = probs_DV.cumsum(-1)
-    goal_D1 = (by.uniform_D.double() * cdf_DV[:, -1])[:, None]
-    drawn_D = torch.searchsorted(cdf_DV, goal_D1, right=True)[:, 0]
-    # Rounding may put the goal at the sum itself: then it is the last token that has any probability.
-    last_D = (cdf_DV < cdf_DV[:, -1:]).sum(-1)
-    return torch.where(by.temperature_D > 0, torch.minimum(drawn_D, last_D), greedy(logits_DV))
-
-
-def _passes(probs_DV: Tensor, by: Choices) -> Tensor:
+def _passes(probs_DV: Tensor, top_k_D: Tensor, top_p_D: Tensor, min_p_D: Tensor) -> Tensor:
     """Which tokens the filters leave: at least the most likely one."""
     sorted_DV, order_DV = probs_DV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_DV.shape[1], device=probs_DV.device)
     before_DV = sorted_DV.cumsum(-1) - sorted_DV
-    passes_DV = (by.top_k_D[:, None] <= 0) | (rank_V < by.top_k_D[:, None])
-    passes_DV &= (by.top_p_D[:, None] >= 1) | (before_DV < by.top_p_D[:, None])
-    passes_DV &= sorted_DV >= by.min_p_D[:, None] * sorted_DV[:, :1]
+    passes_DV = (top_k_D[:, None] <= 0) | (rank_V < top_k_D[:, None])
+    passes_DV &= (top_p_D[:, None] >= 1) | (before_DV < top_p_D[:, None])
+    passes_DV &= sorted_DV >= min_p_D[:, None] * sorted_DV[:, :1]
     passes_DV |= rank_V == 0
     return torch.zeros_like(passes_DV).scatter(-1, order_DV, passes_DV)
 
 
-def _constrain(logits_DV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """Logits under grammars, penalties and biases; the rows that have none are untouched."""
-    changed: dict[int, Tensor] = {}
-    for row, each in enumerate(draws):
-        sampling = each.sampling
-        if not (each.bitmask is not None or sampling.is_penalized or sampling.logit_bias):
-            continue
-        logits_V = logits_DV[row].float()
-        if sampling.is_penalized:
-            logits_V = penalize(logits_V, sampling, each.prompt_ids, each.answer_ids)
-        if sampling.logit_bias:
-            ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
-            values = torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device, dtype=torch.float32)
-            logits_V = logits_V.index_add(0, ids, values)
-        if each.bitmask is not None:
-            logits_V = logits_V.masked_fill(~unpack(each.bitmask.to(logits_V.device), len(logits_V)), -torch.inf)
-        changed[row] = logits_V
-    if not changed:
-        return logits_DV
-    return torch.stack([changed.get(row, logits_DV[row].float()) for row in range(len(draws))])
+def adjust(logits_V: Tensor, each: Draw) -> Tensor:
+    """Logits under penalties and biases, float32; as they are if the row has none."""
+    sampling, logits_V = each.sampling, logits_V.float()
+    if sampling.is_penalized:
+        logits_V = penalize(logits_V, sampling, each.prompt_ids, each.answer_ids)
+    if sampling.logit_bias:
+        ids = torch.tensor(list(sampling.logit_bias), device=logits_V.device)
+        values = torch.tensor(list(sampling.logit_bias.values()), device=logits_V.device, dtype=torch.float32)
+        logits_V = logits_V.index_add(0, ids, values)
+    return logits_V
 
 
 def penalize(logits_V: Tensor, sampling: Sampling, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> Tensor:
@@ -154,20 +171,21 @@ def penalize(logits_V: Tensor, sampling: Sampling, prompt_ids: Sequence[int], an
     return logits_V - sampling.presence_penalty * seen_V - sampling.frequency_penalty * counts_V
 
 
-def unpack(bitmask_W: Tensor, num_ids: int) -> Tensor:
-    """The bits of int32 words, the lowest first, as bool [num_ids]."""
-    bits = torch.arange(32, device=bitmask_W.device, dtype=torch.int32)
-    return ((bitmask_W[:, None] >> bits) & 1).bool().flatten()[:num_ids]
+def unpack(masks_DW: Tensor, num_ids: int) -> Tensor:
+    """The bits of int32 words, the lowest first, as bool [D, num_ids]."""
+    bits = torch.arange(32, device=masks_DW.device, dtype=torch.int32)
+    return ((masks_DW[..., None] >> bits) & 1).bool().flatten(-2)[:, :num_ids]
 
 
-def _logprobs(raw_DV: Tensor, ids_D: Tensor, samplings: Sequence[Sampling]) -> list[TokenLogprob | None]:
-    found: list[TokenLogprob | None] = [None] * len(samplings)
-    asking = [row for row, sampling in enumerate(samplings) if sampling.logprobs is not None]
+def logprobs_of(logits_DV: Tensor, ids_D: Tensor, draws: Sequence[Draw]) -> list[TokenLogprob | None]:
+    """Of the drawn tokens under the model's own distribution, for the rows that ask."""
+    found: list[TokenLogprob | None] = [None] * len(draws)
+    asking = [row for row, each in enumerate(draws) if each.sampling.logprobs is not None]
     if asking:
-        num_top = max(samplings[row].logprobs or 0 for row in asking)
-        logprobs = read_logprobs(raw_DV[asking].float().log_softmax(-1), ids_D[asking], num_top)
-        for row, logprob in zip(asking, logprobs, strict=True):
-            found[row] = TokenLogprob(logprob.token_id, logprob.logprob, logprob.top[: samplings[row].logprobs])
+        nums_top = [draws[row].sampling.logprobs or 0 for row in asking]
+        logprobs = read_logprobs(logits_DV[asking].float().log_softmax(-1), ids_D[asking], max(nums_top))
+        for row, logprob, num_top in zip(asking, logprobs, nums_top, strict=True):
+            found[row] = TokenLogprob(logprob.token_id, logprob.logprob, logprob.top[:num_top])
     return found
 
 

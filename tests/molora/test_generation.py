@@ -16,7 +16,7 @@ def spoken(m, monkeypatch):
 
     def say(ids: list[int]) -> None:
         rest = iter(ids)
-        monkeypatch.setattr("molora.serving.engine.draw", lambda *_: ([next(rest)], [None]))
+        monkeypatch.setattr("molora.serving.runner.draw", lambda *_: ([next(rest)], [None]))
 
     return say
 

@@ -13,6 +13,7 @@ from molora.serving.engine import Engine, EngineConfig
 from molora.serving.packing import Row, pack
 from molora.serving.request import Request
 from molora.serving.runner import Runner
+from molora.serving.sampling import Draw
 from molora.slots import ResolvedRoute
 
 BLEND = {"x": 0.5, "y": 0.25}
@@ -51,7 +52,11 @@ def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_
         logits, expected = m.logits([out.token_ids], [6], route=request.route)
         assert logits[0, out.num_prompt_tokens - 1 : -1].argmax(-1).tolist() == out.generated_ids
         assert [[n for n, _ in route] for route in expected[0][:-1]] == [[n for n, _ in r] for r in out.routes[:-1]]
-    engine.generate(Request(prompt=random_ids(4), route="base", sampling=Sampling(max_new_tokens=1)))
+    drawn = Sampling(max_new_tokens=2, temperature=2.0, top_p=0.9, seed=3, logprobs=1, ignore_eos=True)
+    request = Request(prompt=random_ids(4), route="base", sampling=drawn)
+    out, expected = engine.generate(request)[0], m.engine.generate(request)[0]
+    assert out.generated_ids == expected.generated_ids
+    assert [each.token_id for each in out.logprobs] == out.generated_ids
     steps = engine._runner._captured
     assert steps is not None
     assert {kind.is_routed for _, kind in steps._steps} == {True, False}
@@ -65,14 +70,23 @@ def row(num_tokens: int, first: int, *, draws: bool = True, names: tuple[str, ..
     return Row(range(5, 5 + num_tokens), first, blocks, draws, True, 0, route, None)
 
 
+def on_table(buffers: Buffers) -> list[float]:
+    return buffers.device["table_S5"][0].tolist()
+
+
 def test_buffers_hold_a_step_and_harmless_padding():
-    buffers = Buffers(Capacity(num_tokens=16, num_sequences=4, num_blocks=6, num_adapters=2), torch.device("cpu"))
+    buffers = Buffers(
+        Capacity(num_tokens=16, num_sequences=4, num_blocks=6, num_adapters=2, num_ids=100), torch.device("cpu")
+    )
     for rows in (
         [row(9, 3), row(1, 20), row(2, 0, draws=False)],
         [row(1, 7)],
     ):  # the second leaves nothing of the first
         packed = pack(rows, 8, nobodys=800)
-        buffers.fill(packed, 800)
+        draws = [Draw(Sampling(temperature=0.5, top_k=7), (), (), 0.25, torch.tensor([1, 2, 3, 4], dtype=torch.int32))]
+        buffers.fill(packed, draws, 800)
+        assert buffers.masks_SW.tolist() == [[1, 2, 3, 4], *[[-1] * 4] * 3]
+        assert on_table(buffers) == [0.5, 7, 1, 0, 0.25]
         on, n = buffers.device, len(packed.ids_N)
         assert on["ids_N"].tolist() == [*packed.ids_N.tolist(), *[0] * (16 - n)]
         assert on["places_N"].tolist() == [*packed.places_N.tolist(), *[800] * (16 - n)]
@@ -88,7 +102,8 @@ def test_what_does_not_fit_is_run_as_it_is(m, captured, random_ids):
     """Long chunks, wide blends and log-probabilities of prompts; the answers are the same."""
     engine = captured(m, max_step_tokens=600, max_sequences=4, kv_cache_bytes=1 << 23)
     steps = engine._runner._captured
-    packed = pack([row(520, 0)], 8, 800)
-    assert not steps.fits(packed)
-    assert steps.fits(pack([row(100, 0), row(1, 9)], 8, 800))
-    assert not steps.fits(pack([row(1, 9)] * 5, 8, 800))
+    plain = Draw(Sampling(), (), (), 0.0)
+    assert steps.fits(pack([row(100, 0), row(1, 9)], 8, 800), [plain] * 2)
+    assert not steps.fits(pack([row(520, 0)], 8, 800), [plain])
+    assert not steps.fits(pack([row(1, 9)] * 5, 8, 800), [plain] * 5)
+    assert not steps.fits(pack([row(1, 9)], 8, 800), [Draw(Sampling(presence_penalty=1.0), (), (), 0.0)])

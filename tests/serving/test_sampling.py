@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora import Sampling
-from molora.serving.sampling import Choices, Draw, choose, draw, greedy, uniform
+from molora.serving.sampling import COLUMNS, Draw, Parts, choose, draw, greedy, uniform
 
 NUM_IDS = 11
 ALL = "1" * NUM_IDS
@@ -171,8 +171,8 @@ def test_log_probabilities_are_the_models_own() -> None:
 def test_it_can_be_captured() -> None:
     """No number of it is read by the host, and no shape depends on one: it runs on tensors that have none."""
     with torch.device("meta"):
-        by = Choices(*(torch.empty(4, dtype=torch.float64) for _ in range(5)))
-        assert choose(torch.empty(4, 1000), by).shape == (4,)
+        table_D5, masks_DW = torch.empty(4, COLUMNS, dtype=torch.float64), torch.empty(4, 32, dtype=torch.int32)
+        assert choose(torch.empty(4, 1000), table_D5, masks_DW, Parts(True, True, True)).shape == (4,)
 
 
 @pytest.mark.parametrize(
