@@ -33,7 +33,7 @@ class Siblings:
         first = linears[0]
         if any(linear.in_features != first.in_features or linear.routes is not first.routes for linear in linears):
             raise ValueError("siblings read one input and obey one forward's routes.")
-        biases = [linear.bias for linear in linears if linear.bias is not None]
+        biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise ValueError("either all siblings have a bias, or none.")
         self.routes = first.routes
@@ -41,15 +41,20 @@ class Siblings:
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = [None] * len(linears)
         with torch.no_grad():
-            self.w_OI = torch.cat([linear.weight for linear in linears])
+            self.w_OI = torch.cat([linear.weight.detach() for linear in linears])
             self.bias_O = torch.cat(biases) if biases else None
-            self.a_GERI = torch.stack([linear.lora_a_ERI for linear in linears])
+            self.a_GERI = torch.stack([linear.lora_a_ERI.detach() for linear in linears])
             # By rows of O, as in `RoutedLinear`.
-            b_OER = torch.cat([linear.lora_b_EOR.transpose(0, 1) for linear in linears])
+            b_OER = torch.cat([linear.lora_b_EOR.detach().transpose(0, 1) for linear in linears])
             self.b_EOR = b_OER.transpose(0, 1)
             self.scaling_EG = torch.stack([linear.scaling_E for linear in linears], 1)
             for g, (linear, w, b) in enumerate(
-                zip(linears, self.w_OI.split(self.out_features), b_OER.split(self.out_features), strict=True)
+                zip(
+                    linears,
+                    self.w_OI.split_with_sizes(self.out_features),
+                    b_OER.split_with_sizes(self.out_features),
+                    strict=True,
+                )
             ):
                 linear.weight = nn.Parameter(w, requires_grad=False)
                 linear.lora_a_ERI = nn.Parameter(self.a_GERI[g], requires_grad=False)
@@ -71,7 +76,7 @@ class Siblings:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         routes = self.routes
         if routes.plan is None or routes.gates_TK is None:
-            return F.linear(x, self.w_OI, self.bias_O).split(self.out_features, -1)
+            return tuple(F.linear(x, self.w_OI, self.bias_O).split_with_sizes(self.out_features, -1))
         ys = routed_linears(
             x.reshape(-1, x.shape[-1]),
             self.w_OI,

@@ -146,7 +146,7 @@ def _attend_by_hand(
 ) -> Tensor:
     """With scores capped to (-softcap, softcap), or a score for each head that takes its share and adds nothing."""
     num_heads, num_queries, _ = q_HnD.shape
-    q_GrnD = q_HnD.unflatten(0, (k_GLD.shape[0], -1))
+    q_GrnD = q_HnD.reshape(k_GLD.shape[0], -1, num_queries, q_HnD.shape[2])
     scores = (q_GrnD @ k_GLD[:, None].mT).float() * scale
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -156,7 +156,8 @@ def _attend_by_hand(
         sinks = sinks_H.float().view(*scores.shape[:2], 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     probs = scores.softmax(-1)[..., : k_GLD.shape[1]].to(v_GLD.dtype)
-    return (probs @ v_GLD[:, None]).reshape(num_heads, num_queries, -1)
+    out: Tensor = (probs @ v_GLD[:, None]).reshape(num_heads, num_queries, -1)
+    return out
 
 
 AttentionInterface.register(NAME, attend)

@@ -182,7 +182,7 @@ class CapturedSteps:
         )
 
     def run(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, list[int], Report | None]:
-        """The logits [D, V] of the rows that draw (the next step overwrites them), their next tokens, and the routes."""
+        """The logits [D, V] of the rows that draw, their next tokens, and the routes. The next step overwrites them."""
         bucket = next(size for size in BUCKETS if size >= len(packed.ids_N))
         buffers = self._buffers.get(bucket)
         if buffers is None:
@@ -251,7 +251,7 @@ class _Step:
         self._forward = forward
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            side = torch.cuda.Stream(device)
+            side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(NUM_WARMUPS):

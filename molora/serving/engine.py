@@ -286,9 +286,11 @@ class Engine:
 
         def act() -> None:
             try:
-                done.set_result(action())
+                action()
             except Exception as error:
                 done.set_exception(error)
+            else:
+                done.set_result(None)
 
         self._send(act)
         done.result()
