@@ -1,0 +1,415 @@
+"""The Triton kernels behind `paged_attention.py`, which says how the work is cut.
+
+Scores and their exponentials are in base 2. What is kept beside a weighted mean of values is the logarithm of the sum
+of its weights, so that means over different keys can be joined.
+
+From 64 rows on, weights are multiplied out of registers in a pipelined loop, which ptxas before 13.3 can miscompile
+(triton issue 9433). What Triton 3.6 and 3.9 make of the shapes chosen today overwrites none of those registers early;
+`benchmarks/attention.py` checks results before it times them, and so must whoever changes the shapes.
+
+Legend: N tokens, S sequences, P blocks of the pool, B tokens a block, H heads of the pool, G query heads that share
+one, D head size, V head size of the values, L keys that a program takes at a time, R rows of a tile: G for each of its
+tokens.
+"""
+
+import triton
+import triton.language as tl
+from molora_kernels.arithmetic import dot, round_to
+
+_CAPACITIES = ["N", "S", "max_splits", "max_decode_splits", "keys_per_split"]  # they vary: no kernel for each
+LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where one may be subtracted from another
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _write_fwd_kernel(
+    k_ptr,
+    v_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    places_ptr,
+    k_stride_n,
+    k_stride_h,
+    k_stride_d,
+    v_stride_n,
+    v_stride_h,
+    v_stride_v,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)
+    place = tl.load(places_ptr + n).to(tl.int64)
+    if place >= 0:
+        h_H, d_D, v_V = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_D)[None, :], tl.arange(0, BLOCK_V)[None, :]
+        mask_HD, mask_HV = (h_H < H) & (d_D < D), (h_H < H) & (v_V < V)
+        k_HD = tl.load(k_ptr + n * k_stride_n + h_H * k_stride_h + d_D * k_stride_d, mask=mask_HD)
+        v_HV = tl.load(v_ptr + n * v_stride_n + h_H * v_stride_h + v_V * v_stride_v, mask=mask_HV)
+        tl.store(k_pool_ptr + place * (H * D) + h_H * D + d_D, k_HD, mask=mask_HD)
+        tl.store(v_pool_ptr + place * (H * V) + h_H * V + v_V, v_HV, mask=mask_HV)
+
+
+@triton.jit
+def _load_span(cu_queries_ptr, num_keys_ptr, s, N, S):
+    """First token, number of queries and of keys. Sequence S is the tokens that are nobody's: it has no keys."""
+    first = tl.load(cu_queries_ptr + s, mask=s <= S, other=N)
+    end = tl.load(cu_queries_ptr + s + 1, mask=s < S, other=N)
+    return first, end - first, tl.load(num_keys_ptr + s, mask=s < S, other=0)
+
+
+@triton.jit
+def _count_splits(
+    num_queries,
+    num_keys,
+    max_splits,
+    max_decode_splits,
+    keys_per_split,
+    WINDOW: tl.constexpr,
+):
+    """Into how many parts a sequence's keys are cut; it depends on no other sequence."""
+    if WINDOW is not None:
+        num_keys = tl.minimum(num_keys, WINDOW + num_queries)
+    most = tl.where(num_queries == 1, max_decode_splits, max_splits)
+    return tl.maximum(1, tl.minimum(most, tl.cdiv(num_keys, keys_per_split)))
+
+
+@triton.jit
+def _column(x_R, TRANSPOSED: tl.constexpr):
+    return x_R[None, :] if TRANSPOSED else x_R[:, None]
+
+
+@triton.jit
+def _attend(
+    q_RD,
+    position_R,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    top_R,
+    sum_R,
+    first_key,
+    begin,
+    full_end,
+    end,
+    inner_scale,
+    scale,
+    B: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """The weighted mean of values [R, V] over the keys of begin to end, and the logarithm of each row's sum of weights.
+
+    Each row begins with a sum of weights, relative to its largest score. No key before first_key is read.
+    """
+    # Hopper's wide products take 64 rows. Where there are fewer, scores are [L, R], for the keys to be those 64: such
+    # tiles are bound by bytes. In others, what every row sees goes first, in a loop of its own without masks.
+    TRANSPOSED: tl.constexpr = BLOCK_R < 64
+    NUM_PASSES: tl.constexpr = 1 if TRANSPOSED or WINDOW is not None else 2
+    KEYS: tl.constexpr = 0 if TRANSPOSED else 1
+    l_L, d_D, v_V = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    acc = tl.zeros((BLOCK_V, BLOCK_R) if TRANSPOSED else (BLOCK_R, BLOCK_V), tl.float32)
+    for masked in tl.static_range(2 - NUM_PASSES, 2):
+        if NUM_PASSES == 1:
+            start, stop = begin, end
+        elif masked:
+            start, stop = full_end, end
+        else:
+            start, stop = begin, full_end
+        key_L = start + l_L
+        p_L = tl.load(table_ptr + key_L.to(tl.uint32) // B, mask=(key_L >= first_key) & (key_L < stop), other=0)
+        for here in tl.range(start, stop, BLOCK_L):
+            key_L = here + l_L
+            row_L = p_L.to(tl.int64) * B + key_L.to(tl.uint32) % B
+            k_ptr_LD = k_ptr + row_L[:, None] * (H * D) + d_D[None, :]
+            v_ptr_LV = v_ptr + row_L[:, None] * (H * V) + v_V[None, :]
+            if masked:
+                exists_L = (key_L >= first_key) & (key_L < stop)
+                k_LD = tl.load(k_ptr_LD, mask=exists_L[:, None] & (d_D < D)[None, :], other=0.0)
+                v_LV = tl.load(v_ptr_LV, mask=exists_L[:, None] & (v_V < V)[None, :], other=0.0)
+            else:
+                k_LD = tl.load(k_ptr_LD, mask=(d_D < D)[None, :], other=0.0)
+                v_LV = tl.load(v_ptr_LV, mask=(v_V < V)[None, :], other=0.0)
+            # The next keys' blocks, now: then those keys can be asked for at once.
+            next_L = key_L + BLOCK_L
+            p_L = tl.load(table_ptr + next_L.to(tl.uint32) // B, mask=next_L < stop, other=0)
+
+            if TRANSPOSED:
+                scores = dot(k_LD, q_RD.T, tl.zeros((BLOCK_L, BLOCK_R), tl.float32))
+            else:
+                scores = dot(q_RD, k_LD.T, tl.zeros((BLOCK_R, BLOCK_L), tl.float32))
+            if SOFTCAP:
+                scores = 1 - 2 / (tl.exp2(tl.minimum(scores * inner_scale, 100.0)) + 1)  # tanh
+            if masked:
+                back = _column(position_R, TRANSPOSED) - _column(key_L, not TRANSPOSED)
+                sees = back >= 0
+                if WINDOW is not None:
+                    sees &= back < WINDOW
+                scores = tl.where(sees, scores, -float("inf"))
+            new_top_R = tl.maximum(top_R, tl.max(scores, KEYS) * scale)
+            weights = tl.exp2(scores * scale - _column(new_top_R, TRANSPOSED))
+            shrink_R = tl.exp2(top_R - new_top_R)
+            top_R = new_top_R
+            sum_R = sum_R * shrink_R + tl.sum(weights, KEYS)
+            acc *= _column(shrink_R, TRANSPOSED)
+            weights = round_to(weights, v_LV.dtype)
+            acc = dot(v_LV.T, weights, acc) if TRANSPOSED else dot(weights, v_LV, acc)
+    if TRANSPOSED:
+        acc = acc.T
+    sum_R = tl.where(sum_R == 0, 1.0, sum_R)  # no keys: the mean is zero, its weight that of the lowest score
+    return acc / sum_R[:, None], top_R + tl.log2(sum_R)
+
+
+@triton.jit
+def _attend_tile(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    sinks_ptr,
+    out_ptr,
+    parts_ptr,
+    logs_ptr,
+    q_stride_n,
+    q_stride_h,
+    q_stride_d,
+    inner_scale,
+    scale,
+    h,
+    first,
+    num_queries,
+    num_keys,
+    tile,
+    split,
+    splits,
+    part,
+    parts_of_token,
+    B: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    TILE_N: tl.constexpr = BLOCK_R // G
+    r_R, d_D, v_V = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
+    query_R = tile * TILE_N + r_R // G
+    exists_R = (query_R < num_queries) & (r_R < TILE_N * G)
+    token_R = (first + query_R).to(tl.int64)
+    head_R = h * G + r_R % G
+    mask_RD = exists_R[:, None] & (d_D < D)[None, :]
+    offset_R = token_R * q_stride_n + head_R * q_stride_h
+    q_RD = tl.load(q_ptr + offset_R[:, None] + d_D[None, :] * q_stride_d, mask=mask_RD, other=0.0)
+
+    position = num_keys - num_queries + tile * TILE_N  # of the first row; the last one's key is the last of all
+    end = tl.minimum(num_keys, position + TILE_N)
+    first_key = 0
+    if WINDOW is not None:
+        first_key = tl.maximum(0, position - WINDOW + 1)
+    begin = first_key // BLOCK_L * BLOCK_L
+    length = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_L) * BLOCK_L
+    begin += split * length
+    end = tl.minimum(end, begin + length)
+    full_end = begin + tl.maximum(0, tl.minimum(end, position + 1) - begin) // BLOCK_L * BLOCK_L
+
+    # A sink is a first key of no value.
+    if sinks_ptr is not None:
+        sink_R = tl.load(sinks_ptr + head_R).to(tl.float32) * LOG2_E
+        top_R, sum_R = (
+            tl.where(split == 0, sink_R, LOWEST),
+            tl.where(split == 0, tl.full((BLOCK_R,), 1.0, tl.float32), 0.0),
+        )
+    else:
+        top_R, sum_R = tl.full((BLOCK_R,), LOWEST, tl.float32), tl.zeros((BLOCK_R,), tl.float32)
+    mean_RV, log_R = _attend(
+        q_RD,
+        num_keys - num_queries + query_R,
+        k_ptr + h * D,
+        v_ptr + h * V,
+        table_ptr,
+        top_R,
+        sum_R,
+        first_key,
+        begin,
+        full_end,
+        end,
+        inner_scale,
+        scale,
+        B,
+        H,
+        D,
+        V,
+        BLOCK_D,
+        BLOCK_V,
+        BLOCK_R,
+        BLOCK_L,
+        WINDOW,
+        SOFTCAP,
+    )
+    mask_RV = exists_R[:, None] & (v_V < V)[None, :]
+    if splits == 1:
+        out_ptr_RV = out_ptr + (token_R * (H * G) + head_R)[:, None] * V + v_V[None, :]
+        tl.store(out_ptr_RV, round_to(mean_RV, out_ptr.dtype.element_ty), mask=mask_RV)
+    else:
+        part_R = (part + query_R * parts_of_token + split).to(tl.int64) * (H * G) + head_R
+        tl.store(parts_ptr + part_R[:, None] * V + v_V[None, :], mean_RV, mask=mask_RV)
+        tl.store(logs_ptr + part_R, log_R, mask=exists_R)
+
+
+@triton.jit(do_not_specialize=_CAPACITIES)
+def _attention_fwd_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    tables_ptr,
+    cu_queries_ptr,
+    num_keys_ptr,
+    sinks_ptr,
+    out_ptr,
+    parts_ptr,
+    logs_ptr,
+    q_stride_n,
+    q_stride_h,
+    q_stride_d,
+    tables_stride_s,
+    inner_scale,
+    scale,
+    N,
+    S,
+    max_splits,
+    max_decode_splits,
+    keys_per_split,
+    B: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    DECODE_R: tl.constexpr,  # rows of the tile of a sequence's only query
+    BLOCK_L: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys."""
+    TILE_N: tl.constexpr = BLOCK_R // G
+    _, num_queries_S, num_keys_S = _load_span(cu_queries_ptr, num_keys_ptr, tl.arange(0, BLOCK_S), N, S)
+    splits_S = _count_splits(num_queries_S, num_keys_S, max_splits, max_decode_splits, keys_per_split, WINDOW)
+    end_S = tl.cumsum(tl.cdiv(num_queries_S, TILE_N) * splits_S, 0)
+    for item in range(tl.program_id(0), tl.max(end_S) * H, tl.num_programs(0)):
+        h, place = item % H, item // H
+        s = tl.sum((end_S <= place).to(tl.int32))
+        place -= tl.max(tl.where(end_S <= place, end_S, 0))
+        first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
+        splits = _count_splits(num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, WINDOW)
+        tiles = tl.cdiv(num_queries, TILE_N)
+        tile, split = tiles - 1 - place % tiles, place // tiles  # the tile with most keys comes first
+        table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
+        for alone in tl.static_range(2):
+            if (num_queries == 1) == (alone == 1):
+                _attend_tile(
+                    q_ptr,
+                    k_ptr,
+                    v_ptr,
+                    table_ptr,
+                    sinks_ptr,
+                    out_ptr,
+                    parts_ptr,
+                    logs_ptr,
+                    q_stride_n,
+                    q_stride_h,
+                    q_stride_d,
+                    inner_scale,
+                    scale,
+                    h,
+                    first,
+                    num_queries,
+                    num_keys,
+                    tile,
+                    split,
+                    splits,
+                    s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
+                    max_splits,
+                    B,
+                    H,
+                    G,
+                    D,
+                    V,
+                    BLOCK_D,
+                    BLOCK_V,
+                    DECODE_R if alone else BLOCK_R,
+                    BLOCK_L,
+                    WINDOW,
+                    SOFTCAP,
+                )
+
+
+@triton.jit(do_not_specialize=_CAPACITIES)
+def _join_fwd_kernel(
+    parts_ptr,
+    logs_ptr,
+    cu_queries_ptr,
+    num_keys_ptr,
+    out_ptr,
+    N,
+    S,
+    max_splits,
+    max_decode_splits,
+    keys_per_split,
+    HEADS: tl.constexpr,  # of queries
+    V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,  # parts that are summed at a time
+    WINDOW: tl.constexpr,
+    ROW_IS_TOKEN: tl.constexpr,  # else a sequence: then only those of one query are split
+):
+    """One token and head: the mean of its parts, weighted. Tokens of sequences that are not split are done already."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    if ROW_IS_TOKEN:
+        end_S = tl.load(cu_queries_ptr + 1 + tl.arange(0, BLOCK_S), mask=tl.arange(0, BLOCK_S) < S, other=N)
+        s = tl.sum((end_S <= row).to(tl.int32))
+    else:
+        s = row
+    first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
+    splits = _count_splits(num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, WINDOW)
+    if splits > 1:
+        if num_queries == 1:
+            token, part = first, s * max_decode_splits
+        else:
+            token, part = row, S * max_decode_splits + row * max_splits
+        p_P, v_V = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_V)
+        part_P = (part + p_P).to(tl.int64) * HEADS + head
+        top = LOWEST
+        for start in range(0, splits, BLOCK_P):
+            log_P = tl.load(logs_ptr + part_P + start * HEADS, mask=start + p_P < splits, other=LOWEST)
+            top = tl.maximum(top, tl.max(log_P))
+        total = 0.0
+        acc_V = tl.zeros((BLOCK_V,), tl.float32)
+        for start in range(0, splits, BLOCK_P):
+            exists_P = start + p_P < splits
+            log_P = tl.load(logs_ptr + part_P + start * HEADS, mask=exists_P, other=-float("inf"))
+            weight_P = tl.exp2(log_P - top)
+            total += tl.sum(weight_P)
+            mask_PV = exists_P[:, None] & (v_V < V)[None, :]
+            part_ptr_PV = parts_ptr + (part_P + start * HEADS)[:, None] * V + v_V[None, :]
+            part_PV = tl.load(part_ptr_PV, mask=mask_PV, other=0.0)
+            acc_V += tl.sum(part_PV * weight_P[:, None], 0)
+        out_V = round_to(acc_V / total, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + (token.to(tl.int64) * HEADS + head) * V + v_V, out_V, mask=v_V < V)
