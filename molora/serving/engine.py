@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from molora.generation import Generation, TokenRoute
 from molora.injection import text_config
 from molora.serving.answer import Answer
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
+from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
 from molora.serving.runner import Drawn, Runner, StepOutput
@@ -238,6 +240,11 @@ class Engine:
             time.sleep(0.01)
         self._call(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
 
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        vocab_size = int(text_config(self.m.model).vocab_size)
+        return GrammarCompiler(self.m.tokenizer, vocab_size, end_ids=self.m.eos_ids)
+
     def _stream(self, request: Request) -> Stream:
         """Check a request, and take hold of what it needs."""
         m, sampling = self.m, request.sampling
@@ -245,7 +252,7 @@ class Engine:
         max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
         m.check_token_ids("logit_bias", list(sampling.logit_bias))
         m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
-        grammar = None if sampling.grammar is None else self._sampler.compile(sampling.grammar)
+        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         route = m.resolve_route(request.route)
         start = m.resolve_activation(route, request.activation, prompt)
         hold = None if route.is_base else m.slots.acquire(route)

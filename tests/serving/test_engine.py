@@ -1,6 +1,8 @@
 """The engine on a tiny model: what it answers is what full forwards say, whatever else runs, is cached or makes way."""
 
 import asyncio
+import json
+import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 import molora
-from molora import Generation, MoLoRA, RouterConfig, Sampling
+from molora import Generation, Grammar, MoLoRA, RouterConfig, Sampling
 from molora.adapter import Adapter
 from molora.serving.engine import Engine, EngineConfig, EngineError, EngineFullError, NoFreeSlotError
 from molora.serving.request import Request
@@ -489,6 +491,33 @@ class TestStreams:
         out = engine.generate(ask(random_ids(12), "x", num_new=20, stop_token_ids=(stop,)))[0]
         assert out.generated_ids == free.generated_ids[: free.generated_ids.index(stop) + 1]
         assert out.finish_reason == "stop"
+
+    def test_grammars(self, m, engine_of, random_ids):
+        """A random model writes what it must, beside others that write what they like."""
+        engine = engine_of(m)
+        properties = {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["yes", "no"]}}
+        schema = {"type": "object", "properties": properties, "required": ["a", "b"], "additionalProperties": False}
+        json_schema, regex = Grammar("json_schema", json.dumps(schema)), Grammar("regex", "[ab]{3}-[0-9]{2}")
+        free = ask(random_ids(12), "auto")
+        requests = [
+            *(ask(random_ids(9, seed=s), r, num_new=400, grammar=json_schema) for s, r in enumerate(ROUTES)),
+            *(ask(random_ids(9, seed=s), "x", grammar=regex, temperature=t, n=2) for s, t in enumerate([0.0, 2.0])),
+            free,
+        ]
+        outs = engine.generate(requests)
+        for out in outs[:5]:
+            value = json.loads(out.text)
+            assert set(value) == {"a", "b"}
+            assert 0 <= value["a"] <= 99
+            assert value["b"] in ("yes", "no")
+            assert out.finish_reason == "stop"
+        for out in outs[5:9]:
+            assert re.fullmatch("[ab]{3}-[0-9]{2}", out.text)
+            assert out.finish_reason == "stop"
+        check(m, free, outs[9])
+        with pytest.raises(ValueError, match="regular expression"):
+            engine.submit(ask([5], "x", grammar=Grammar("regex", "(")))
+        idle(engine)
 
     @pytest.mark.parametrize("config", [{}, {"max_step_tokens": 7, "max_sequences": 3}], ids=["whole", "chunked"])
     def test_log_probabilities(self, m, engine_of, random_ids, config):
