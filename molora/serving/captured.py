@@ -121,11 +121,11 @@ class Buffers:
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
         host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
         self._sent.copy_(self._staged, non_blocking=True)
-        for s, each in enumerate(draws):
-            if each.bitmask is None:
-                self.masks_SW[s] = -1
-            else:
-                self.masks_SW[s].copy_(each.bitmask, non_blocking=True)
+        if any(each.bitmask is not None for each in draws):
+            self.masks_SW.fill_(-1)
+            for s, each in enumerate(draws):
+                if each.bitmask is not None:
+                    self.masks_SW[s].copy_(each.bitmask)
 
     def request(self) -> RouteRequest:
         """What the routes of every step in these buffers are asked for."""
@@ -169,6 +169,8 @@ class CapturedSteps:
         self._num_ids = num_ids
         self._buffers: dict[int, Buffers] = {}
         self._steps: dict[tuple[int, Kind], _Step] = {}
+        # One step's outputs are read before the next one runs, so that all graphs may use the same memory.
+        self._memory = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
 
     def fits(self, packed: Packed, draws: Sequence[Draw]) -> bool:
         """Whether a step is small enough, and asks for nothing that a graph does not hold."""
@@ -195,7 +197,9 @@ class CapturedSteps:
         kind = Kind(asked is not None, asked is not None and asked.acts_early, parts_of(draws))
         step = self._steps.get((bucket, kind))
         if step is None:
-            step = self._steps[bucket, kind] = _Step(lambda: self._forward(buffers, kind), self._decoder.device)
+            step = self._steps[bucket, kind] = _Step(
+                lambda: self._forward(buffers, kind), self._decoder.device, self._memory
+            )
         out = step.run()
         ids, routes = np.split(out.host.cpu().numpy(), [len(buffers.host["kept_S"])])
         report = None if out.layout is None else read_report(routes, out.layout)
@@ -247,7 +251,7 @@ class _Output(NamedTuple):
 class _Step:
     """One size and kind, captured when it is made. Without a GPU it is simply run again."""
 
-    def __init__(self, forward: Callable[[], _Output], device: torch.device) -> None:
+    def __init__(self, forward: Callable[[], _Output], device: torch.device, memory: Any) -> None:
         self._forward = forward
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
@@ -258,7 +262,8 @@ class _Step:
                     forward()
             torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # Other threads may go on using the device: one that loads an adapter, for instance.
+            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
                 self._output = forward()
 
     def run(self) -> _Output:
