@@ -30,7 +30,7 @@ from serving.bench import Bench, random_bench
 from serving.checks import WrongAnswerError, check_against_forwards
 from serving.conversation import conversation
 from serving.counters import counters
-from serving.cpu import DEMO, TINY, Plain, cpu
+from serving.cpu import DEMO, TINY, cpu
 from serving.decode import decode, plain
 from serving.figures import Report
 from serving.invoke import invoke
@@ -38,6 +38,7 @@ from serving.load import load
 from serving.machine import describe_machine
 from serving.mixed import mixed
 from serving.models import random_model
+from serving.plain import Plain
 from serving.shapes import SHAPES
 
 import molora

@@ -84,7 +84,7 @@ def test_cpu_has_each_route_alone_and_with_clients(ran: tuple[str, dict[str, Any
         mine = [name for name in names if name.startswith(label)]
         assert any("1 client, 8 tokens of context" in name for name in mine)
         assert any("8 clients" in name for name in mine)
-        assert any("decode after 64 tokens" in name for name in mine)
+        assert sum("decode after" in name for name in mine) == 2
     assert sum("invoked after" in name for name in names) == 4
 
 
@@ -202,6 +202,19 @@ def test_routes_are_forced(module: Modules, bench: Any, kind: str) -> None:
 def test_an_answer_of_the_random_model_wanders(bench: Any) -> None:
     (out,) = bench.engine.generate(bench.request(bench.ids(16), "base", 64))
     assert len(set(out.generated_ids)) > 32
+
+
+def test_generate_goes_on_after_a_cache_as_after_the_prompt(module: Modules, bench: Any) -> None:
+    random_model, shape = module("models").random_model, bench.shape
+    plain = module("plain").Plain(random_model(shape, torch.device("cpu"), torch.float32, 0))
+    ids = bench.ids(24)
+    (out,) = bench.engine.generate(bench.request(ids, "base", 6))
+    assert plain.answer(ids, 6) == out.generated_ids
+    cache = plain.read(ids)
+    for _ in range(2):  # it stays as it was
+        assert len(plain.stamps_after(cache, ids, 6)) == 6
+        assert cache.get_seq_length() == 23
+    assert len(plain.stamps(ids, 6)) == 6
 
 
 def test_sequences_are_dealt_to_adapters_by_their_shares(module: Modules) -> None:

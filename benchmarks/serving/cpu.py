@@ -1,108 +1,69 @@
 """Suite `cpu`: the engine against transformers' own `generate`, and adapters invoked on cached histories.
 
-Both sides get the same prompt and write the same number of tokens, greedy and without an early end. Neither finds
-anything in a cache, unless the figure is about that.
+Both sides get the same prompt and write the same number of tokens, greedy and without an early end. Either both find
+the prompt's keys and values, or neither does.
 """
 
-import copy
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-import torch
-
 from molora.serving.request import Request
 from serving.bench import Bench
 from serving.checks import check_same_tokens
-from serving.clocks import clients, first_token, in_turns, ratios, stamps, wait_until_idle
+from serving.clocks import clients, first_token, in_turns, ratios, stamps
 from serving.figures import Report, spread
+from serving.plain import Plain
 from serving.shapes import NUM_ACTIVE
 
 LEAST_ALONE, LEAST_OF_CLIENTS = 0.9, 2.0
 NUM_CLIENTS = 8
 
 
+FEW_TURNS = 3  # of what takes a minute
+
+
 @dataclass(frozen=True)
 class CpuSizes:
     """
     Attributes:
-        contexts: tokens of a prompt, and how many new ones are written after it.
-        histories: tokens before an adapter is invoked.
+        prompt, num_new: tokens of whole answers.
+        contexts: tokens of prompts before decode steps; the first one's reading is clocked too.
+        num_steps: of these.
+        histories: tokens before an adapter is invoked; all but the first take `FEW_TURNS`.
     """
 
-    contexts: tuple[tuple[int, int], ...]
+    prompt: int
+    num_new: int
+    contexts: tuple[int, ...]
+    num_steps: int
     histories: tuple[int, ...]
 
 
-DEMO = CpuSizes(contexts=((32, 64), (1024, 32), (4096, 32)), histories=(1024, 4096, 7936))
-TINY = CpuSizes(contexts=((8, 6), (64, 4)), histories=(32, 64))
-
-
-class Plain:
-    """The base model as transformers alone runs it."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._config = copy.deepcopy(model.generation_config)
-        self._config.eos_token_id = None
-        self._config.do_sample = False
-        self._config.temperature = self._config.top_p = self._config.top_k = None
-
-    def stamps(self, ids: list[int], num_new: int) -> list[float]:
-        """Seconds from the call to each new token."""
-        clock = _Clock()
-        self._generate(ids, num_new, clock)
-        return clock.stamps
-
-    def answer(self, ids: list[int], num_new: int) -> list[int]:
-        return self._generate(ids, num_new, None)
-
-    def _generate(self, ids: list[int], num_new: int, clock: "_Clock | None") -> list[int]:
-        inputs = torch.tensor([ids])
-        self._config.max_new_tokens = self._config.min_new_tokens = num_new
-        out = self._model.generate(
-            inputs, attention_mask=torch.ones_like(inputs), generation_config=self._config, streamer=clock
-        )
-        return out[0, len(ids) :].tolist()
-
-
-class _Clock:
-    """A streamer, as `generate` takes it: it is given the prompt first, and then each token."""
-
-    def __init__(self) -> None:
-        self.stamps: list[float] = []
-        self._start_s = time.perf_counter()
-        self._has_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        if self._has_prompt:
-            self.stamps.append(time.perf_counter() - self._start_s)
-        self._has_prompt = True
-
-    def end(self) -> None:
-        pass
+DEMO = CpuSizes(prompt=32, num_new=64, contexts=(1024, 4096), num_steps=24, histories=(1024, 4096, 7936))
+TINY = CpuSizes(prompt=8, num_new=6, contexts=(32, 64), num_steps=4, histories=(32, 64))
 
 
 def cpu(bench: Bench, report: Report, plain: Plain, sizes: CpuSizes) -> None:
-    check_against_generate(bench, report, plain, *sizes.contexts[0])
-    few, many = sizes.contexts[0], sizes.contexts[1:]
-    whole_answers(bench, report, plain, *few)
-    for context, num_new in many:
-        steps_after_context(bench, report, plain, context, num_new)
+    check_against_generate(bench, report, plain, sizes)
+    whole_answers(bench, report, plain, sizes.prompt, sizes.num_new)
+    prompts(bench, report, plain, sizes.contexts[0])
+    for context in sizes.contexts:
+        steps_after_context(bench, report, plain, context, sizes.num_steps)
     for length in sizes.histories:
-        invoked_on_history(bench, report, length)
+        is_short = length == sizes.histories[0]
+        invoked_on_history(bench, report, length, bench.repeats if is_short else min(bench.repeats, FEW_TURNS))
 
 
-def check_against_generate(bench: Bench, report: Report, plain: Plain, context: int, num_new: int) -> None:
+def check_against_generate(bench: Bench, report: Report, plain: Plain, sizes: CpuSizes) -> None:
     """What the engine writes for the base is what `generate` writes."""
     for _ in range(2):
-        ids = bench.ids(context)
-        (out,) = bench.engine.generate(bench.request(ids, "base", num_new))
-        check_same_tokens("base", out.generated_ids, plain.answer(ids, num_new))
-    report.checked("base writes the tokens of transformers' generate", num_new_tokens=num_new)
+        ids = bench.ids(sizes.prompt)
+        (out,) = bench.engine.generate(bench.request(ids, "base", sizes.num_new))
+        check_same_tokens("base", out.generated_ids, plain.answer(ids, sizes.num_new))
+    report.checked("base writes the tokens of transformers' generate", num_new_tokens=sizes.num_new)
 
 
 def whole_answers(bench: Bench, report: Report, plain: Plain, context: int, num_new: int) -> None:
@@ -146,17 +107,37 @@ def whole_answers(bench: Bench, report: Report, plain: Plain, context: int, num_
         )
 
 
-def steps_after_context(bench: Bench, report: Report, plain: Plain, context: int, num_new: int) -> None:
-    """Decode steps after a long prompt; the prompt itself, which both sides read, is reported beside."""
-    ids, adapter = bench.ids(context), bench.adapters[0]
+def prompts(bench: Bench, report: Report, plain: Plain, context: int) -> None:
+    """Time to the first token of a prompt that nobody has read."""
+    ids = bench.ids(context)
+    turns = in_turns(
+        {
+            "generate": lambda: plain.stamps(ids, 1)[0],
+            "base": lambda: first_token(bench.engine, bench.request(ids, "base", 1, salt=bench.salt()))[0],
+        },
+        bench.repeats,
+    )
+    add_ratio(
+        report,
+        f"base: a prompt of {context} tokens, of generate's tokens/s",
+        ratios(turns["generate"], turns["base"]),
+        tokens_per_s=context / statistics.median(turns["base"]),
+    )
+
+
+def steps_after_context(bench: Bench, report: Report, plain: Plain, context: int, num_steps: int) -> None:
+    """Decode steps after a long prompt that both sides have read."""
+    ids = bench.ids(context)
+    cache = plain.read(ids)
 
     def engine(route: str) -> list[float]:
-        return stamps(bench.engine, bench.request(ids, route, num_new, start=0, salt=bench.salt()))
+        # What is active is generated, so nobody finds it.
+        return stamps(bench.engine, bench.request(ids, route, num_steps + 1))
 
-    sides = {"generate": lambda: plain.stamps(ids, num_new), "base": lambda: engine("base")}
-    sides["explicit, active from token 0"] = lambda: engine(adapter)
+    sides = {"generate": lambda: plain.stamps_after(cache, ids, num_steps + 1), "base": lambda: engine("base")}
+    sides["explicit"] = lambda: engine(bench.adapters[0])
     if bench.m.bank.has_router:
-        sides["routed, active from token 0"] = lambda: engine("auto")
+        sides["routed"] = lambda: engine("auto")
     turns = in_turns(sides, bench.repeats)
     for name in list(sides)[1:]:
         add_ratio(
@@ -166,13 +147,10 @@ def steps_after_context(bench: Bench, report: Report, plain: Plain, context: int
             at_least=LEAST_ALONE if name == "base" else None,
             generate_step_ms=1e3 * statistics.median(step_s(turns["generate"])),
             step_ms=1e3 * statistics.median(step_s(turns[name])),
-            prompt_alone=statistics.median(
-                ratios([each[0] for each in turns["generate"]], [each[0] for each in turns[name]])
-            ),
         )
 
 
-def invoked_on_history(bench: Bench, report: Report, length: int) -> None:
+def invoked_on_history(bench: Bench, report: Report, length: int, repeats: int) -> None:
     """Time to the first token of an adapter after history of the base model, against reading the history again."""
     engine, adapter, history = bench.engine, bench.adapters[0], bench.ids(length)
     engine.generate(bench.request(history, "base", 1))
@@ -185,7 +163,7 @@ def invoked_on_history(bench: Bench, report: Report, length: int) -> None:
     }
     if bench.m.bank.has_router:
         sides["router"] = lambda: first_token(engine, bench.invocation(history, "auto", 1))[0]
-    times = in_turns(sides, bench.repeats)
+    times = in_turns(sides, repeats, warm_up=False)
     for name in list(sides)[1:]:
         add_ratio(
             report,
@@ -194,7 +172,6 @@ def invoked_on_history(bench: Bench, report: Report, length: int) -> None:
             first_token_ms=1e3 * statistics.median(times[name]),
             reading_again_ms=1e3 * statistics.median(times["reading again"]),
         )
-    wait_until_idle(engine)
 
 
 def step_s(turns: list[list[float]]) -> list[float]:
