@@ -392,9 +392,9 @@ class MoLoRA:
         """
         if len(ids) == 0:
             return
-        ids = torch.as_tensor(ids)
+        least, most = (ids.min(), ids.max()) if isinstance(ids, Tensor) else (min(ids), max(ids))
         vocab_size = int(text_config(self.model).vocab_size)
-        if not 0 <= ids.min() <= ids.max() < vocab_size:
+        if not 0 <= least <= most < vocab_size:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
 
     def check_lengths(self, prompt: Prompt, max_new_tokens: int | None, most: int | None = None) -> int:
