@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, cast
 
@@ -12,7 +12,7 @@ from molora.serving.runner import Drawn
 from molora.serving.sampling import Draw, uniform
 from molora.serving.scheduler import Sequence
 from molora.serving.stream import Stream
-from molora.serving.text import TextStream
+from molora.serving.text import Decode, TextStream
 from molora.slots import Hold, ResolvedRoute
 
 if TYPE_CHECKING:
@@ -52,13 +52,15 @@ class Answer:
     seed: int
     eos_ids: Collection[int]
     matcher: Matcher | None
-    decode: Callable[..., str]
+    decode: Decode
     result: Generation | None = field(default=None, init=False)
     num_computed: int = field(default=0, init=False)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.tokens.token_ids)
+        depends = self.sampling.temperature or self.sampling.is_penalized or self.matcher is not None
+        self._plain = None if depends else Draw(self.sampling, (), (), 0.0)  # the same for each token
         self._text = TextStream(self.decode, self.sampling.stop)
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -86,6 +88,8 @@ class Answer:
 
     def draw(self) -> Draw:
         """What its next token is chosen by."""
+        if self._plain is not None:
+            return self._plain
         ids, num_prompt, penalized = self.tokens.token_ids, self.num_prompt_tokens, self.sampling.is_penalized
         return Draw(
             self.sampling,

@@ -35,6 +35,7 @@ from molora.serving.runner import Drawn, Runner, StepOutput
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
+from molora.serving.text import decode_of
 from molora.slots import AdapterInfo, NoFreeSlotError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineSt
 
 logger = logging.getLogger(__name__)
 
+BASE = (("base", 1.0),)  # how a token on which no adapter acts is counted
 IDLE_S = 10.0  # after which the thread ends; the next request starts one again
 CPU_CACHE_BYTES = 1 << 30
 GPU_CACHE_SHARE = 0.9  # of the memory that is free once the model is loaded
@@ -133,6 +135,7 @@ class Engine:
                 captures=m.decoder.device.type == "cuda",
             )
         self._domain = _domain(m)
+        self._decode = decode_of(m.tokenizer)
         self._forget()
         self._counts: Counter[str] = Counter()
         self._adapter_counts: Counter[str] = Counter()
@@ -278,7 +281,7 @@ class Engine:
                 seed=seed,
                 eos_ids=frozenset() if sampling.ignore_eos else m.eos_ids,
                 matcher=None if grammar is None else grammar.matcher(),
-                decode=m.tokenizer.decode,
+                decode=self._decode,
             )
             for index in range(sampling.n)
         ]
@@ -410,7 +413,8 @@ class Engine:
         fresh: list[TokenRoute] = out.routes[index][num_known:]
         tokens.notes += fresh
         for route in fresh:
-            self._adapter_counts.update([name for name, _ in route] or ["base"])
+            for name, _ in route or BASE:
+                self._adapter_counts[name] += 1
         answer.prompt_logprobs += out.prompt_logprobs[index]
         answer.num_computed += work.num_tokens
         self._counts["num_computed_tokens"] += work.num_tokens

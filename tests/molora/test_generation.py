@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from molora.serving.engine import EngineError
-from molora.serving.text import TextStream
+from molora.serving.text import TextStream, decode_of
 from molora.tiny import byte_tokenizer
 
 TEXT = "Grüße, 你好! 🎉🎊 naïve — done. "
@@ -57,7 +57,7 @@ class TestText:
         tokenizer = byte_tokenizer()
         for seed in range(20):
             ids = torch.randint(0, 259, (150,), generator=torch.Generator().manual_seed(seed)).tolist()
-            text = TextStream(tokenizer.decode)
+            text = TextStream(decode_of(tokenizer))
             pieces = [text.push(token, last=i == len(ids) - 1) for i, token in enumerate(ids)]
             assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
 
@@ -92,7 +92,8 @@ class TestStream:
         assert list(stream) == []
         with pytest.raises(RuntimeError, match="no result"):
             _ = stream.result
-        assert m.decoder.routes.request is None
+        with m.lock:  # the step that ran has ended
+            assert m.decoder.routes.request is None
         continued = m.generate(whole.token_ids, activation=5, max_new_tokens=4)
         # The engine does not wait for those who read: it may have been a few tokens further.
         assert 20 + num_tokens - 1 <= continued.num_reused_tokens <= 27
