@@ -15,7 +15,8 @@ with 8 adapters of rank 16, so nothing is downloaded:
     plain         adapters in all layers, one to a sequence, against base
     load          decode steps while an adapter is loaded
 
-Sides that are compared take turns, and a figure is the median of the turns' ratios.
+Sides that are compared take turns, and a figure is the median of the turns' ratios. On a machine that others use as
+well, give --repeats 9 or more.
 """
 
 import argparse

@@ -280,3 +280,7 @@ def test_sides_take_turns_after_a_warm_up(module: Modules) -> None:
     found = module("clocks").in_turns({"a": side("a"), "b": side("b")}, 2)
     assert calls == ["a", "b"] * 3
     assert found == {"a": [3, 5], "b": [4, 6]}
+    calls.clear()
+    pairs = module("clocks").beside(side("base"), {"a": side("a"), "b": side("b")}, 1)
+    assert calls == ["base", "a", "base", "b"] * 2
+    assert pairs == {"a": [(5, 6)], "b": [(7, 8)]}

@@ -26,6 +26,20 @@ def in_turns(sides: Mapping[str, Callable[[], T]], repeats: int, *, warm_up: boo
     return results
 
 
+def beside(base: Callable[[], T], others: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[tuple[T, T]]]:
+    """For each of the others, (base, other) of every turn, one right after the other; a turn to warm up is dropped.
+
+    For what takes seconds on a machine that others use as well.
+    """
+    pairs: dict[str, list[tuple[T, T]]] = {name: [] for name in others}
+    for turn in range(-1, repeats):
+        for name, other in others.items():
+            pair = base(), other()
+            if turn >= 0:
+                pairs[name].append(pair)
+    return pairs
+
+
 def ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
     """Of each turn."""
     return [a / b for a, b in zip(over, under, strict=True)]

@@ -13,7 +13,7 @@ from typing import Any
 from molora.serving.request import Request
 from serving.bench import Bench
 from serving.checks import check_same_tokens
-from serving.clocks import clients, first_token, in_turns, ratios, stamps
+from serving.clocks import beside, clients, first_token, in_turns, ratios, stamps
 from serving.figures import Report, spread
 from serving.plain import Plain
 from serving.shapes import NUM_ACTIVE
@@ -42,7 +42,7 @@ class CpuSizes:
     histories: tuple[int, ...]
 
 
-DEMO = CpuSizes(prompt=32, num_new=64, contexts=(1024, 4096), num_steps=24, histories=(1024, 4096, 7936))
+DEMO = CpuSizes(prompt=32, num_new=32, contexts=(1024, 4096), num_steps=24, histories=(1024, 4096, 7936))
 TINY = CpuSizes(prompt=8, num_new=6, contexts=(32, 64), num_steps=4, histories=(32, 64))
 
 
@@ -69,7 +69,9 @@ def check_against_generate(bench: Bench, report: Report, plain: Plain, sizes: Cp
 def whole_answers(bench: Bench, report: Report, plain: Plain, context: int, num_new: int) -> None:
     """Tokens a second of short prompts and their answers, end to end: alone, and of clients at once."""
     prompts = [bench.ids(context) for _ in range(NUM_CLIENTS)]
-    routes = ["base", bench.adapters[0], *(["auto"] if bench.m.bank.has_router else [])]
+    routes = {"base": "base", "explicit, active from token 0": bench.adapters[0]}
+    if bench.m.bank.has_router:
+        routes["routed, active from token 0"] = "auto"
 
     def request(ids: list[int], route: str) -> Request:
         return bench.request(ids, route, num_new, start=0, salt=bench.salt())
@@ -80,48 +82,36 @@ def whole_answers(bench: Bench, report: Report, plain: Plain, context: int, num_
     def together(route: str) -> list[float]:
         return [clients(bench.engine, [request(ids, route) for ids in prompts])]
 
-    sides: dict[str, Callable[[], list[float]]] = {"generate": lambda: plain.stamps(prompts[0], num_new)}
-    sides |= {f"{route} alone": lambda route=route: alone(route) for route in routes}
-    sides |= {f"{route} together": lambda route=route: together(route) for route in routes}
-    turns = in_turns(sides, bench.repeats)
-    whole = {name: [each[-1] for each in found] for name, found in turns.items()}
-    for route in routes:
-        label = "base" if route == "base" else f"{'routed' if route == 'auto' else 'explicit'}, active from token 0"
+    sides: dict[str, Callable[[], list[float]]] = {}
+    for label, route in routes.items():
+        sides[f"{label}: 1 client, {context} tokens of context"] = lambda route=route: alone(route)
+        sides[f"{label}: {NUM_CLIENTS} clients"] = lambda route=route: together(route)
+    pairs = beside(lambda: plain.stamps(prompts[0], num_new), sides, bench.repeats)
+    for name, found in pairs.items():
+        num_clients, least = (NUM_CLIENTS, LEAST_OF_CLIENTS) if "clients" in name else (1, LEAST_ALONE)
         add_ratio(
             report,
-            f"{label}: 1 client, {context} tokens of context, of generate's tokens/s",
-            ratios(whole["generate"], whole[f"{route} alone"]),
-            at_least=LEAST_ALONE if route == "base" else None,
-            generate_tokens_per_s=num_new / statistics.median(whole["generate"]),
-            tokens_per_s=num_new / statistics.median(whole[f"{route} alone"]),
-            decode_alone=statistics.median(
-                ratios(step_s(turns["generate"]), step_s(turns[f"{route} alone"])),
-            ),
-        )
-        add_ratio(
-            report,
-            f"{label}: {NUM_CLIENTS} clients, of generate's tokens/s at batch 1",
-            [NUM_CLIENTS * each for each in ratios(whole["generate"], whole[f"{route} together"])],
-            at_least=LEAST_OF_CLIENTS if route == "base" else None,
-            tokens_per_s=NUM_CLIENTS * num_new / statistics.median(whole[f"{route} together"]),
+            f"{name}, of generate's tokens/s at batch 1",
+            [num_clients * theirs[-1] / ours[-1] for theirs, ours in found],
+            at_least=least if name.startswith("base") else None,
+            generate_tokens_per_s=num_new / statistics.median(theirs[-1] for theirs, _ in found),
+            tokens_per_s=num_clients * num_new / statistics.median(ours[-1] for _, ours in found),
         )
 
 
 def prompts(bench: Bench, report: Report, plain: Plain, context: int) -> None:
     """Time to the first token of a prompt that nobody has read."""
     ids = bench.ids(context)
-    turns = in_turns(
-        {
-            "generate": lambda: plain.stamps(ids, 1)[0],
-            "base": lambda: first_token(bench.engine, bench.request(ids, "base", 1, salt=bench.salt()))[0],
-        },
+    pairs = beside(
+        lambda: plain.stamps(ids, 1)[0],
+        {"base": lambda: first_token(bench.engine, bench.request(ids, "base", 1, salt=bench.salt()))[0]},
         bench.repeats,
-    )
+    )["base"]
     add_ratio(
         report,
         f"base: a prompt of {context} tokens, of generate's tokens/s",
-        ratios(turns["generate"], turns["base"]),
-        tokens_per_s=context / statistics.median(turns["base"]),
+        [theirs / ours for theirs, ours in pairs],
+        tokens_per_s=context / statistics.median(ours for _, ours in pairs),
     )
 
 
@@ -134,19 +124,19 @@ def steps_after_context(bench: Bench, report: Report, plain: Plain, context: int
         # What is active is generated, so nobody finds it.
         return stamps(bench.engine, bench.request(ids, route, num_steps + 1))
 
-    sides = {"generate": lambda: plain.stamps_after(cache, ids, num_steps + 1), "base": lambda: engine("base")}
-    sides["explicit"] = lambda: engine(bench.adapters[0])
+    sides = {"base": lambda: engine("base"), "explicit": lambda: engine(bench.adapters[0])}
     if bench.m.bank.has_router:
         sides["routed"] = lambda: engine("auto")
-    turns = in_turns(sides, bench.repeats)
-    for name in list(sides)[1:]:
+    pairs = beside(lambda: plain.stamps_after(cache, ids, num_steps + 1), sides, bench.repeats)
+    for name, found in pairs.items():
+        steps = [(step_s(theirs), step_s(ours)) for theirs, ours in found]
         add_ratio(
             report,
             f"{name}: 1 client, decode after {context} tokens, of generate's tokens/s",
-            ratios(step_s(turns["generate"]), step_s(turns[name])),
+            [theirs / ours for theirs, ours in steps],
             at_least=LEAST_ALONE if name == "base" else None,
-            generate_step_ms=1e3 * statistics.median(step_s(turns["generate"])),
-            step_ms=1e3 * statistics.median(step_s(turns[name])),
+            generate_step_ms=1e3 * statistics.median(theirs for theirs, _ in steps),
+            step_ms=1e3 * statistics.median(ours for _, ours in steps),
         )
 
 
@@ -174,9 +164,9 @@ def invoked_on_history(bench: Bench, report: Report, length: int, repeats: int) 
         )
 
 
-def step_s(turns: list[list[float]]) -> list[float]:
-    """Of each turn, the median time between tokens."""
-    return [statistics.median(end - begin for begin, end in pairwise(each)) for each in turns]
+def step_s(stamps: list[float]) -> float:
+    """The median time between tokens."""
+    return statistics.median(end - begin for begin, end in pairwise(stamps))
 
 
 def add_ratio(
