@@ -51,6 +51,8 @@ class Report:
         self.checks: list[dict[str, Any]] = []
         self._head = head
         self._out = out
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
 
     def add(
         self,
