@@ -41,7 +41,9 @@ MAX_REPEATS = 256  # of anything in a regular expression, where counts are neste
 MAX_WHITESPACE = 24  # in a row, between the parts of a JSON text: some models go on with it forever
 TRIAL_TOKENS, TRIAL_S = 32, 1.0
 CACHE_SIZE = 64
-HALVES = r"\ud800-\udfff"
+
+HALVES = r"\ud800-\udfff"  # of surrogate pairs, which are no characters of UTF-8
+ANY_CHAR = rf"[^\n{HALVES}]"
 
 ANNOTATIONS = frozenset({"title", "description", "default", "examples", "example", "deprecated", "discriminator"}) | {
     *("readOnly", "writeOnly", "$comment", "$schema", "$id", "id", "contentEncoding", "contentMediaType")
@@ -150,23 +152,30 @@ class CompiledGrammar:
 
     def __init__(self, compiled: xgrammar.CompiledGrammar, end_ids: Collection[int], vocab_size: int) -> None:
         self._compiled, self._vocab_size = compiled, vocab_size
-        ends = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
-        ends[list(end_ids)] = 1
-        self._ends_W = np.packbits(ends, bitorder="little").view(np.int32)
+        bits = np.zeros((2, -(-vocab_size // 32) * 32), np.uint8)
+        bits[0, :vocab_size] = 1
+        bits[1, list(end_ids)] = 1
+        self._all_W, self._ends_W = np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
 
     def matcher(self) -> Matcher:
         """For one answer, from its beginning."""
         import xgrammar
 
         mask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
-        return Matcher(xgrammar.GrammarMatcher(self._compiled), mask, self._ends_W)
+        return Matcher(xgrammar.GrammarMatcher(self._compiled), mask, self._all_W, self._ends_W)
 
 
 class Matcher:
     """How far one answer has come in its grammar. It belongs to one thread."""
 
-    def __init__(self, matcher: xgrammar.GrammarMatcher, mask_1W: Tensor, ends_W: NDArray[np.int32]) -> None:
-        self._matcher, self._mask_1W, self._ends_W = matcher, mask_1W, ends_W
+    def __init__(
+        self,
+        matcher: xgrammar.GrammarMatcher,
+        mask_1W: Tensor,
+        all_W: NDArray[np.int32],
+        ends_W: NDArray[np.int32],
+    ) -> None:
+        self._matcher, self._mask_1W, self._all_W, self._ends_W = matcher, mask_1W, all_W, ends_W
         self._is_filled = False
 
     def bitmask(self) -> Tensor:
@@ -179,6 +188,7 @@ class Matcher:
             mask_W[:] = 0
             if not self._matcher.is_terminated():
                 self._matcher.fill_next_token_bitmask(self._mask_1W)
+                mask_W &= self._all_W  # xgrammar lets the bits after the last token be
             if not mask_W.any():
                 mask_W[:] = self._ends_W
             self._is_filled = True
@@ -367,11 +377,11 @@ class _SchemaReader:
             raise ValueError(f"{path}/format of the JSON schema is no text.")
         if form in FORMATS and not lengths and "pattern" not in out:
             out["format"] = form
-        if lengths:  # as a pattern, since xgrammar's own would let control characters through
+        if lengths:  # as a pattern, of whose characters xgrammar leaves out what JSON escapes
             low, high = out.pop("minLength", 0), out.pop("maxLength", "")
             if high != "" and low > high:
                 raise ValueError(f"{path} of the JSON schema has a minLength over its maxLength.")
-            out["pattern"] = rf"""[^"\\\x00-\x1f{HALVES}]{{{low},{high}}}"""
+            out["pattern"] = f"{ANY_CHAR}{{{low},{high}}}"
         self._num_chars += min(max(lengths, default=0), COUNTED_CHARS)
         if self._num_chars > MAX_CHARS:
             raise ValueError(f"the strings of the JSON schema that have a length are longer than {MAX_CHARS} together.")
@@ -424,7 +434,7 @@ class _Group:
 
 
 def checked_regex(text: str) -> str:
-    """A regular expression of JavaScript's syntax as xgrammar reads it, which has no anchors.
+    """A regular expression of JavaScript's syntax as xgrammar reads it: without anchors, and without its mistakes.
 
     Raises:
         ValueError: it is malformed, too large, or has something that cannot be enforced; the message says where.
@@ -475,21 +485,28 @@ def checked_regex(text: str) -> str:
         else:
             element = _Group()
             group.elements.append(False)
-        out.append(_without_halves(piece))
+        out.append(ANY_CHAR if piece["dot"] else _spelled(piece))
     if len(groups) > 1:
         raise ValueError("the regular expression leaves a group open.")
     return "".join(out)
 
 
-def _without_halves(piece: re.Match[str]) -> str:
-    """A piece of a regular expression that matches no half of a surrogate pair, which is no character of UTF-8."""
-    if piece["dot"]:
-        return rf"[^\n{HALVES}]"
-    if piece["set"] and piece[0].startswith("[^"):
-        return f"{piece[0][:-1]}{HALVES}]"
-    if piece[0] in (r"\D", r"\W", r"\S"):
-        return f"[^{piece[0].lower()}{HALVES}]"
-    return piece[0]
+def _spelled(piece: re.Match[str]) -> str:
+    """A piece of a regular expression whose characters are numbered in braces: `\\x41a` would be read as one number."""
+    text = re.sub(r"\\(?:u\{([^}]+)\}|[ux]([0-9A-Fa-f]+)|c(.)|[^uxc])", _numbered, piece[0])
+    if piece["set"] and text.startswith("[^"):
+        return f"{text[:-1]}{HALVES}]"
+    return f"[^{text.lower()}{HALVES}]" if text in (r"\D", r"\W", r"\S") else text
+
+
+def _numbered(escape: re.Match[str]) -> str:
+    braced, digits, control = escape.groups()
+    if not any(escape.groups()):
+        return escape[0]
+    number = ord(control) % 32 if control else int(braced or digits, 16)
+    if number > 0x10FFFF:
+        raise ValueError(f"the regular expression has {escape[0]}, which is no character.")
+    return rf"\u{{{number:x}}}"
 
 
 def _try(compiled: CompiledGrammar, name: str) -> None:
