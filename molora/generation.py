@@ -12,6 +12,7 @@ TokenRoute = list[tuple[str, float]]
 """The adapters that acted on one token, by name, and their gates; empty where the base model ran alone."""
 
 MAX_TOP_LOGPROBS = 20
+MAX_CHANGE = 1e6  # of a logit, by biases and penalties
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Sampling:
         temperature: 0 is greedy, ties to the lowest id; else logits are divided by it, after all that follows but the
             three filters.
         top_k: only the k most likely tokens; 0 is all.
-        top_p: only the fewest most likely tokens whose probabilities reach p.
+        top_p: of what top_k leaves, only the fewest most likely tokens whose probabilities reach p.
         min_p: only tokens with at least this share of the most likely one's probability.
         seed: None draws one.
         repetition_penalty: divides positive logits of tokens that stand in the prompt or the answer, and multiplies
@@ -91,12 +92,12 @@ class Sampling:
                 raise ValueError(f"{name} is {value}; expected 0 to {MAX_TOP_LOGPROBS}.")
         for name, low, high in (
             ("min_p", 0.0, 1.0),
-            ("presence_penalty", -math.inf, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
+            ("presence_penalty", -MAX_CHANGE, MAX_CHANGE),
+            ("frequency_penalty", -MAX_CHANGE, MAX_CHANGE),
         ):
             value = getattr(self, name)
-            if not low <= value <= high or math.isinf(value):
-                raise ValueError(f"{name} is {value}; expected a finite number from {low:g} to {high:g}.")
+            if not low <= value <= high:
+                raise ValueError(f"{name} is {value}; expected a number from {low:g} to {high:g}.")
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number.")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
@@ -105,16 +106,24 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; expected 0 (all tokens) or more.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected more than 0 and at most 1.")
-        if not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected a number above 0 (1 is none).")
+        if not 1 / MAX_CHANGE <= self.repetition_penalty <= MAX_CHANGE:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; expected a number from {1 / MAX_CHANGE:g} to "
+                f"{MAX_CHANGE:g} (1 is none)."
+            )
         if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise ValueError(f"seed is {self.seed}; expected a whole number of 64 bits.")
         if self.n < 1:
             raise ValueError(f"n is {self.n}; expected 1 or more.")
+        if isinstance(self.stop, str) or any(not isinstance(text, str) for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; expected a sequence of strings, such as (',',).")
         if any(not text for text in self.stop):
             raise ValueError("stop has an empty string, which would end every answer at once.")
-        if any(not math.isfinite(bias) for bias in self.logit_bias.values()):
-            raise ValueError("logit_bias has a number that is not finite.")
+        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
+            if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+                raise ValueError(f"{name} has token ids that are no whole numbers.")
+        if any(not abs(bias) <= MAX_CHANGE for bias in self.logit_bias.values()):
+            raise ValueError(f"logit_bias has a number beyond {MAX_CHANGE:g}, or none.")
 
 
 @dataclass(frozen=True)

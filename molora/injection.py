@@ -103,6 +103,11 @@ class RoutedDecoder:
         """How many adapters the router gives a token at most."""
         return 1 if self.router is None else min(self.router.config.top_k, self.router.num_columns)
 
+    @property
+    def temperature(self) -> float:
+        """The router's, which its probabilities are taken at."""
+        return 1.0 if self.router is None else self.router.config.temperature
+
     def set_adapter(self, slot: int, adapter: Adapter | None) -> None:
         """Load an adapter into a slot; None empties it.
 

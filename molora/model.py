@@ -21,7 +21,7 @@ from molora.digest import base_digest
 from molora.generation import Generation, Sampling, TokenRoute
 from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
 from molora.routing import Impl, RouteRequest
-from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, name_slots
+from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, read_route
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
@@ -379,7 +379,7 @@ class MoLoRA:
         slots_BTK, gates_BTK = record.slots.tolist(), record.gates.tolist()
         return [
             [
-                name_slots(slots, gates, {} if hold is None else hold.names)
+                [] if hold is None else hold.name(read_route(slots, gates, hold.digests))
                 for slots, gates in zip(slots_TK, gates_TK, strict=True)
             ]
             for hold, slots_TK, gates_TK in zip(holds, slots_BTK, gates_BTK, strict=True)
@@ -409,9 +409,10 @@ class MoLoRA:
         most = self.max_context if most is None else most
         num_tokens = len(prompt.token_ids)
         self.check_token_ids("the prompt", prompt.token_ids)
+        who = "the model reads" if most == self.max_context else "the cache holds"
         if num_tokens >= most:
             raise ValueError(
-                f"the prompt has {num_tokens} tokens, but the model reads at most {most} tokens, answer "
+                f"the prompt has {num_tokens} tokens, but {who} at most {most} tokens, answer "
                 "included; shorten the conversation."
             )
         room = most - num_tokens
@@ -421,7 +422,7 @@ class MoLoRA:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; expected 1 or more.")
         if max_new_tokens > room:
             raise ValueError(
-                f"the prompt has {num_tokens} tokens and {max_new_tokens} new ones are asked for, but the model reads "
+                f"the prompt has {num_tokens} tokens and {max_new_tokens} new ones are asked for, but {who} "
                 f"at most {most} tokens; ask for {room} new ones or fewer."
             )
         return max_new_tokens

@@ -126,4 +126,6 @@ def _groups(calls: Iterable[tuple[str, Tensor]]) -> list[list[str]]:
 
 
 def _agree(linears: Mapping[str, RoutedLinear], paths: Sequence[str]) -> bool:
-    return len({linears[path].bias is None for path in paths}) == 1
+    """Whether they can be merged, and are not yet: graphs may hold what is."""
+    group = [linears[path] for path in paths]
+    return len({linear.bias is None for linear in group}) == 1 and all(linear.siblings is None for linear in group)

@@ -7,7 +7,7 @@ from several threads.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,13 +100,19 @@ class Hold:
 
     Attributes:
         slots: of the explicit adapters, in the route's order.
-        names: the adapters that may act, by slot.
+        digests: the adapters that may act, by slot.
+        names: what the request calls them, by digest.
     """
 
     version: BankVersion
     slots: tuple[int, ...]
-    names: Mapping[int, str]
+    digests: Mapping[int, str]
+    names: Mapping[str, str]
     acts_early: bool
+
+    def name(self, route: TokenRoute) -> TokenRoute:
+        """A token's route by digests, in the request's names."""
+        return [(self.names[digest], gate) for digest, gate in route]
 
 
 class AdapterSlots:
@@ -123,6 +129,7 @@ class AdapterSlots:
         self._lock = RLock()
         self._slot_of: dict[str, int] = {}  # by digest
         self._idle: OrderedDict[int, None] = OrderedDict((slot, None) for slot in range(decoder.num_slots))
+        self._released: deque[Hold] = deque()
         self._num_users: Counter[int] = Counter()
         self._num_on_version: Counter[int] = Counter()
         self._versions: dict[int, BankVersion] = {}
@@ -151,28 +158,50 @@ class AdapterSlots:
             ValueError, FileNotFoundError: its folder has changed, or is gone.
         """
         with self._lock:
+            self._settle()
             version = self.current
             infos = [version[name] for name in route.names]
-            slots = tuple(self._slot(info) for info in infos)
-            self._num_users.update(slots)
+            slots: list[int] = []
+            try:
+                for info in infos:
+                    slots.append(self._slot(info))
+                    self._num_users[slots[-1]] += 1  # at once: the next one must not take it
+                    self._idle.pop(slots[-1], None)
+            except BaseException:
+                self._num_users.subtract(slots)
+                self._find_idle()
+                raise
             self._num_on_version[version.number] += 1
-            for slot in slots:
-                self._idle.pop(slot, None)
             if route.auto:
-                routable = (info.name for info in version.adapters.values() if info.routable)
-                names = dict(zip(version.column_slots, routable, strict=True))
-            else:
-                names = dict(zip(slots, route.names, strict=True))
-            return Hold(version, slots, names, any(info.acts_early for info in infos))
+                infos = [info for info in version.adapters.values() if info.routable]
+            of_slots = version.column_slots if route.auto else slots
+            return Hold(
+                version,
+                tuple(slots),
+                {slot: info.digest for slot, info in zip(of_slots, infos, strict=True)},
+                {info.digest: info.name for info in infos},
+                any(info.acts_early for info in infos),
+            )
 
     def release(self, hold: Hold) -> None:
-        with self._lock:
+        """It never waits: while an adapter is being loaded, the next call settles it."""
+        self._released.append(hold)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Count what was released."""
+        while self._released:
+            hold = self._released.popleft()
             self._num_users.subtract(hold.slots)
-            self._num_on_version[hold.version.number] -= 1
             number = hold.version.number
+            self._num_on_version[number] -= 1
             if number != self.current.number and not self._num_on_version[number]:
                 del self._versions[number]
-            self._find_idle()
+        self._find_idle()
 
     def load(
         self, name: str, folder: str | Path, *, activation: Activation | None = None, replaces: bool = False
@@ -194,6 +223,7 @@ class AdapterSlots:
         self._decoder.check_fits(adapter)
         check_base_name(name, adapter, self._base)
         with self._lock:
+            self._settle()
             old = self.current.adapters.get(name)
             if old is not None and not replaces:
                 raise ValueError(f"there is an adapter {name!r} already; unload it first, or ask to replace it.")
@@ -207,6 +237,7 @@ class AdapterSlots:
             if info.digest not in self._slot_of:
                 self._put(adapter)
             self._publish({**self.current.adapters, name: info})
+            self._settle()  # what was released meanwhile
             return info
 
     def unload(self, name: str) -> None:
@@ -276,7 +307,7 @@ class AdapterSlots:
         self._find_idle()
 
     def _find_idle(self) -> None:
-        """The slots that may be overwritten: of no request that runs, no version that is alive, no bank's adapter."""
+        """The slots that may be overwritten: of no request that runs, and of no router's columns in a live version."""
         needed = {slot for version in self._versions.values() for slot in version.column_slots}
         needed |= {slot for slot, count in self._num_users.items() if count > 0}
         for slot in range(self._decoder.num_slots):
@@ -286,6 +317,6 @@ class AdapterSlots:
                 self._idle[slot] = None
 
 
-def name_slots(slots: Sequence[int], gates: Sequence[float], names: Mapping[int, str]) -> TokenRoute:
-    """The adapters that act on a token, by name."""
-    return [(names[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]
+def read_route(slots: Sequence[int], gates: Sequence[float], digests: Mapping[int, str]) -> TokenRoute:
+    """The adapters that act on a token, by digest."""
+    return [(digests[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]

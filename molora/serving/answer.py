@@ -78,7 +78,7 @@ class Answer:
 
     @property
     def routes(self) -> list[TokenRoute]:
-        """Of each token that was found or computed."""
+        """Of each token that was found or computed, by digests."""
         return cast("list[TokenRoute]", self.tokens.notes)
 
     def begun(self) -> None:
@@ -114,7 +114,7 @@ class Answer:
         self._pieces.append(piece)
         if drawn.logprob is not None:
             self._logprobs.append(drawn.logprob)
-        return Token(token_id, piece, self.routes[-1], self.index, drawn.candidates, drawn.logprob, reason)
+        return Token(token_id, piece, self._name(self.routes[-1]), self.index, drawn.candidates, drawn.logprob, reason)
 
     def finish(self, reason: FinishReason) -> None:
         now_s = time.monotonic()
@@ -123,7 +123,7 @@ class Answer:
         self.result = Generation(
             text="".join(self._pieces),
             token_ids=list(tokens.token_ids),
-            routes=[*self.routes[: len(tokens.token_ids) - 1], []],
+            routes=[*map(self._name, self.routes[: len(tokens.token_ids) - 1]), []],
             num_prompt_tokens=num_prompt,
             num_generated_tokens=self.num_generated,
             activation_start=None if self.route.is_base else self.activation_start,
@@ -140,6 +140,9 @@ class Answer:
             first_token_s=self._first_token_s - self._submitted_s,
             total_s=now_s - self._submitted_s,
         )
+
+    def _name(self, route: TokenRoute) -> TokenRoute:
+        return self.hold.name(route) if route and self.hold is not None else []
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.eos_ids or token_id in self.sampling.stop_token_ids:

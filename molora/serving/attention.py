@@ -13,6 +13,7 @@ L keys.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,6 +82,14 @@ class PoolShape(NamedTuple):
     dtype: torch.dtype
 
 
+class PoolShapes(dict[int, PoolShape]):
+    """Of each layer by its index, noted by a forward that only asks for them; and how often the layer attended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_calls: Counter[int] = Counter()
+
+
 def attend(
     module: torch.nn.Module,
     query: Tensor,
@@ -92,17 +101,18 @@ def attend(
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    pages: Pages | dict[int, PoolShape] | None = None,
+    pages: Pages | PoolShapes | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The function behind `NAME`: query [1, Hq, N, D], key and value [1, H, N, D]; returns [1, N, Hq, D].
 
     Args:
-        pages: the step's; or a dictionary that notes each layer's shape, of a forward that only asks for them.
+        pages: the step's; or what notes each layer's shape.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
-    if isinstance(pages, dict):
+    if isinstance(pages, PoolShapes):
+        pages.num_calls[layer] += 1
         pages[layer] = PoolShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     if pages is None:

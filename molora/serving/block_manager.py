@@ -76,7 +76,6 @@ class BlockTable:
         num_recomputed: of those, base tokens that were computed while a block that held them could be found.
         notes: on each token that was found.
         copies: to be done before the first step; `BlockManager.copied` lets go of their sources.
-        awaits: the key of the first block that was not found, if it is a full one.
     """
 
     source: Source
@@ -88,7 +87,6 @@ class BlockTable:
     num_recomputed: int = 0
     notes: list[object] = field(default_factory=list)
     copies: list[Copy] = field(default_factory=list)
-    awaits: bytes | None = None
     keys: list[bytes] = field(default_factory=list)  # of the full blocks, the key before the first one first
     base_keys: list[bytes] = field(default_factory=list)  # the keys that they would have as base, likewise
     coming: list[bytes] = field(default_factory=list)  # of the blocks that it was announced to compute
@@ -166,7 +164,6 @@ class BlockManager:
         for key in keys[1:]:
             number = self._by_key.get(key)
             if number is None:
-                table.awaits = key
                 break
             self._take(number)
             table.blocks.append(number)
@@ -200,6 +197,16 @@ class BlockManager:
         for _ in range(num_missing):
             table.blocks.append(self._new())
         return True
+
+    def give_up_copies(self, table: BlockTable) -> None:
+        """Of a table that was just opened: the tokens that would have been copied are computed."""
+        for copy in table.copies:
+            table.blocks.remove(copy.target)
+            self._drop(copy.target)
+            table.num_computed -= copy.num_tokens
+            del table.notes[len(table.notes) - copy.num_tokens :]
+        table.num_cached = table.num_computed
+        self.copied(table)
 
     def copied(self, table: BlockTable) -> None:
         """The table's copies are done: their sources may go."""
@@ -269,14 +276,18 @@ class BlockManager:
         table.base_keys.append(base_key)
         if table.coming and table.coming[0] == key:
             self._arrived(table.coming.pop(0))
-        holder = self._by_key.setdefault(key, number)
-        if holder == number:
+        holder = self._blocks[self._by_key.setdefault(key, number)]
+        if holder is block:
             block.key, block.found_since = key, self.step
             return
-        self._unlink(number)  # one of a kind is enough to find
         was_asked = first + size <= table.num_asked
-        if was_asked and not is_active and self._blocks[holder].found_since < block.begun:
+        if was_asked and not is_active and holder.found_since < block.begun:
             table.num_recomputed += size
+        if holder.num_users:
+            self._unlink(number)  # one of a kind is enough to find
+        else:  # the one that nobody uses may be evicted
+            holder.key, block.key, block.found_since = None, key, holder.found_since
+            self._by_key[key] = number
 
     def _arrived(self, key: bytes) -> None:
         self._coming[key] -= 1

@@ -9,8 +9,10 @@ Legend: N tokens, S sequences, D rows that draw, K adapters a token, M blocks a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,9 @@ from molora.serving.sampling import COLUMNS, Draw, Parts, choose, parts_of, tabl
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens of a captured step
 NEVER = (1 << 31) - 1  # the activation start of padding
+logger = logging.getLogger(__name__)
+
+_capturing = Lock()  # torch captures on one stream of the process
 NUM_WARMUPS = 2  # forwards before a capture: libraries and Triton choose their kernels in them
 
 
@@ -75,7 +80,6 @@ class Buffers:
             "table_S5": ((s, COLUMNS), np.float64),
             "auto_N": ((n,), np.bool_),
         }
-        self.capacity = capacity
         # Apart from the rest, since few steps need them and they are large.
         self.masks_SW = torch.full((s, -(-capacity.num_ids // 32)), -1, dtype=torch.int32, device=device)
         spans: dict[str, tuple[int, int]] = {}
@@ -172,7 +176,7 @@ class CapturedSteps:
         # One step's outputs are read before the next one runs, so that all graphs may use the same memory.
         self._memory = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
 
-    def fits(self, packed: Packed, draws: Sequence[Draw]) -> bool:
+    def fits(self, packed: Packed) -> bool:
         """Whether a step is small enough, and asks for nothing that a graph does not hold."""
         return (
             len(packed.ids_N) <= BUCKETS[-1]
@@ -180,7 +184,6 @@ class CapturedSteps:
             and packed.tables_SM.shape[1] <= self._max_blocks
             and len(packed.kept) == max(1, len(packed.drawn))
             and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
-            and not any(each.is_adjusted for each in draws)
         )
 
     def run(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, list[int], Report | None]:
@@ -228,7 +231,7 @@ class CapturedSteps:
             record = decoder.routes.record
             layout, host = None, []
             if record is not None:
-                report, layout = write_report(record, on["kept_S"])
+                report, layout = write_report(record, on["kept_S"], decoder.temperature)
                 host = [report]
         logits_SV = out.logits[0]
         masks_SW = buffers.masks_SW if kind.parts.masks else None
@@ -255,16 +258,26 @@ class _Step:
         self._forward = forward
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
+            try:
+                self._capture(device, memory)
+            except RuntimeError:  # the model waits for the device somewhere, or memory is short: it still runs
+                logger.exception("a step could not be captured, and is run as it is")
+                self._graph = None
+
+    def _capture(self, device: torch.device, memory: Any) -> None:
+        forward = self._forward
+        with _capturing:
             side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 for _ in range(NUM_WARMUPS):
                     forward()
             torch.cuda.current_stream(device).wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph()
             # Other threads may go on using the device: one that loads an adapter, for instance.
-            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 self._output = forward()
+        self._graph = graph
 
     def run(self) -> _Output:
         if self._graph is None:

@@ -36,7 +36,7 @@ from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
 from molora.serving.text import decode_of
-from molora.slots import AdapterInfo, NoFreeSlotError
+from molora.slots import AdapterInfo, Hold, NoFreeSlotError, ResolvedRoute
 
 if TYPE_CHECKING:
     from molora.model import MoLoRA
@@ -45,7 +45,6 @@ __all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineSt
 
 logger = logging.getLogger(__name__)
 
-BASE = (("base", 1.0),)  # how a token on which no adapter acts is counted
 IDLE_S = 10.0  # after which the thread ends; the next request starts one again
 CPU_CACHE_BYTES = 1 << 30
 GPU_CACHE_SHARE = 0.9  # of the memory that is free once the model is loaded
@@ -136,8 +135,8 @@ class Engine:
             )
         self._domain = _domain(m)
         self._decode = decode_of(m.tokenizer)
-        self._forget()
         self._counts: Counter[str] = Counter()
+        self._blocks, self._scheduler = self._new_cache()
         self._adapter_counts: Counter[str] = Counter()
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -222,15 +221,15 @@ class Engine:
         self._call(clear)
 
     def stats(self) -> EngineStats:
-        counts = dict(self._counts)
         scheduler, blocks = self._scheduler, self._blocks
+        counts = dict(self._counts)
+        counts["num_preemptions"] = counts.get("num_preemptions", 0) + scheduler.num_preempted
+        counts["num_evicted_blocks"] = counts.get("num_evicted_blocks", 0) + blocks.num_evicted
         return EngineStats(
             num_running=scheduler.num_running,
             num_waiting=scheduler.num_waiting + self._num_submitted,
             num_blocks=self._runner.num_blocks,
             num_free_blocks=blocks.num_free,
-            num_preemptions=scheduler.num_preempted,
-            num_evicted_blocks=blocks.num_evicted,
             num_adapter_tokens=dict(self._adapter_counts),
             **counts,
         )
@@ -255,23 +254,47 @@ class Engine:
         max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
         m.check_token_ids("logit_bias", list(sampling.logit_bias))
         m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
-        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         route = m.resolve_route(request.route)
         start = m.resolve_activation(route, request.activation, prompt)
+        try:
+            salt = request.salt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"salt is no text: {error}.") from None
+        stream = Stream(list(prompt.token_ids), self._cancel, m.check_not_routing)
         hold = None if route.is_base else m.slots.acquire(route)
-        source = Source(salt=request.salt.encode())
+        if hold is not None:
+            stream.holds(lambda: m.slots.release(hold))
+        try:
+            stream.answers = self._new_answers(request, stream, route, start, hold, salt, max_new_tokens)
+        except BaseException:
+            stream.release()
+            raise
+        return stream
+
+    def _new_answers(
+        self,
+        request: Request,
+        stream: Stream,
+        route: ResolvedRoute,
+        start: int,
+        hold: Hold | None,
+        salt: bytes,
+        max_new_tokens: int,
+    ) -> list[Answer]:
+        sampling, m = request.sampling, self.m
+        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
+        source = Source(salt=salt)
         if hold is not None and start < NEVER:
-            source = Source(start, hold.version.route_digest(route).encode(), request.salt.encode())
-        stream = Stream(list(prompt.token_ids), self._cancel)
+            source = Source(start, hold.version.route_digest(route).encode(), salt)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        answers = [
+        return [
             Answer(
                 stream=stream,
                 index=index,
                 tokens=Tokens(
-                    list(prompt.token_ids),
+                    list(stream.prompt_ids),
                     source,
-                    len(prompt.token_ids) + max_new_tokens,
+                    stream.num_prompt_tokens + max_new_tokens,
                     reads_cache=sampling.prompt_logprobs is None or index > 0,
                 ),
                 route=route,
@@ -285,13 +308,12 @@ class Engine:
             )
             for index in range(sampling.n)
         ]
-        stream.start(answers, None if hold is None else lambda: m.slots.release(hold))
-        return stream
 
     # What follows runs on the engine's thread, but for _call, _send and _cancel.
 
     def _call(self, action: Callable[[], None]) -> None:
         """Do something on the engine's thread, between steps, and wait for it."""
+        self.m.check_not_routing()
         done: Future[None] = Future()
 
         def act() -> None:
@@ -325,15 +347,13 @@ class Engine:
                         return
                 actions = list(self._inbox)
                 self._inbox.clear()
-            try:
-                for action in actions:
+            for action in (*actions, self._step):
+                try:
                     action()
-                if self._answers:
-                    self._step()
-            except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
-                logger.exception("the engine failed between two steps")
-                self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
-                self._forget()
+                except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
+                    logger.exception("the engine failed beside the model")
+                    self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
+                    self._forget()
 
     def _begin(self, stream: Stream) -> None:
         with self._wake:
@@ -365,7 +385,11 @@ class Engine:
             stream.fail(error)
 
     def _step(self) -> None:
+        if not self._answers:
+            return
         works = self._scheduler.plan()
+        if not works:
+            raise RuntimeError("sequences wait, and none of them can ever run")
         answers = [self._answers[work.sequence] for work in works]
         try:
             with self.m.lock, torch.inference_mode():
@@ -385,13 +409,20 @@ class Engine:
             self._note(work, answer, out, index)
             self._scheduler.done(work)
             if work.draws:
-                self._push(answer, next(drawn))
+                try:
+                    self._push(answer, next(drawn))
+                except Exception as error:  # of its text or its grammar: its own matter
+                    logger.exception("an answer could not go on")
+                    self._fail([answer], EngineError(f"the answer could not go on: {one_line(error)}"))
 
     def _row(self, work: Work, answer: Answer) -> Row:
         table, tokens = _table(work), answer.tokens
         end = work.first + work.num_tokens
         answer.begun()
-        asks_logprobs = not tokens.reads_cache and len(answer.prompt_logprobs) < answer.num_prompt_tokens
+        # Of each prompt token once, also where a prompt is read again after it had to make way.
+        first_next = max(0, len(answer.prompt_logprobs) - work.first)
+        last_next = min(end + 1, answer.num_prompt_tokens)
+        next_ids = [] if tokens.reads_cache else tokens.token_ids[work.first + 1 + first_next : last_next]
         return Row(
             token_ids=tokens.token_ids[work.first : end],
             first=work.first,
@@ -402,7 +433,8 @@ class Engine:
             route=answer.route,
             hold=answer.hold,
             known=answer.routes[work.first : end],
-            next_ids=tokens.token_ids[work.first + 1 : min(end + 1, answer.num_prompt_tokens)] if asks_logprobs else (),
+            next_ids=next_ids,
+            first_next=first_next,
             num_top=answer.sampling.prompt_logprobs or 0,
         )
 
@@ -413,8 +445,11 @@ class Engine:
         fresh: list[TokenRoute] = out.routes[index][num_known:]
         tokens.notes += fresh
         for route in fresh:
-            for name, _ in route or BASE:
-                self._adapter_counts[name] += 1
+            if route and answer.hold is not None:
+                for digest, _ in route:
+                    self._adapter_counts[answer.hold.names[digest]] += 1
+            else:
+                self._adapter_counts["base"] += 1
         answer.prompt_logprobs += out.prompt_logprobs[index]
         answer.num_computed += work.num_tokens
         self._counts["num_computed_tokens"] += work.num_tokens
@@ -438,11 +473,14 @@ class Engine:
                 self._add(other)
 
     def _forget(self) -> None:
+        self._counts["num_preemptions"] += self._scheduler.num_preempted
+        self._counts["num_evicted_blocks"] += self._blocks.num_evicted
+        self._blocks, self._scheduler = self._new_cache()
+
+    def _new_cache(self) -> tuple[BlockManager, Scheduler]:
         config = self.config
-        self._blocks = BlockManager(self._runner.num_blocks, config.block_size, self._domain)
-        self._scheduler = Scheduler(
-            self._blocks, max_step_tokens=config.max_step_tokens, max_sequences=config.max_sequences
-        )
+        blocks = BlockManager(self._runner.num_blocks, config.block_size, self._domain)
+        return blocks, Scheduler(blocks, max_step_tokens=config.max_step_tokens, max_sequences=config.max_sequences)
 
 
 def _table(work: Work) -> BlockTable:

@@ -30,8 +30,9 @@ class Row:
         writes: their keys and values are kept; False for a token that runs for its logits alone.
         activation_start: the first active token of the sequence.
         hold: what its route may use; None for base.
-        known: the routes of the first of these tokens, which were routed before: they take them again.
-        next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these; else empty.
+        known: the routes, by digests, of the first of these tokens, which were routed before: they take them again.
+        next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these, beginning with the
+            one of number `first_next`; else empty.
         num_top: how many of the most likely tokens are reported beside each.
     """
 
@@ -45,6 +46,7 @@ class Row:
     hold: Hold | None
     known: Sequence[TokenRoute] = ()
     next_ids: Sequence[int] = ()
+    first_next: int = 0
     num_top: int = 0
 
     @property
@@ -124,7 +126,7 @@ def pack(rows: Sequence[Row], block_size: int, nobodys: int) -> Packed:
     kept: list[int] = []
     drawn: list[int] = []
     for row, (first, end, _) in zip(rows, spans, strict=True):
-        kept += range(first, first + len(row.next_ids))
+        kept += range(first + row.first_next, first + row.first_next + len(row.next_ids))
         if row.draws:
             drawn.append(len(kept))
             kept.append(end - 1)
@@ -145,10 +147,10 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
     for row, span in zip(rows, spans, strict=True):
         if row.hold is None or not row.route.auto or not row.known:
             continue
-        slot_of = {name: slot for slot, name in row.hold.names.items()}
+        slot_of = {digest: slot for slot, digest in row.hold.digests.items()}
         auto_N[span.first : span.first + len(row.known)] = False
         for t, route in enumerate(row.known, span.first):
-            slots_NK[t, : len(route)] = [slot_of[name] for name, _ in route]
+            slots_NK[t, : len(route)] = [slot_of[digest] for digest, _ in route]
             gates_NK[t, : len(route)] = [gate for _, gate in route]
     return PackedRoutes(
         np.repeat([row.activation_start for row in rows], sizes),

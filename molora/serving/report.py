@@ -39,19 +39,20 @@ class Report(NamedTuple):
     probs_DC: NDArray[np.float32]
 
 
-def write_report(record: RouteRecord, drawing_D: Tensor) -> tuple[Tensor, Layout]:
+def write_report(record: RouteRecord, drawing_D: Tensor, temperature: float) -> tuple[Tensor, Layout]:
     """A forward's routes as int32 [:], on its device.
 
     Args:
         record: of one packed row.
         drawing_D: the tokens that draw.
+        temperature: the router's.
     """
     _, num_tokens, num_adapters = record.slots.shape
     parts = [record.slots.flatten(), record.gates.float().flatten().view(torch.int32)]
     num_candidates = 0
     if record.logits is not None:
         num_candidates = min(NUM_CANDIDATES, record.logits.shape[-1])
-        probs_DC, columns_DC = record.logits[0, drawing_D].float().softmax(-1).topk(num_candidates)
+        probs_DC, columns_DC = (record.logits[0, drawing_D].float() / temperature).softmax(-1).topk(num_candidates)
         parts += [columns_DC.int().flatten(), probs_DC.flatten().view(torch.int32)]
     return torch.cat(parts), Layout(num_tokens, num_adapters, len(drawing_D), num_candidates)
 

@@ -8,6 +8,7 @@ Legend: N tokens of the step, S sequences, D rows that draw, K adapters a token,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,14 +20,14 @@ from torch import Tensor
 from molora.generation import TokenLogprob, TokenRoute
 from molora.injection import RoutedDecoder, text_config
 from molora.routing import RouteRequest
-from molora.serving.attention import Pages, Pool, PoolShape, attending
+from molora.serving.attention import Pages, Pool, PoolShape, PoolShapes, attending
 from molora.serving.block_manager import Copy
 from molora.serving.captured import CapturedSteps
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
 from molora.serving.sampling import Draw, draw, logprobs_of, read_logprobs
 from molora.siblings import merge_siblings
-from molora.slots import name_slots
+from molora.slots import read_route
 
 Candidates = tuple[tuple[str, float], ...]
 MAX_CAPTURED_ADAPTERS = 2  # a token; a step with a wider blend is not captured
@@ -46,7 +47,7 @@ class StepOutput(NamedTuple):
     """What a step leaves.
 
     Attributes:
-        routes: of each row's tokens, by name.
+        routes: of each row's tokens, by digest.
         drawn: for each row that draws, in order.
         prompt_logprobs: of each row's `next_ids`.
     """
@@ -76,6 +77,7 @@ class Runner:
         """
         self._decoder = decoder
         self._config = decoder.model.config
+        _check_can_be_packed(decoder.model)
         self.block_size = block_size
         shapes = self._ask_for_shapes()
         self.num_bytes_per_token = sum(
@@ -102,13 +104,20 @@ class Runner:
                 num_ids=int(text_config(decoder.model).vocab_size),
             )
 
+    @property
+    def _device(self) -> AbstractContextManager[None]:
+        """Kernels are launched and graphs captured on the current device."""
+        device = self._decoder.device
+        return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
     @torch.inference_mode()
     def copy(self, copies: Sequence[Copy]) -> None:
         """Copy the first tokens of blocks into others."""
-        for source, target, num_tokens in ((c.source, c.target, c.num_tokens) for c in copies):
-            for pool in self._pools.values():
-                pool.keys[target, :num_tokens] = pool.keys[source, :num_tokens]
-                pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
+        with self._device:
+            for source, target, num_tokens in ((c.source, c.target, c.num_tokens) for c in copies):
+                for pool in self._pools.values():
+                    pool.keys[target, :num_tokens] = pool.keys[source, :num_tokens]
+                    pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
 
     @torch.inference_mode()
     def step(self, rows: Sequence[Row], draws: Sequence[Draw]) -> StepOutput:
@@ -117,10 +126,17 @@ class Runner:
         Args:
             draws: for each row that draws, in order.
         """
+        with self._device:
+            return self._step(rows, draws)
+
+    def _step(self, rows: Sequence[Row], draws: Sequence[Draw]) -> StepOutput:
         packed = pack(rows, self.block_size, self._nobodys)
-        if self._captured is not None and self._captured.fits(packed, draws):
+        if self._captured is not None and self._captured.fits(packed):
             logits, ids, report = self._captured.run(packed, draws)
-            logprobs = logprobs_of(logits, torch.tensor(ids, device=logits.device), draws)
+            if any(each.is_adjusted for each in draws):  # that was not part of the graph
+                ids, logprobs = draw(logits, draws)
+            else:
+                logprobs = logprobs_of(logits, torch.tensor(ids, device=logits.device), draws)
             prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
         else:
             logits, report = self._forward(packed)
@@ -157,12 +173,12 @@ class Runner:
             if record is None:
                 return out.logits[0], None
             drawing = torch.tensor([packed.kept[index] for index in packed.drawn], dtype=torch.long, device=device)
-            report, layout = write_report(record, drawing)
+            report, layout = write_report(record, drawing, decoder.temperature)
         return out.logits[0], read_report(report.cpu().numpy(), layout)
 
     def _ask_for_shapes(self) -> dict[int, PoolShape]:
         """What each layer keeps of a token, found by a forward of one token whose attention does nothing else."""
-        shapes: dict[int, PoolShape] = {}
+        shapes = PoolShapes()
         device = self._decoder.device
         with torch.inference_mode(), self._decoder.requested(None), attending(self._config):
             self._decoder.model(
@@ -172,10 +188,11 @@ class Runner:
                 logits_to_keep=1,
                 pages=shapes,
             )
-        if len(shapes) != text_config(self._decoder.model).num_hidden_layers:
+        num_calls = [shapes.num_calls[layer] for layer in range(text_config(self._decoder.model).num_hidden_layers)]
+        if any(count != 1 for count in num_calls):
             raise ValueError(
-                f"{type(self._decoder.model).__name__} does not call transformers' attention interface in each of its "
-                "layers, so its cache cannot be paged."
+                f"{type(self._decoder.model).__name__} does not call transformers' attention interface once in each of "
+                "its layers, so its cache cannot be paged."
             )
         return shapes
 
@@ -187,18 +204,37 @@ class Runner:
         return Pool(zeros(shape.key_size), zeros(shape.value_size))
 
 
+def _check_can_be_packed(model: Any) -> None:
+    """
+    Raises:
+        ValueError: a token's result depends on more of the packed row than its own sequence, or on later tokens.
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = {str(part.get("rope_type")) for part in (rope, *rope.values()) if isinstance(part, dict)}
+    missing = ""
+    if kinds & {"longrope", "dynamic"}:
+        missing = "its positions' frequencies change with the longest sequence of a batch (longrope, dynamic)"
+    elif getattr(config, "attention_chunk_size", None):
+        missing = "its attention is chunked"
+    elif getattr(config, "use_bidirectional_attention", False):
+        missing = "its attention looks ahead"
+    if missing:
+        raise ValueError(f"{type(model).__name__} cannot be served with other sequences in one row: {missing}.")
+
+
 def _name_routes(
     rows: Sequence[Row], spans: Sequence[Span], report: Report | None
 ) -> tuple[list[list[TokenRoute]], list[Candidates]]:
-    """The routes of each row's tokens, and the router's likeliest columns for each row that draws, by name."""
+    """Each row's routes, by digest; and for each row that draws the router's likeliest columns, by name."""
     num_drawing = sum(row.draws for row in rows)
     if report is None:
         return [[[] for _ in row.token_ids] for row in rows], [()] * num_drawing
     slots_NK, gates_NK = report.slots_NK.tolist(), report.gates_NK.tolist()
     routes = []
     for row, (first, end, _) in zip(rows, spans, strict=True):
-        names = {} if row.hold is None else row.hold.names
-        routes.append([name_slots(slots_NK[t], gates_NK[t], names) for t in range(first, end)])
+        digests = {} if row.hold is None else row.hold.digests
+        routes.append([read_route(slots_NK[t], gates_NK[t], digests) for t in range(first, end)])
     drawing = [row for row in rows if row.draws]
     candidates: list[Candidates] = [
         tuple((_column_name(row, column), prob) for column, prob in zip(columns, probs, strict=True))
@@ -210,8 +246,9 @@ def _name_routes(
 
 
 def _column_name(row: Row, column: int) -> str:
-    assert row.hold is not None
-    return row.hold.names[row.hold.version.column_slots[column - 1]] if column else "base"
+    hold = row.hold
+    assert hold is not None
+    return hold.names[hold.digests[hold.version.column_slots[column - 1]]] if column else "base"
 
 
 def _prompt_logprobs(rows: Sequence[Row], logits: Tensor) -> list[list[TokenLogprob]]:

@@ -138,9 +138,10 @@ def _passes(probs_DV: Tensor, top_k_D: Tensor, top_p_D: Tensor, min_p_D: Tensor)
     """Which tokens the filters leave: at least the most likely one."""
     sorted_DV, order_DV = probs_DV.sort(dim=-1, descending=True, stable=True)
     rank_V = torch.arange(probs_DV.shape[1], device=probs_DV.device)
-    before_DV = sorted_DV.cumsum(-1) - sorted_DV
     passes_DV = (top_k_D[:, None] <= 0) | (rank_V < top_k_D[:, None])
-    passes_DV &= (top_p_D[:, None] >= 1) | (before_DV < top_p_D[:, None])
+    left_DV = sorted_DV * passes_DV
+    before_DV = left_DV.cumsum(-1) - left_DV
+    passes_DV &= (top_p_D[:, None] >= 1) | (before_DV < top_p_D[:, None] * left_DV.sum(-1, keepdim=True))
     passes_DV &= sorted_DV >= min_p_D[:, None] * sorted_DV[:, :1]
     passes_DV |= rank_V == 0
     return torch.zeros_like(passes_DV).scatter(-1, order_DV, passes_DV)

@@ -173,8 +173,11 @@ class Scheduler:
         else:
             table = self._blocks.open([], sequence.source, keys[:1])
         if not self._blocks.grow(table, len(sequence.token_ids)):
-            self._blocks.close(table)
-            return None
+            # What a copy is made from takes a block that the sequence itself may need.
+            self._blocks.give_up_copies(table)
+            if not self._blocks.grow(table, len(sequence.token_ids)):
+                self._blocks.close(table)
+                return None
         sequence.table, sequence.keys, sequence.awaits = table, None, None
         self._blocks.announce(table, keys)
         if sequence.num_cached < 0:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from molora.generation import Generation, Token
-from molora.serving.request import Request
+from molora.serving.request import EngineFullError, Request
 
 if TYPE_CHECKING:
     from molora.serving.answer import Answer
@@ -27,8 +27,16 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         answers: the engine's side of it.
     """
 
-    def __init__(self, prompt_ids: list[int], cancel: Callable[[Stream], None]) -> None:
+    def __init__(
+        self, prompt_ids: list[int], cancel: Callable[[Stream], None], check: Callable[[], None] = lambda: None
+    ) -> None:
+        """
+        Args:
+            cancel: tells the engine that nobody waits any more.
+            check: raises where a thread would wait in vain.
+        """
         self.prompt_ids = prompt_ids
+        self._check = check
         self.answers: Sequence[Answer] = ()
         self._cancel = cancel
         self._release: Callable[[], None] | None = None
@@ -72,6 +80,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         return self
 
     def __next__(self) -> Token:
+        self._check()
         with self._changed:
             while True:
                 if self._tokens:
@@ -126,9 +135,8 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
 
     # The engine's side.
 
-    def start(self, answers: Sequence[Answer], release: Callable[[], None] | None) -> None:
+    def holds(self, release: Callable[[], None]) -> None:
         """release: called once, when nothing of the request runs any more."""
-        self.answers = answers
         self._release = release
 
     def put(self, token: Token) -> None:
@@ -170,15 +178,32 @@ def _wake_up(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
+def _close(submitted: asyncio.Future[Stream]) -> None:
+    if not submitted.cancelled() and submitted.exception() is None:
+        submitted.result().close()
+
+
+def _exhaust(stream: Stream) -> None:
+    for _ in stream:
+        pass
+
+
 def gather(submit: Callable[[Request], Stream], requests: Sequence[Request]) -> list[Generation]:
     """Submit requests, wait for all, and cancel the rest if one fails."""
     streams: list[Stream] = []
     try:
         for request in requests:
-            streams.append(submit(request))  # noqa: PERF401 - what was submitted must be known if one is refused
+            while len(streams) < len(requests):
+                try:
+                    streams.append(submit(request))
+                    break
+                except EngineFullError:
+                    running = next((stream for stream in streams if not stream.is_over), None)
+                    if running is None:  # it is full of others' requests
+                        raise
+                    _exhaust(running)
         for stream in streams:
-            for _ in stream:
-                pass
+            _exhaust(stream)
         return [result for stream in streams for result in stream.results]
     finally:
         for stream in streams:
@@ -190,7 +215,12 @@ async def agather(submit: Callable[[Request], Stream], requests: Sequence[Reques
     streams: list[Stream] = []
     try:
         for request in requests:
-            streams.append(await asyncio.to_thread(submit, request))  # noqa: PERF401 - as in `gather`
+            submitted = asyncio.ensure_future(asyncio.to_thread(submit, request))
+            try:
+                streams.append(await asyncio.shield(submitted))
+            except asyncio.CancelledError:  # a thread cannot be stopped: what it submits is closed then
+                submitted.add_done_callback(_close)
+                raise
         for stream in streams:
             async for _ in stream:
                 pass

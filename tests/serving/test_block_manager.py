@@ -162,7 +162,6 @@ def test_what_is_announced_is_coming_until_it_has_come_or_is_given_up(manager: B
     assert len(keys) == 6
     assert manager.first_missing(keys) == keys[1]
     table, other = manager.open(IDS, BASE, keys), manager.open(IDS, BASE, keys)
-    assert table.awaits == keys[1]
     for each in (table, other):
         assert manager.grow(each, len(IDS))
         manager.announce(each, keys)

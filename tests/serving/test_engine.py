@@ -1,6 +1,7 @@
 """The engine on a tiny model: what it answers is what full forwards say, whatever else runs, is cached or makes way."""
 
 import asyncio
+import itertools
 import json
 import re
 import threading
@@ -296,6 +297,48 @@ class TestAdaptersAtRunTime:
         assert served.generate(ask(random_ids(9), "one"))[0].num_generated_tokens == 12
         assert not served.m.slots.resident("two") or not served.m.slots.resident("three")
 
+    def test_blends_of_adapters_that_are_not_in_slots(self, served, folder, random_ids):
+        """Whatever was dropped is read again, and no part of a blend takes another one's slot."""
+        for seed, name in enumerate("pqr", 40):
+            served.load_adapter(name, folder(seed))
+        for names in (*itertools.permutations("pqr", 2), ("p", "x"), ("x", "q"), ("r", "y")):
+            blend = dict(zip(names, (0.5, 0.75), strict=True))
+            request = ask(random_ids(14), blend, num_new=6)
+            check(served.m, request, served.generate(request)[0])
+        with pytest.raises(NoFreeSlotError):
+            served.submit(ask(random_ids(9), dict.fromkeys("pqr", 0.5)))
+        idle(served)
+
+    def test_routes_are_in_the_names_of_the_request(self, served, folder, random_ids):
+        path, prompt = folder(50), random_ids(20)
+        for name in ("first", "second"):
+            served.load_adapter(name, path)
+            out = served.generate(ask(prompt, name))[0]
+            assert out.routes == [*[[]] * 9, *[[(name, 1.0)]] * 22, []]
+            served.unload_adapter(name)
+        assert out.num_reused_tokens == 19, "the contents are the same, whatever they are called"
+
+    def test_loading_keeps_nobody_waiting(self, served, folder, random_ids, monkeypatch):
+        path = folder(60)
+        entered, go_on = threading.Event(), threading.Event()
+        put = served.m.decoder.set_adapter
+
+        def slowly(slot: int, adapter: Any) -> None:
+            entered.set()
+            assert go_on.wait(30)
+            put(slot, adapter)
+
+        monkeypatch.setattr(served.m.decoder, "set_adapter", slowly)
+        streams = [served.submit(ask(random_ids(9), "x", num_new=n)) for n in (3, 30)]
+        loading = threading.Thread(target=served.load_adapter, args=("slow", path))
+        loading.start()
+        assert entered.wait(30)
+        for stream, num_new in zip(streams, (3, 30), strict=True):  # the first one's end must not stop the second
+            assert len(list(stream)) == num_new
+        go_on.set()
+        loading.join(30)
+        idle(served)
+
     def test_many_versions_come_and_go(self, served, folder, random_ids):
         paths = [folder(20), folder(21)]
         for turn in range(40):
@@ -356,6 +399,48 @@ class TestFaults:
         assert engine.generate(request)[0].token_ids == expected
         idle(engine)
 
+    def test_a_fault_of_one_answer_is_its_own(self, m, engine_of, random_ids, monkeypatch):
+        engine = engine_of(m)
+        good = engine.submit(ask(random_ids(9), "x", num_new=40))
+        decode = engine._decode
+        engine._decode = lambda ids: 1 / 0
+        with pytest.raises(EngineError, match="could not go on: division by zero"):
+            engine.generate(ask(random_ids(9), "y"))
+        engine._decode = decode
+        assert len(list(good)) == 40
+        with pytest.raises(ValueError, match="salt is no text"):
+            engine.submit(Request(prompt=random_ids(5), route="x", activation=0, salt="\ud800"))
+        idle(engine)
+
+    def test_a_sequence_that_needs_every_block(self, m, engine_of, random_ids):
+        """Where a block that would be copied stands in its own way, it is computed."""
+        engine = engine_of(m, kv_cache_bytes=m.engine._runner.num_bytes_per_token * 4 * 5)
+        first = engine.generate(ask(random_ids(10), "x", num_new=1))[0]
+        request = ask([*first.token_ids[:10], 50, 51, 52], "x", num_new=3)
+        check(m, request, engine.generate(request)[0])
+        idle(engine)
+
+    def test_more_requests_than_may_wait(self, m, engine_of, random_ids):
+        engine = engine_of(m, max_waiting=2, max_sequences=2)
+        requests = [ask(random_ids(9, seed=s), ROUTES[s % 5], num_new=3) for s in range(12)]
+        for request, out in zip(requests, engine.generate(requests), strict=True):
+            check(m, request, out)
+
+    def test_models_whose_tokens_see_more_than_their_sequence_are_refused(self, load_model, engine_of):
+        config = load_model().model.config
+        for name, value, message in (
+            ("attention_chunk_size", 8, "its attention is chunked"),
+            ("use_bidirectional_attention", True, "looks ahead"),
+            ("rope_parameters", {"rope_type": "longrope"}, "longrope"),
+        ):
+            before = getattr(config, name, None)
+            setattr(config, name, value)
+            try:
+                with pytest.raises(ValueError, match=f"cannot be served .*{message}"):
+                    engine_of(load_model())
+            finally:
+                setattr(config, name, before)
+
     def test_who_leaves_stops_within_a_step(self, m, engine_of, random_ids):
         engine = engine_of(m)
         streams = [engine.submit(ask(random_ids(9, seed=s), r, num_new=900, n=2)) for s, r in enumerate(ROUTES)]
@@ -395,7 +480,7 @@ class TestFaults:
         assert not engine.is_ready
 
     def test_inside_routing_it_says_so(self, m, random_ids):
-        with m.routing([0], "x"), pytest.raises(RuntimeError, match="use m.model.generate"):
+        with m.routing([0], "x"), pytest.raises(RuntimeError, match=r"use m\.model\.generate"):
             m.generate(random_ids(5), route="x", activation=0)
 
     def test_what_can_never_fit_is_refused(self, m, engine_of, random_ids):
@@ -538,6 +623,20 @@ class TestStreams:
                 assert len(out.prompt_logprobs) == 20
                 for position, logprob in enumerate(out.prompt_logprobs[1:]):
                     self.check_logprob(logprobs[position], prompt[position + 1], logprob, 2)
+
+    def test_log_probabilities_of_a_prompt_that_made_way(self, m, engine_of, random_ids):
+        engine = engine_of(
+            m, kv_cache_bytes=m.engine._runner.num_bytes_per_token * 4 * 16, max_step_tokens=9, max_sequences=4
+        )
+        requests = [ask(random_ids(14, seed=s), "x", num_new=20, prompt_logprobs=0) for s in range(4)]
+        outs = engine.generate(requests)
+        assert engine.stats().num_replayed_tokens > 0
+        for out in outs:
+            logits, _ = m.logits([out.token_ids], [9], route="x")
+            logprobs = logits[0].log_softmax(-1)
+            assert len(out.prompt_logprobs) == 14
+            for position, logprob in enumerate(out.prompt_logprobs[1:]):
+                self.check_logprob(logprobs[position], out.token_ids[position + 1], logprob, 0)
 
     def check_logprob(self, logprobs_V, token_id, got, num_top):
         assert got.token_id == token_id

@@ -40,8 +40,9 @@ def reference(logits: list[float], each: Draw, allowed: str) -> int:
     probs = [w / sum(weights) for w in weights]
     order = sorted(range(NUM_IDS), key=lambda i: (-probs[i], i))
     kept, total = [], 0.0
+    mass = sum(probs[i] for i in order[: s.top_k or None])
     for rank, i in enumerate(order):
-        enough = (s.top_k and rank >= s.top_k) or (s.top_p < 1 and total >= s.top_p)
+        enough = (s.top_k and rank >= s.top_k) or (s.top_p < 1 and total >= s.top_p * mass)
         if rank and (enough or probs[i] < s.min_p * probs[order[0]]):
             break
         kept.append(i)
@@ -186,8 +187,12 @@ def test_it_can_be_captured() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"presence_penalty": math.nan}, "presence_penalty is nan"),
         ({"frequency_penalty": math.inf}, "frequency_penalty is inf"),
-        ({"logit_bias": {3: math.nan}}, "logit_bias has a number that is not finite"),
+        ({"logit_bias": {3: math.nan}}, "logit_bias has a number beyond"),
         ({"stop": ("",)}, "stop has an empty string"),
+        ({"stop": "ab"}, "stop is 'ab'; expected a sequence of strings"),
+        ({"logit_bias": {1.5: 2.0}}, "logit_bias has token ids that are no whole numbers"),
+        ({"logit_bias": {1: 1e300}}, "logit_bias has a number beyond"),
+        ({"repetition_penalty": 1e300}, "repetition_penalty is 1e\\+300"),
         ({"n": 0}, "n is 0"),
         ({"logprobs": 21}, "logprobs is 21; expected 0 to 20"),
         ({"seed": 1 << 64}, "seed is 18446744073709551616"),
