@@ -172,7 +172,8 @@ class Generation:
         activation_start: index of the first token on which adapters could act; None if the base ran alone.
         num_reused_tokens: prompt tokens whose keys and values came from the cache.
         num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats.
-        num_recomputed_tokens: live base entries that were computed again; always 0.
+        num_recomputed_tokens: base tokens that were computed although a whole block that held them could be found: 0.
+            (Where no block is free to copy into, up to a block of the last ones is computed and not counted here.)
         num_reencoded_tokens: tokens that an earlier request computed as active and this one once as base.
         num_replayed_tokens: tokens computed again because the sequence had to give up its memory for a while.
         finish_reason: "stop" at an end token, a stop string or the grammar's end; "length" at the most tokens allowed.
