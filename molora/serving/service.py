@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from molora.generation import Sampling
 from molora.serving.config import Limits, ServeConfig
@@ -111,7 +111,7 @@ class Service:
         if grammar is not None:
             field = "response_format" if body.structured_outputs is None else "structured_outputs"
             _at_most(field, len(grammar.text.encode()), limits.max_grammar_bytes, "bytes")
-        return Sampling(
+        fields: dict[str, Any] = dict(
             max_new_tokens=max_new_tokens,
             temperature=body.temperature,
             top_k=max(body.top_k, 0),
@@ -130,6 +130,11 @@ class Service:
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
         )
+        try:
+            return Sampling(**fields)
+        except ValueError as error:  # its first word is the field's name
+            name = str(error).partition(" ")[0]
+            raise InvalidRequestError(str(error), param=name if name in fields else None) from None
 
     async def submit(self, requests: Sequence[Request]) -> Running:
         """Hand all of them to the engine, or none.
