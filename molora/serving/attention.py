@@ -135,6 +135,9 @@ def attend(
             v_HLD = pool.values[blocks].flatten(0, 1)[:num_keys].transpose(0, 1)
         q_HnD = query[0, :, first:end]
         mask_nL = pages.mask(index, sliding_window)
+        if mask_nL is not None:
+            # An active token's numbers may overflow, and what is masked counts 0 times: 0 * inf would reach base tokens.
+            k_HLD, v_HLD = torch.nan_to_num(k_HLD, 0.0, 0.0, 0.0), torch.nan_to_num(v_HLD, 0.0, 0.0, 0.0)
         if softcap is None and s_aux is None:
             out = F.scaled_dot_product_attention(
                 q_HnD[None], k_HLD[None], v_HLD[None], attn_mask=mask_nL, scale=scale, enable_gqa=True

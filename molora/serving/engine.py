@@ -32,6 +32,7 @@ from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
 from molora.serving.runner import Drawn, Runner, StepOutput
+from molora.serving.sampling import NOTHING
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
@@ -458,6 +459,8 @@ class Engine:
             self._counts["num_replayed_tokens"] += num_known
 
     def _push(self, answer: Answer, drawn: Drawn) -> None:
+        if drawn.token_id == NOTHING:
+            raise OverflowError("the model's numbers overflowed; are the route's weights too large?")
         is_first = not answer.num_generated
         if is_first and answer.index == 0:  # of the prompt, which is one for all answers
             self._counts["num_cached_tokens"] += answer.num_reused

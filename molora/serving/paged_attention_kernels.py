@@ -139,6 +139,8 @@ def _attend(
             else:
                 k_LD = tl.load(k_ptr_LD, mask=(d_D < D)[None, :], other=0.0)
                 v_LV = tl.load(v_ptr_LV, mask=(v_V < V)[None, :], other=0.0)
+            if masked:  # a weight of 0 does not stop what overflowed
+                v_LV = tl.where(tl.abs(v_LV.to(tl.float32)) < float("inf"), v_LV, tl.zeros_like(v_LV))
             # The next keys' blocks, now: then those keys can be asked for at once.
             next_L = key_L + BLOCK_L
             p_L = tl.load(table_ptr + next_L.to(tl.uint32) // B, mask=next_L < stop, other=0)

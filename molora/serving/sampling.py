@@ -22,6 +22,7 @@ from torch import Tensor
 
 from molora.generation import Sampling, TokenLogprob
 
+NOTHING = -1
 SMALLEST_TEMPERATURE = 1e-6  # below it the most likely token has all there is
 
 
@@ -100,7 +101,7 @@ def draw(logits_DV: Tensor, draws: Sequence[Draw]) -> tuple[list[int], list[Toke
 
 
 def choose(logits_DV: Tensor, table_D5: Tensor, masks_DW: Tensor | None, parts: Parts) -> Tensor:
-    """The next tokens, int64 [D].
+    """The next tokens, int64 [D]; `NOTHING` where the model's numbers overflowed.
 
     Args:
         logits_DV: of any floating dtype, penalties and biases included.
@@ -109,7 +110,7 @@ def choose(logits_DV: Tensor, table_D5: Tensor, masks_DW: Tensor | None, parts: 
     """
     if masks_DW is not None:
         logits_DV = logits_DV.masked_fill(~unpack(masks_DW, logits_DV.shape[1]), -torch.inf)
-    greedy_D = greedy(logits_DV)
+    greedy_D = torch.where(logits_DV.amax(-1).isfinite(), greedy(logits_DV), NOTHING)
     if not parts.draws:
         return greedy_D
     temperature_D, top_k_D, top_p_D, min_p_D, uniform_D = table_D5.unbind(1)
@@ -124,7 +125,7 @@ def choose(logits_DV: Tensor, table_D5: Tensor, masks_DW: Tensor | None, parts: 
     drawn_D = torch.searchsorted(cdf_DV, goal_D1, right=True)[:, 0]
     # Rounding may put the goal at the sum itself: then it is the last token that has any probability.
     last_D = (cdf_DV < cdf_DV[:, -1:]).sum(-1)
-    return torch.where(temperature_D > 0, torch.minimum(drawn_D, last_D), greedy_D)
+    return torch.where((temperature_D > 0) & (greedy_D >= 0), torch.minimum(drawn_D, last_D), greedy_D)
 
 
 def greedy(logits_DV: Tensor) -> Tensor:
@@ -181,6 +182,7 @@ def unpack(masks_DW: Tensor, num_ids: int) -> Tensor:
 def logprobs_of(logits_DV: Tensor, ids_D: Tensor, draws: Sequence[Draw]) -> list[TokenLogprob | None]:
     """Of the drawn tokens under the model's own distribution, for the rows that ask."""
     found: list[TokenLogprob | None] = [None] * len(draws)
+    ids_D = ids_D.clamp(min=0)
     asking = [row for row, each in enumerate(draws) if each.sampling.logprobs is not None]
     if asking:
         nums_top = [draws[row].sampling.logprobs or 0 for row in asking]

@@ -412,6 +412,27 @@ class TestFaults:
             engine.submit(Request(prompt=random_ids(5), route="x", activation=0, salt="\ud800"))
         idle(engine)
 
+    @pytest.mark.parametrize("num_tokens", [12, 30])
+    def test_numbers_that_overflow_reach_no_base_token(self, m, engine_of, random_ids, num_tokens):
+        """Base and active tokens are read in one chunk, and the adapter's are not finite."""
+        prompt = random_ids(num_tokens)
+        expected = engine_of(m).generate(ask(prompt, "base"))[0]
+        engine = engine_of(m)
+        linear = next(iter(m.decoder.linears.values()))
+        kept = linear.scaling_E.clone()
+        try:
+            for each in m.decoder.linears.values():
+                each.scaling_E[0] = torch.inf
+            with pytest.raises(EngineError, match="numbers overflowed"):
+                engine.generate(ask(prompt, "x"))
+        finally:
+            for each in m.decoder.linears.values():
+                each.scaling_E.copy_(kept)
+        out = engine.generate(ask(prompt, "base"))[0]
+        assert out.num_reused_tokens == 9
+        assert out.token_ids == expected.token_ids
+        check(m, ask(prompt, "x"), engine_of(m).generate(ask(prompt, "x"))[0])
+
     def test_a_sequence_that_needs_every_block(self, m, engine_of, random_ids):
         """Where a block that would be copied stands in its own way, it is computed."""
         engine = engine_of(m, kv_cache_bytes=m.engine._runner.num_bytes_per_token * 4 * 5)
