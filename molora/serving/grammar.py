@@ -491,13 +491,15 @@ def checked_regex(text: str) -> str:
     return "".join(out)
 
 
+_NUMBERED = re.compile(
+    r"\\(?:u\{([^}]+)\}|(?:x(?=[0-9A-Fa-f]{2})|u(?=[0-9A-Fa-f]{4}))"
+    r"([0-9A-Fa-f]{2}(?:(?<=\\u..)[0-9A-Fa-f]{2})?)|c(.)|[^uxc])"
+)
+
+
 def _spelled(piece: re.Match[str]) -> str:
     """A piece of a regular expression whose characters are numbered in braces: `\\x41a` would be read as one number."""
-    text = re.sub(
-        r"\\(?:u\{([^}]+)\}|(?:x(?=[0-9A-Fa-f]{2})|u(?=[0-9A-Fa-f]{4}))([0-9A-Fa-f]{2}(?:(?<=\\u..)[0-9A-Fa-f]{2})?)|c(.)|[^uxc])",
-        _numbered,
-        piece[0],
-    )
+    text = _NUMBERED.sub(_numbered, piece[0])
     if piece["set"] and text.startswith("[^"):
         return f"{text[:-1]}{HALVES}]"
     return f"[^{text.lower()}{HALVES}]" if text in (r"\D", r"\W", r"\S") else text
