@@ -136,7 +136,7 @@ def attend(
         q_HnD = query[0, :, first:end]
         mask_nL = pages.mask(index, sliding_window)
         if mask_nL is not None:
-            # An active token's numbers may overflow, and what is masked counts 0 times: 0 * inf would reach base tokens.
+            # An active token may overflow, and what is masked counts 0 times: 0 * inf would reach base tokens.
             k_HLD, v_HLD = torch.nan_to_num(k_HLD, 0.0, 0.0, 0.0), torch.nan_to_num(v_HLD, 0.0, 0.0, 0.0)
         if softcap is None and s_aux is None:
             out = F.scaled_dot_product_attention(
