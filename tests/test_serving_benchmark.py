@@ -46,7 +46,9 @@ def test_a_result_says_where_and_on_what_it_was_measured(ran: tuple[str, dict[st
     assert "serving.py --shape tiny" in result["command"]
     assert result["device"]
     assert result["versions"]["torch"] == torch.__version__
-    assert {"commit", "num_cpus", "num_threads", "dtype", "shape", "seed", "repeats"} <= set(result)
+    assert {"commit", "num_cpus", "num_threads", "load_average_at_start", "dtype", "shape", "seed", "repeats"} <= set(
+        result
+    )
     assert (result["shape"], result["repeats"], result["seed"]) == ("tiny", 2, 0)
 
 

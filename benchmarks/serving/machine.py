@@ -18,6 +18,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "num_cpus": os.cpu_count(),
         "num_threads": torch.get_num_threads(),
+        "load_average_at_start": os.getloadavg()[0],  # of a minute: who else is there
         "versions": {
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
