@@ -1,4 +1,4 @@
-"""Steps on static buffers, padded to a bucket, with Triton's attention: what a GPU captures, run here as it is."""
+"""Steps on static buffers, padded to a bucket, with Triton's attention: captured on a GPU, run as they are without one."""
 
 from typing import Any
 
@@ -16,6 +16,8 @@ from molora.serving.runner import Runner
 from molora.serving.sampling import Draw
 from molora.slots import ResolvedRoute
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 BLEND = {"x": 0.5, "y": 0.25}
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
 
@@ -41,7 +43,7 @@ def captured(monkeypatch) -> Any:
 
 @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT], ids=["hard", "soft"])
 def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_ids, tmp_path, router):
-    m = molora.load(make_bank(tmp_path, router=key_router(router)), device="cpu", dtype="float32")
+    m = molora.load(make_bank(tmp_path, router=key_router(router)), device=DEVICE, dtype="float32")
     engine = captured(m, max_step_tokens=20, max_sequences=4)
     routes = ["base", "x", "auto", BLEND]
     requests = [
@@ -54,13 +56,16 @@ def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_
         assert [[n for n, _ in route] for route in expected[0][:-1]] == [[n for n, _ in r] for r in out.routes[:-1]]
     drawn = Sampling(max_new_tokens=2, temperature=2.0, top_p=0.9, seed=3, logprobs=1, ignore_eos=True)
     request = Request(prompt=random_ids(4), route="base", sampling=drawn)
-    out, expected = engine.generate(request)[0], m.engine.generate(request)[0]
+    m_alone = molora.load(m.bank, device="cpu", dtype="float32")
+    out, expected = engine.generate(request)[0], m_alone.engine.generate(request)[0]
     assert out.generated_ids == expected.generated_ids
     assert [each.token_id for each in out.logprobs] == out.generated_ids
     steps = engine._runner._captured
     assert steps is not None
     assert {kind.is_routed for _, kind in steps._steps} == {True, False}
     assert {bucket for bucket, _ in steps._steps} <= set(BUCKETS)
+    if DEVICE.type == "cuda":
+        assert all(step._graph is not None for step in steps._steps.values())
     assert all(linear.siblings is not None for path, linear in m.decoder.linears.items() if "q_proj" in path)
 
 
