@@ -26,6 +26,7 @@ from transformers import AttentionInterface
 
 from molora.serving.packing import Span
 
+POOL = "_molora_pool"  # a module's own attribute, while layers run compiled
 NAME = "molora_pages"  # transformers gives names that hold "flash", "sdpa", "flex_attention" or "paged|" a mask
 
 
@@ -83,11 +84,12 @@ class PoolShape(NamedTuple):
 
 
 class PoolShapes(dict[int, PoolShape]):
-    """Of each layer by its index, noted by a forward that only asks for them; and how often the layer attended."""
+    """Of each layer by its index, noted by a forward that only asks for them; how often it attended, and in what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.num_calls: Counter[int] = Counter()
+        self.modules: dict[int, torch.nn.Module] = {}
 
 
 def attend(
@@ -110,18 +112,20 @@ def attend(
         pages: the step's; or what notes each layer's shape.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer: int = module.layer_idx  # type: ignore[assignment]
     if isinstance(pages, PoolShapes):
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        pages.modules[layer] = module
         pages.num_calls[layer] += 1
         pages[layer] = PoolShape(key.shape[1], key.shape[3], value.shape[3], key.dtype)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
     if pages is None:
         raise ValueError(f"attention {NAME!r} is for the engine's steps; it needs their pages.")
+    # A compiler is to see layers that are alike, so it must not see their numbers.
+    pool: Pool = module.__dict__.get(POOL) or pages.pools[module.layer_idx]  # type: ignore[index]
     if pages.cu_queries_S1 is not None:
         from molora.serving import paged_attention  # Triton is no part of a CPU's path
 
-        return paged_attention.attend(pages, layer, query, key, value, scale, sliding_window, softcap, s_aux), None
-    pool = pages.pools[layer]
+        return paged_attention.attend(pages, pool, query, key, value, scale, sliding_window, softcap, s_aux), None
     key_NHD, value_NHD = key[0].transpose(0, 1), value[0].transpose(0, 1)
     pool.keys.flatten(0, 1).index_copy_(0, pages.places_N, key_NHD)
     pool.values.flatten(0, 1).index_copy_(0, pages.places_N, value_NHD)

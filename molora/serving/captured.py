@@ -23,6 +23,7 @@ from torch import Tensor
 from molora.injection import RoutedDecoder
 from molora.routing import NO_ADAPTER, RouteRequest
 from molora.serving.attention import Pages, Pool, attending
+from molora.serving.compiled import CompiledLayers
 from molora.serving.packing import Packed
 from molora.serving.report import Layout, Report, read_report, write_report
 from molora.serving.sampling import COLUMNS, Draw, Parts, choose, parts_of, table_of
@@ -150,6 +151,7 @@ class CapturedSteps:
         self,
         decoder: RoutedDecoder,
         pools: dict[int, Pool],
+        layers: CompiledLayers,
         *,
         nobodys: int,
         max_sequences: int,
@@ -166,6 +168,7 @@ class CapturedSteps:
         """
         self._decoder = decoder
         self._pools = pools
+        self._layers = layers
         self._nobodys = nobodys
         self._max_sequences = max_sequences
         self._max_blocks = max_blocks
@@ -201,7 +204,7 @@ class CapturedSteps:
         step = self._steps.get((bucket, kind))
         if step is None:
             step = self._steps[bucket, kind] = _Step(
-                lambda: self._forward(buffers, kind), self._decoder.device, self._memory
+                lambda: self._layers.run(lambda: self._forward(buffers, kind)), self._decoder.device, self._memory
             )
         out = step.run()
         ids, routes = np.split(out.host.cpu().numpy(), [len(buffers.host["kept_S"])])

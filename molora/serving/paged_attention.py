@@ -32,7 +32,7 @@ from torch import Tensor
 from molora.serving import paged_attention_kernels as kernels
 
 if TYPE_CHECKING:
-    from molora.serving.attention import Pages
+    from molora.serving.attention import Pages, Pool
 
 _LOG2_E = math.log2(math.e)
 _JOINED_AT_A_TIME = 16
@@ -300,7 +300,7 @@ def paged_attention(
 
 def attend(
     pages: Pages,
-    layer: int,
+    pool: Pool,
     query_1HND: Tensor,
     key_1HND: Tensor,
     value_1HNV: Tensor,
@@ -312,14 +312,50 @@ def attend(
     """A layer's part of `attention.attend` on a GPU; [1, N, H, V]."""
     assert pages.cu_queries_S1 is not None
     assert pages.num_keys_S is not None
-    pool = pages.pools[layer]
-    tables = BatchTables(pages.tables_SM, pages.cu_queries_S1, pages.num_keys_S)
-    write_kv(key_1HND[0].transpose(0, 1), value_1HNV[0].transpose(0, 1), pool.keys, pool.values, pages.places_N)
-    q_NHD = query_1HND[0].transpose(0, 1)
+    tables = pages.tables_SM, pages.cu_queries_S1, pages.num_keys_S
+    out: Tensor = _attend(
+        query_1HND, key_1HND, value_1HNV, *pool, pages.places_N, *tables, scale, window, softcap, sinks_H
+    )
+    return out
+
+
+# One step for compilers. It does not say that it writes to the pool: nothing else in a graph reads that, and a compiler
+# which knew might copy it.
+@torch.library.custom_op("molora::attend", mutates_args=())
+def _attend(
+    query_1HND: Tensor,
+    key_1HND: Tensor,
+    value_1HNV: Tensor,
+    k_pool_PBHD: Tensor,
+    v_pool_PBHV: Tensor,
+    places_N: Tensor,
+    block_tables_SM: Tensor,
+    cu_queries_S1: Tensor,
+    num_keys_S: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    key_NHD, value_NHV = key_1HND[0].transpose(0, 1), value_1HNV[0].transpose(0, 1)
+    write_kv(key_NHD, value_NHV, k_pool_PBHD, v_pool_PBHV, places_N)
     out_NHV = paged_attention(
-        q_NHD, pool.keys, pool.values, tables, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H
+        query_1HND[0].transpose(0, 1),
+        k_pool_PBHD,
+        v_pool_PBHV,
+        BatchTables(block_tables_SM, cu_queries_S1, num_keys_S),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks_H=sinks_H,
     )
     return out_NHV[None]
+
+
+@_attend.register_fake
+def _(query_1HND: Tensor, key_1HND: Tensor, value_1HNV: Tensor, *_: object) -> Tensor:
+    _, num_heads, num_tokens, _ = query_1HND.shape
+    return value_1HNV.new_empty(1, num_tokens, num_heads, value_1HNV.shape[3])
 
 
 def _check(

@@ -23,6 +23,7 @@ from molora.routing import RouteRequest
 from molora.serving.attention import Pages, Pool, PoolShape, PoolShapes, attending
 from molora.serving.block_manager import Copy
 from molora.serving.captured import CapturedSteps
+from molora.serving.compiled import CompiledLayers
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
 from molora.serving.sampling import Draw, draw, logprobs_of, read_logprobs
@@ -94,9 +95,12 @@ class Runner:
         self._captured: CapturedSteps | None = None
         if captures:
             merge_siblings(decoder.linears, self._ask_for_shapes)
+            backend = "inductor" if decoder.device.type == "cuda" else "aot_eager"  # the latter shows that it can be
+            self._layers = CompiledLayers(decoder.model, shapes.modules, self._pools, backend=backend)
             self._captured = CapturedSteps(
                 decoder,
                 self._pools,
+                self._layers,
                 nobodys=self._nobodys,
                 max_sequences=max_sequences,
                 max_blocks=min(self.num_blocks, -(-text_config(decoder.model).max_position_embeddings // block_size)),
@@ -161,14 +165,10 @@ class Runner:
         request, early = None, False
         if packed.routes is not None:
             request, early = _route_request(packed.routes, device), packed.routes.acts_early
+        inputs = {"input_ids": put(packed.ids_N)[None], "position_ids": put(packed.positions_N)[None]}
+        kept = torch.tensor(packed.kept, device=device)
         with decoder.requested(request, early=early), attending(self._config):
-            out = decoder.model(
-                input_ids=put(packed.ids_N)[None],
-                position_ids=put(packed.positions_N)[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(packed.kept, device=device),
-                pages=pages,
-            )
+            out = decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages)
             record = decoder.routes.record
             if record is None:
                 return out.logits[0], None
@@ -176,7 +176,7 @@ class Runner:
             report, layout = write_report(record, drawing, decoder.temperature)
         return out.logits[0], read_report(report.cpu().numpy(), layout)
 
-    def _ask_for_shapes(self) -> dict[int, PoolShape]:
+    def _ask_for_shapes(self) -> PoolShapes:
         """What each layer keeps of a token, found by a forward of one token whose attention does nothing else."""
         shapes = PoolShapes()
         device = self._decoder.device

@@ -1,0 +1,70 @@
+"""Decoder layers through torch.compile: what stands between their products and attention becomes a kernel or two.
+
+All layers that are alike share what was compiled, and sizes that vary are compiled once more, for any size. A model that
+cannot be compiled runs as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from molora.injection import find_layers
+from molora.routing import RoutingLayer
+from molora.serving.attention import POOL, Pool
+
+MAX_VARIANTS = 64  # of a layer: routed or not, of one token or any number, with and without adapters
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+class CompiledLayers:
+    """The layers of a decoder, compiled for what runs inside `run`, and as they are for everybody else."""
+
+    def __init__(
+        self, model: nn.Module, attention: Mapping[int, nn.Module], pools: Mapping[int, Pool], *, backend: str
+    ) -> None:
+        """
+        Args:
+            attention: the modules that attend, by layer.
+            pools: of each layer: known to its module while it runs, since its number would tell layers apart.
+            backend: torch.compile's.
+        """
+        self._name = type(model).__name__
+        layers = [layer.layer if isinstance(layer, RoutingLayer) else layer for layer in find_layers(model)]
+        self._calls: dict[nn.Module, Any] = {layer: torch.compile(layer._call_impl, backend=backend) for layer in layers}
+        self._pools = {attention[index]: pool for index, pool in pools.items()}
+        self._ran = False
+
+    def run(self, forward: Callable[[], T]) -> T:
+        """Call what runs the model."""
+        if not self._calls:
+            return forward()
+        try:
+            with self._compiled():
+                out = forward()
+        except Exception:
+            if self._ran:  # it is not the compiler's fault
+                raise
+            out = forward()
+            logger.exception("the layers of %s could not be compiled, and run as they are", self._name)
+            self._calls = {}
+        self._ran = True
+        return out
+
+    @contextmanager
+    def _compiled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch._dynamo.config.patch(recompile_limit=MAX_VARIANTS))
+            for layer, call in self._calls.items():
+                layer._compiled_call_impl = call  # what nn.Module.compile sets; calls look for it
+                stack.callback(setattr, layer, "_compiled_call_impl", None)
+            for module, pool in self._pools.items():
+                module.__dict__[POOL] = pool
+                stack.callback(module.__dict__.pop, POOL)
+            yield
