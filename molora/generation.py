@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
-TokenRoute = list[tuple[str, float]]
+TokenRoute = tuple[tuple[str, float], ...]
 """The adapters that acted on one token, by name, and their gates; empty where the base model ran alone."""
 
 MAX_TOP_LOGPROBS = 20
@@ -166,8 +166,8 @@ class Generation:
     Attributes:
         text: what was generated, without the prompt and without special tokens.
         token_ids: the prompt's ids and then the generated ones, a sampled end token included.
-        routes: for each of `token_ids`, the (adapter name, gate) pairs that acted on it *as input*; [] is base. The
-            last sampled token was never an input and has []. The route that produced token t is `routes[t - 1]`.
+        routes: for each of `token_ids`, the (adapter name, gate) pairs that acted on it *as input*; () is base. The
+            last sampled token was never an input and has (). The route that produced token t is `routes[t - 1]`.
         num_prompt_tokens, num_generated_tokens: they add up to `len(token_ids)`.
         activation_start: index of the first token on which adapters could act; None if the base ran alone.
         num_reused_tokens: prompt tokens whose keys and values came from the cache.

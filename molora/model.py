@@ -375,11 +375,11 @@ class MoLoRA:
         # Explicit routes below the router layer are the same as from it on, so the later record says it all.
         record = self.decoder.routes.record
         if record is None:
-            return [[[] for _ in range(num_tokens)] for _ in holds]
+            return [[()] * num_tokens for _ in holds]
         slots_BTK, gates_BTK = record.slots.tolist(), record.gates.tolist()
         return [
             [
-                [] if hold is None else hold.name(read_route(slots, gates, hold.digests))
+                () if hold is None else hold.name(read_route(slots, gates, hold.digests))
                 for slots, gates in zip(slots_TK, gates_TK, strict=True)
             ]
             for hold, slots_TK, gates_TK in zip(holds, slots_BTK, gates_BTK, strict=True)

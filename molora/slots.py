@@ -112,7 +112,7 @@ class Hold:
 
     def name(self, route: TokenRoute) -> TokenRoute:
         """A token's route by digests, in the request's names."""
-        return [(self.names[digest], gate) for digest, gate in route]
+        return tuple((self.names[digest], gate) for digest, gate in route)
 
 
 class AdapterSlots:
@@ -319,4 +319,4 @@ class AdapterSlots:
 
 def read_route(slots: Sequence[int], gates: Sequence[float], digests: Mapping[int, str]) -> TokenRoute:
     """The adapters that act on a token, by digest."""
-    return [(digests[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0]
+    return tuple((digests[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0)

@@ -61,6 +61,7 @@ class Answer:
         self.num_prompt_tokens = len(self.tokens.token_ids)
         depends = self.sampling.temperature or self.sampling.is_penalized or self.matcher is not None
         self._plain = None if depends else Draw(self.sampling, (), (), 0.0)  # the same for each token
+        self.place = -1  # of its draw among those of the last step that it was in
         self._text = TextStream(self.decode, self.sampling.stop)
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
@@ -86,8 +87,8 @@ class Answer:
         if not self._begun_s:
             self._begun_s = time.monotonic()
 
-    def draw(self) -> Draw:
-        """What its next token is chosen by."""
+    def draw(self, num_ahead: int = 0) -> Draw:
+        """What its next token is chosen by, or the one `num_ahead` tokens later."""
         if self._plain is not None:
             return self._plain
         ids, num_prompt, penalized = self.tokens.token_ids, self.num_prompt_tokens, self.sampling.is_penalized
@@ -95,7 +96,7 @@ class Answer:
             self.sampling,
             ids[:num_prompt] if penalized else (),
             ids[num_prompt:] if penalized else (),
-            uniform(self.seed, self.index, self.num_generated) if self.sampling.temperature else 0.0,
+            uniform(self.seed, self.index, self.num_generated + num_ahead) if self.sampling.temperature else 0.0,
             None if self.matcher is None else self.matcher.bitmask(),
         )
 
@@ -123,7 +124,7 @@ class Answer:
         self.result = Generation(
             text="".join(self._pieces),
             token_ids=list(tokens.token_ids),
-            routes=[*map(self._name, self.routes[: len(tokens.token_ids) - 1]), []],
+            routes=[*self._named(len(tokens.token_ids) - 1), ()],
             num_prompt_tokens=num_prompt,
             num_generated_tokens=self.num_generated,
             activation_start=None if self.route.is_base else self.activation_start,
@@ -142,7 +143,12 @@ class Answer:
         )
 
     def _name(self, route: TokenRoute) -> TokenRoute:
-        return self.hold.name(route) if route and self.hold is not None else []
+        return self.hold.name(route) if route and self.hold is not None else ()
+
+    def _named(self, num_tokens: int) -> list[TokenRoute]:
+        """The routes of the first tokens; those before activation are base."""
+        num_base = min(num_tokens, self.activation_start)
+        return [()] * num_base + [self._name(route) for route in self.routes[num_base:num_tokens]]
 
     def _finish_reason(self, token_id: int) -> FinishReason | None:
         if token_id in self.eos_ids or token_id in self.sampling.stop_token_ids:

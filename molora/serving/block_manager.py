@@ -92,7 +92,7 @@ class BlockTable:
     coming: list[bytes] = field(default_factory=list)  # of the blocks that it was announced to compute
 
 
-@dataclass
+@dataclass(slots=True)
 class _Block:
     num_users: int = 0
     key: bytes | None = None  # while it is found by it
@@ -215,12 +215,19 @@ class BlockManager:
         table.copies.clear()
 
     def commit(
-        self, table: BlockTable, token_ids: Sequence[int], num_computed: int, notes: Sequence[object] | None = None
+        self,
+        table: BlockTable,
+        token_ids: Sequence[int],
+        num_computed: int,
+        notes: Sequence[object] | None = None,
+        *,
+        begun: int | None = None,
     ) -> None:
         """The keys and values of the first num_computed tokens are in the table's blocks: let others find them.
 
         Args:
             notes: one on each of those tokens; None is no note on any.
+            begun: the step that computed them; the last one if None.
 
         Raises:
             ValueError: fewer than before, more than there are tokens, or more than the blocks hold.
@@ -240,7 +247,7 @@ class BlockManager:
             block.token_ids, block.source = tuple(token_ids[first:end]), table.source
             block.notes = (None,) * (end - first) if notes is None else tuple(notes[first:end])
             if first >= before:
-                block.begun = self.step
+                block.begun = self.step if begun is None else begun
             is_active = end > table.source.activation_start
             if block.parent is None:
                 block.parent = table.keys[index]

@@ -10,8 +10,9 @@ Legend: N tokens, S sequences, D rows that draw, K adapters a token, M blocks a 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -62,12 +63,16 @@ class Capacity:
 
 
 class Buffers:
-    """A step's inputs at fixed addresses, filled on the host and sent in one copy."""
+    """A step's inputs at fixed addresses, filled on the host and sent in one copy.
+
+    The host has two of each, used in turn: a step is filled while the one before it may not have been sent yet.
+    """
 
     def __init__(self, capacity: Capacity, device: torch.device) -> None:
         n, s, m, k = capacity.num_tokens, capacity.num_sequences, capacity.num_blocks, capacity.num_adapters
         shapes: dict[str, tuple[tuple[int, ...], Any]] = {
             "ids_N": ((n,), np.int64),
+            "follows_N": ((n,), np.int64),
             "positions_N": ((n,), np.int64),
             "places_N": ((n,), np.int64),
             "start_N": ((n,), np.int64),
@@ -89,22 +94,30 @@ class Buffers:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             spans[name] = end, end + size
             end += -(-size // 16) * 16
-        self._staged = torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        staged = [torch.zeros(end, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(2)]
+        self._turns = cycle(
+            (
+                each,
+                {
+                    name: each[slice(*spans[name])].numpy().view(dtype).reshape(shape)
+                    for name, (shape, dtype) in shapes.items()
+                },
+            )
+            for each in staged
+        )
         self._sent = torch.zeros(end, dtype=torch.uint8, device=device)
-        self.host: dict[str, NDArray[Any]] = {
-            name: self._staged[slice(*spans[name])].numpy().view(dtype).reshape(shape)
-            for name, (shape, dtype) in shapes.items()
-        }
         self.device: Mapping[str, Tensor] = {
-            name: self._sent[slice(*spans[name])].view(torch.from_numpy(self.host[name]).dtype).view(shape)
-            for name, (shape, _) in shapes.items()
+            name: self._sent[slice(*spans[name])].view(torch.from_numpy(np.zeros(0, dtype)).dtype).view(shape)
+            for name, (shape, dtype) in shapes.items()
         }
 
     def fill(self, packed: Packed, draws: Sequence[Draw], nobodys: int) -> None:
         """Write a step and what pads it, and send it."""
-        host, n, s = self.host, len(packed.ids_N), len(packed.spans)
+        staged, host = next(self._turns)
+        n, s = len(packed.ids_N), len(packed.spans)
         for name, values, padding in (
             ("ids_N", packed.ids_N, 0),
+            ("follows_N", packed.follows_N, -1),
             ("positions_N", packed.positions_N, 0),
             ("places_N", packed.places_N, nobodys),
         ):
@@ -125,7 +138,7 @@ class Buffers:
             host["slots_NK"][:] = NO_ADAPTER
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
         host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
-        self._sent.copy_(self._staged, non_blocking=True)
+        self._sent.copy_(staged, non_blocking=True)
         if any(each.bitmask is not None for each in draws):
             self.masks_SW.fill_(-1)
             for s, each in enumerate(draws):
@@ -145,7 +158,11 @@ class Buffers:
 
 
 class CapturedSteps:
-    """The graphs of a runner, by size and kind."""
+    """The graphs of a runner, by size and kind.
+
+    Attributes:
+        last_S: int64, what the last step drew, for a step that is sent before the host knows it.
+    """
 
     def __init__(
         self,
@@ -178,6 +195,7 @@ class CapturedSteps:
         self._steps: dict[tuple[int, Kind], _Step] = {}
         # One step's outputs are read before the next one runs, so that all graphs may use the same memory.
         self._memory = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
+        self.last_S = torch.zeros(max_sequences, dtype=torch.long, device=decoder.device)
 
     def fits(self, packed: Packed) -> bool:
         """Whether a step is small enough, and asks for nothing that a graph does not hold."""
@@ -189,8 +207,11 @@ class CapturedSteps:
             and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
         )
 
-    def run(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, list[int], Report | None]:
-        """The logits [D, V] of the rows that draw, their next tokens, and the routes. The next step overwrites them."""
+    def launch(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, Outcome]:
+        """Run a step; the logits [D, V] of the rows that draw, which the next step overwrites, and what will be known.
+
+        At most one outcome may be unread when the next step is launched.
+        """
         bucket = next(size for size in BUCKETS if size >= len(packed.ids_N))
         buffers = self._buffers.get(bucket)
         if buffers is None:
@@ -207,10 +228,8 @@ class CapturedSteps:
                 lambda: self._layers.run(lambda: self._forward(buffers, kind)), self._decoder.device, self._memory
             )
         out = step.run()
-        ids, routes = np.split(out.host.cpu().numpy(), [len(buffers.host["kept_S"])])
-        report = None if out.layout is None else read_report(routes, out.layout)
         num_drawn = len(packed.drawn)
-        return out.logits_SV[:num_drawn], ids[:num_drawn].tolist(), report
+        return out.logits_SV[:num_drawn], step.fetch(out, num_drawn)
 
     def _forward(self, buffers: Buffers, kind: Kind) -> _Output:
         on, decoder = buffers.device, self._decoder
@@ -223,9 +242,10 @@ class CapturedSteps:
             num_keys_S=on["num_keys_S"],
         )
         request = buffers.request() if kind.is_routed else None
+        ids_N = following(on["ids_N"], on["follows_N"], self.last_S)
         with decoder.requested(request, early=kind.acts_early), attending(decoder.model.config):
             out = decoder.model(
-                input_ids=on["ids_N"][None],
+                input_ids=ids_N[None],
                 position_ids=on["positions_N"][None],
                 use_cache=False,
                 logits_to_keep=on["kept_S"],
@@ -239,18 +259,42 @@ class CapturedSteps:
         logits_SV = out.logits[0]
         masks_SW = buffers.masks_SW if kind.parts.masks else None
         ids_S = choose(logits_SV, on["table_S5"], masks_SW, kind.parts)
-        return _Output(logits_SV, torch.cat([ids_S.int(), *host]), layout)
+        self.last_S[: len(ids_S)] = ids_S
+        return _Output(logits_SV, torch.cat([ids_S.int(), *host]), len(ids_S), layout)
+
+
+def following(ids_N: Tensor, follows_N: Tensor, last_S: Tensor) -> Tensor:
+    """Token ids, those that were not known from what the last step drew."""
+    drawn_N = last_S[follows_N.clamp(min=0)].clamp(min=0)  # there may be `NOTHING`: that answer ends, whatever it says
+    return torch.where(follows_N >= 0, drawn_N, ids_N)
+
+
+class Outcome:
+    """The next tokens and the routes of a step, on their way to the host."""
+
+    def __init__(self, out: _Output, sent: torch.cuda.Event | None, host: Tensor, num_drawn: int) -> None:
+        """sent: has happened when `host` holds what the output's does; None if it does."""
+        self._out, self._sent, self._host, self._num_drawn = out, sent, host, num_drawn
+
+    def read(self) -> tuple[list[int], Report | None]:
+        """Waits for them."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        ids, routes = np.split(self._host.numpy(), [self._out.num_ids])
+        layout = self._out.layout
+        return ids[: self._num_drawn].tolist(), None if layout is None else read_report(routes, layout)
 
 
 class _Output(NamedTuple):
     """What a captured step leaves, at fixed addresses.
 
     Attributes:
-        host: what the host reads, in one piece: the next tokens [S], and the report.
+        host: what the host reads, in one piece: the next tokens [num_ids], and the report.
     """
 
     logits_SV: Tensor
     host: Tensor
+    num_ids: int
     layout: Layout | None
 
 
@@ -259,6 +303,7 @@ class _Step:
 
     def __init__(self, forward: Callable[[], _Output], device: torch.device, memory: Any) -> None:
         self._forward = forward
+        self._fetched: Iterator[Tensor] | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             try:
@@ -281,6 +326,17 @@ class _Step:
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
                 self._output = forward()
         self._graph = graph
+
+    def fetch(self, out: _Output, num_drawn: int) -> Outcome:
+        if not out.host.is_cuda:
+            return Outcome(out, None, out.host, num_drawn)
+        if self._fetched is None:
+            self._fetched = cycle([torch.empty_like(out.host, device="cpu", pin_memory=True) for _ in range(2)])
+        host = next(self._fetched)
+        host.copy_(out.host, non_blocking=True)
+        sent = torch.cuda.Event()
+        sent.record()
+        return Outcome(out, sent, host, num_drawn)
 
     def run(self) -> _Output:
         if self._graph is None:

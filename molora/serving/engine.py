@@ -31,7 +31,7 @@ from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
 from molora.serving.request import EngineError, EngineFullError, Request
-from molora.serving.runner import Drawn, Runner, StepOutput
+from molora.serving.runner import Drawn, Flight, Runner, StepOutput
 from molora.serving.sampling import NOTHING
 from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
@@ -144,6 +144,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._answers: dict[Tokens, Answer] = {}
+        self._flight: _Flight | None = None
         self._num_submitted = 0  # that the thread has not seen yet
 
     @property
@@ -342,7 +343,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._inbox and not self._answers:
+                while not self._inbox and not self._answers and self._flight is None:
                     if not self._wake.wait(IDLE_S) and not self._inbox:
                         self._thread = None
                         return
@@ -353,6 +354,7 @@ class Engine:
                     action()
                 except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
                     logger.exception("the engine failed beside the model")
+                    self._flight = None
                     self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
                     self._forget()
 
@@ -386,35 +388,72 @@ class Engine:
             stream.fail(error)
 
     def _step(self) -> None:
-        if not self._answers:
-            return
+        """Launch the next step, and see to what the last one left, in this order where that can be."""
+        last, self._flight = self._flight, None
+        if last is not None and not (last.step.is_landed or self._scheduler.can_run_ahead):
+            self._land(last)
+            last = None
+        if self._answers:
+            self._flight = self._launch(is_alone=last is None)
+        if last is not None:
+            self._land(last)
+        if self._flight is not None and self._flight.step.is_landed:
+            last, self._flight = self._flight, None
+            self._land(last)
+
+    def _launch(self, *, is_alone: bool) -> _Flight | None:
+        """
+        Args:
+            is_alone: no step is in flight, so that somebody can run.
+        """
         works = self._scheduler.plan()
         if not works:
-            raise RuntimeError("sequences wait, and none of them can ever run")
+            if is_alone:
+                raise RuntimeError("sequences wait, and none of them can ever run")
+            return None
         answers = [self._answers[work.sequence] for work in works]
         try:
             with self.m.lock, torch.inference_mode():
-                self._runner.copy([copy for work in works for copy in _table(work).copies])
+                self._runner.copy([copy for work in works for copy in work.copies])
                 rows = [self._row(work, answer) for work, answer in zip(works, answers, strict=True)]
-                draws = [answer.draw() for work, answer in zip(works, answers, strict=True) if work.draws]
-                out = self._runner.step(rows, draws)
-        except Exception as error:  # whatever a model may raise, out of memory included: only this step's requests end
-            self._counts["num_failed_steps"] += 1
-            failure = EngineError(f"the step failed: {one_line(error)}")
-            failure.__cause__ = error
-            self._fail(answers, failure)
+                drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
+                draws = [answer.draw(answer.tokens.num_pending - 1) for answer in drawing]
+                step = self._runner.launch(rows, draws)
+        except Exception as error:  # whatever a model may raise, out of memory included
+            self._fail_step(answers, error)
+            return None
+        for place, answer in enumerate(drawing):
+            answer.place = place
+        return _Flight(works, answers, step)
+
+    def _land(self, flight: _Flight) -> None:
+        """See to what a step left; for answers that ended meanwhile that is nothing."""
+        try:
+            out = flight.step.land()
+        except Exception as error:
+            self._fail_step(flight.answers, error)
             return
         self._counts["num_steps"] += 1
         drawn = iter(out.drawn)
-        for index, (work, answer) in enumerate(zip(works, answers, strict=True)):
+        for index, (work, answer) in enumerate(zip(flight.works, flight.answers, strict=True)):
+            token = next(drawn) if work.draws else None
+            if answer.tokens not in self._answers:
+                continue
             self._note(work, answer, out, index)
             self._scheduler.done(work)
-            if work.draws:
+            if token is not None:
                 try:
-                    self._push(answer, next(drawn))
+                    self._push(answer, token)
                 except Exception as error:  # of its text or its grammar: its own matter
                     logger.exception("an answer could not go on")
                     self._fail([answer], EngineError(f"the answer could not go on: {one_line(error)}"))
+
+    def _fail_step(self, answers: Sequence[Answer], error: Exception) -> None:
+        """Only this step's requests end."""
+        self._counts["num_failed_steps"] += 1
+        failure = EngineError(f"the step failed: {one_line(error)}")
+        failure.__cause__ = error
+        self._fail([answer for answer in answers if answer.tokens in self._answers], failure)
 
     def _row(self, work: Work, answer: Answer) -> Row:
         table, tokens = _table(work), answer.tokens
@@ -424,8 +463,12 @@ class Engine:
         first_next = max(0, len(answer.prompt_logprobs) - work.first)
         last_next = min(end + 1, answer.num_prompt_tokens)
         next_ids = [] if tokens.reads_cache else tokens.token_ids[work.first + 1 + first_next : last_next]
+        token_ids, follows = tokens.token_ids[work.first : end], -1
+        if end > len(tokens.token_ids):  # the last one is being drawn
+            token_ids.append(0)
+            follows = answer.place
         return Row(
-            token_ids=tokens.token_ids[work.first : end],
+            token_ids=token_ids,
             first=work.first,
             blocks=table.blocks[: -(-end // self.config.block_size)],
             draws=work.draws,
@@ -433,6 +476,7 @@ class Engine:
             activation_start=answer.activation_start,
             route=answer.route,
             hold=answer.hold,
+            follows=follows,
             known=answer.routes[work.first : end],
             next_ids=next_ids,
             first_next=first_next,
@@ -484,6 +528,15 @@ class Engine:
         config = self.config
         blocks = BlockManager(self._runner.num_blocks, config.block_size, self._domain)
         return blocks, Scheduler(blocks, max_step_tokens=config.max_step_tokens, max_sequences=config.max_sequences)
+
+
+@dataclass(frozen=True)
+class _Flight:
+    """A step that was launched: whose parts it has."""
+
+    works: list[Work]
+    answers: list[Answer]
+    step: Flight
 
 
 def _table(work: Work) -> BlockTable:

@@ -30,6 +30,8 @@ class Row:
         writes: their keys and values are kept; False for a token that runs for its logits alone.
         activation_start: the first active token of the sequence.
         hold: what its route may use; None for base.
+        follows: the last of these tokens is not known yet: it is what draw of this number in the step before gives.
+            -1 if it is known.
         known: the routes, by digests, of the first of these tokens, which were routed before: they take them again.
         next_ids: where log-probabilities of a prompt are asked for, the tokens that follow these, beginning with the
             one of number `first_next`; else empty.
@@ -44,6 +46,7 @@ class Row:
     activation_start: int
     route: ResolvedRoute
     hold: Hold | None
+    follows: int = -1
     known: Sequence[TokenRoute] = ()
     next_ids: Sequence[int] = ()
     first_next: int = 0
@@ -71,6 +74,7 @@ class Packed:
         kept: the tokens whose logits are needed; never none, since a head that computes nothing is not what models are
             tested for.
         drawn: the places among them of those that draw.
+        follows_N: for tokens that are not known yet, which draw of the step before gives them; -1 for others.
         routes: what the routes are asked for; None if no token is active, which the host knows.
     """
 
@@ -81,6 +85,7 @@ class Packed:
     spans: list[Span]
     kept: list[int]
     drawn: list[int]
+    follows_N: Ints
     routes: PackedRoutes | None
 
 
@@ -131,7 +136,9 @@ def pack(rows: Sequence[Row], block_size: int, nobodys: int) -> Packed:
             drawn.append(len(kept))
             kept.append(end - 1)
     routes = _pack_routes(rows, sizes, spans) if any(row.is_active for row in rows) else None
-    return Packed(ids_N, positions_N, places_N, tables_SM, spans, kept or [0], drawn, routes)
+    follows_N = np.full(len(ids_N), -1)
+    follows_N[ends - 1] = [row.follows for row in rows]
+    return Packed(ids_N, positions_N, places_N, tables_SM, spans, kept or [0], drawn, follows_N, routes)
 
 
 def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> PackedRoutes:

@@ -112,9 +112,10 @@ def _attend(
     Each row begins with a sum of weights, relative to its largest score. No key before first_key is read.
     """
     # Hopper's wide products take 64 rows. Where there are fewer, scores are [L, R], for the keys to be those 64: such
-    # tiles are bound by bytes. In others, what every row sees goes first, in a loop of its own without masks.
+    # tiles are bound by bytes. What every row sees goes first, in a loop of its own without masks.
     TRANSPOSED: tl.constexpr = BLOCK_R < 64
-    NUM_PASSES: tl.constexpr = 1 if TRANSPOSED or WINDOW is not None else 2
+    NUM_PASSES: tl.constexpr = 1 if WINDOW is not None else 2
+    WHOLE: tl.constexpr = B % BLOCK_L == 0  # the keys of a step stand in one block
     KEYS: tl.constexpr = 0 if TRANSPOSED else 1
     l_L, d_D, v_V = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_V, BLOCK_R) if TRANSPOSED else (BLOCK_R, BLOCK_V), tl.float32)
@@ -125,11 +126,14 @@ def _attend(
             start, stop = full_end, end
         else:
             start, stop = begin, full_end
-        key_L = start + l_L
-        p_L = tl.load(table_ptr + key_L.to(tl.uint32) // B, mask=(key_L >= first_key) & (key_L < stop), other=0)
+        if WHOLE:
+            p_L = tl.load(table_ptr + start // B, mask=start < stop, other=0)
+        else:
+            key_L = start + l_L
+            p_L = tl.load(table_ptr + key_L.to(tl.uint32) // B, mask=(key_L >= first_key) & (key_L < stop), other=0)
         for here in tl.range(start, stop, BLOCK_L):
             key_L = here + l_L
-            row_L = p_L.to(tl.int64) * B + key_L.to(tl.uint32) % B
+            row_L = p_L.to(tl.int64) * B + (here % B + l_L if WHOLE else key_L.to(tl.uint32) % B)
             k_ptr_LD = k_ptr + row_L[:, None] * (H * D) + d_D[None, :]
             v_ptr_LV = v_ptr + row_L[:, None] * (H * V) + v_V[None, :]
             if masked:
@@ -142,8 +146,11 @@ def _attend(
             if masked:  # a weight of 0 does not stop what overflowed
                 v_LV = tl.where(tl.abs(v_LV.to(tl.float32)) < float("inf"), v_LV, tl.zeros_like(v_LV))
             # The next keys' blocks, now: then those keys can be asked for at once.
-            next_L = key_L + BLOCK_L
-            p_L = tl.load(table_ptr + next_L.to(tl.uint32) // B, mask=next_L < stop, other=0)
+            if WHOLE:
+                p_L = tl.load(table_ptr + (here + BLOCK_L) // B, mask=here + BLOCK_L < stop, other=0)
+            else:
+                next_L = key_L + BLOCK_L
+                p_L = tl.load(table_ptr + next_L.to(tl.uint32) // B, mask=next_L < stop, other=0)
 
             if TRANSPOSED:
                 scores = dot(k_LD, q_RD.T, tl.zeros((BLOCK_L, BLOCK_R), tl.float32))

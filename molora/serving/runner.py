@@ -7,7 +7,7 @@ Legend: N tokens of the step, S sequences, D rows that draw, K adapters a token,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from molora.injection import RoutedDecoder, text_config
 from molora.routing import RouteRequest
 from molora.serving.attention import Pages, Pool, PoolShape, PoolShapes, attending
 from molora.serving.block_manager import Copy
-from molora.serving.captured import CapturedSteps
+from molora.serving.captured import CapturedSteps, following
 from molora.serving.compiled import CompiledLayers
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
@@ -56,6 +56,29 @@ class StepOutput(NamedTuple):
     routes: list[list[TokenRoute]]
     drawn: list[Drawn]
     prompt_logprobs: list[list[TokenLogprob]]
+
+
+class Flight:
+    """A step that was launched.
+
+    Attributes:
+        is_landed: what it leaves is here. Else the next step can be launched before that is read: what this one draws
+            is known to the device, and no draw of this one changes how the next one is drawn.
+    """
+
+    def __init__(self, out: StepOutput | None, read: Callable[[], StepOutput] | None = None) -> None:
+        self._out, self._read = out, read
+
+    @property
+    def is_landed(self) -> bool:
+        return self._out is not None
+
+    def land(self) -> StepOutput:
+        """Waits for it."""
+        if self._out is None:
+            assert self._read is not None
+            self._out, self._read = self._read(), None
+        return self._out
 
 
 class Runner:
@@ -124,32 +147,33 @@ class Runner:
                     pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[Row], draws: Sequence[Draw]) -> StepOutput:
-        """Run the rows' tokens; keys and values are in the pool when it returns.
+    def launch(self, rows: Sequence[Row], draws: Sequence[Draw]) -> Flight:
+        """Run the rows' tokens, or begin to: what is launched next finds their keys and values in the pool.
 
         Args:
             draws: for each row that draws, in order.
         """
         with self._device:
-            return self._step(rows, draws)
-
-    def _step(self, rows: Sequence[Row], draws: Sequence[Draw]) -> StepOutput:
-        packed = pack(rows, self.block_size, self._nobodys)
-        if self._captured is not None and self._captured.fits(packed):
-            logits, ids, report = self._captured.run(packed, draws)
+            packed = pack(rows, self.block_size, self._nobodys)
+            if self._captured is None or not self._captured.fits(packed):
+                return Flight(self._run(rows, packed, draws))
+            logits, outcome = self._captured.launch(packed, draws)
+            if all(each.is_free for each in draws):
+                return Flight(None, lambda: _output(rows, packed, *outcome.read()))
+            ids, report = outcome.read()
             if any(each.is_adjusted for each in draws):  # that was not part of the graph
                 ids, logprobs = draw(logits, draws)
             else:
                 logprobs = logprobs_of(logits, torch.tensor(ids, device=logits.device), draws)
-            prompt_logprobs: list[list[TokenLogprob]] = [[] for _ in rows]
-        else:
-            logits, report = self._forward(packed)
-            prompt_logprobs = _prompt_logprobs(rows, logits)
-            if len(packed.drawn) < len(packed.kept):
-                logits = logits[packed.drawn]
-            ids, logprobs = draw(logits, draws)
-        routes, candidates = _name_routes(rows, packed.spans, report)
-        return StepOutput(routes, list(map(Drawn, ids, logprobs, candidates)), prompt_logprobs)
+            return Flight(_output(rows, packed, ids, report, logprobs))
+
+    def _run(self, rows: Sequence[Row], packed: Packed, draws: Sequence[Draw]) -> StepOutput:
+        logits, report = self._forward(packed)
+        prompt_logprobs = _prompt_logprobs(rows, logits)
+        if len(packed.drawn) < len(packed.kept):
+            logits = logits[packed.drawn]
+        ids, logprobs = draw(logits, draws)
+        return _output(rows, packed, ids, report, logprobs, prompt_logprobs)
 
     def _forward(self, packed: Packed) -> tuple[Tensor, Report | None]:
         """The logits of the kept tokens, and the routes."""
@@ -165,7 +189,10 @@ class Runner:
         request, early = None, False
         if packed.routes is not None:
             request, early = _route_request(packed.routes, device), packed.routes.acts_early
-        inputs = {"input_ids": put(packed.ids_N)[None], "position_ids": put(packed.positions_N)[None]}
+        ids_N = put(packed.ids_N)
+        if self._captured is not None and (packed.follows_N >= 0).any():
+            ids_N = following(ids_N, put(packed.follows_N), self._captured.last_S)
+        inputs = {"input_ids": ids_N[None], "position_ids": put(packed.positions_N)[None]}
         kept = torch.tensor(packed.kept, device=device)
         with decoder.requested(request, early=early), attending(self._config):
             out = decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages)
@@ -223,13 +250,26 @@ def _check_can_be_packed(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} cannot be served with other sequences in one row: {missing}.")
 
 
+def _output(
+    rows: Sequence[Row],
+    packed: Packed,
+    ids: Sequence[int],
+    report: Report | None,
+    logprobs: Sequence[TokenLogprob | None] | None = None,
+    prompt_logprobs: list[list[TokenLogprob]] | None = None,
+) -> StepOutput:
+    routes, candidates = _name_routes(rows, packed.spans, report)
+    drawn = list(map(Drawn, ids, logprobs or [None] * len(ids), candidates))
+    return StepOutput(routes, drawn, prompt_logprobs or [[] for _ in rows])
+
+
 def _name_routes(
     rows: Sequence[Row], spans: Sequence[Span], report: Report | None
 ) -> tuple[list[list[TokenRoute]], list[Candidates]]:
     """Each row's routes, by digest; and for each row that draws the router's likeliest columns, by name."""
     num_drawing = sum(row.draws for row in rows)
     if report is None:
-        return [[[] for _ in row.token_ids] for row in rows], [()] * num_drawing
+        return [[()] * len(row.token_ids) for row in rows], [()] * num_drawing
     slots_NK, gates_NK = report.slots_NK.tolist(), report.gates_NK.tolist()
     routes = []
     for row, (first, end, _) in zip(rows, spans, strict=True):

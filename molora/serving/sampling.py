@@ -43,6 +43,11 @@ class Draw:
     bitmask: Tensor | None = None
 
     @property
+    def is_free(self) -> bool:
+        """Whether neither it nor the next one depends on more of the answer than the device knows."""
+        return self.bitmask is None and not self.is_adjusted and self.sampling.logprobs is None
+
+    @property
     def is_adjusted(self) -> bool:
         """Whether its logits are changed by what was said, or by biases."""
         return self.sampling.is_penalized or bool(self.sampling.logit_bias)

@@ -4,15 +4,18 @@ A step has room for a number of tokens. Sequences get it in the order in which t
 token, each one that still reads its prompt as large a chunk as is left. Sequences that wait are let in, in order, while
 there are blocks for all of their tokens. Where blocks run out, the sequence that came last gives up its own and waits
 again, first in line; what it had is found, or computed anew, when there is room.
+
+A step may be planned while the one before it runs (see `can_run_ahead`). What that one computes counts as computed, and
+the token that it draws as one that is there but not known: a sequence that ends with it is in one step too many.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 
-from molora.serving.block_manager import BlockManager, BlockTable, Source
+from molora.serving.block_manager import BlockManager, BlockTable, Copy, Source
 
 
 @dataclass(eq=False)
@@ -28,6 +31,8 @@ class Sequence:
         num_cached, num_reencoded: of the prompt, when it was first let in (see `BlockTable`).
         num_recomputed: of all its tables.
         num_replayed: tokens that it computed again after it had given up its blocks.
+        num_in_flight: tokens that steps which are not done write.
+        num_pending: tokens that steps which are not done draw.
     """
 
     token_ids: list[int]
@@ -40,6 +45,8 @@ class Sequence:
     num_reencoded: int = field(default=0, init=False)
     num_recomputed: int = field(default=0, init=False)
     num_replayed: int = field(default=0, init=False)
+    num_in_flight: int = field(default=0, init=False)
+    num_pending: int = field(default=0, init=False)
     arrival: int = field(default=-1, init=False)
     keys: list[bytes] | None = field(default=None, init=False)  # while it waits
     awaits: bytes | None = field(default=None, init=False)  # while it waits
@@ -53,14 +60,18 @@ class Work:
         first: the first token that is computed.
         num_tokens: how many are.
         draws: whether they reach the last token, so that the next one is drawn from its logits.
+        step: the number of the step, as the block manager counts.
         writes: False where the whole sequence was found: its last token runs again for its logits alone.
+        copies: of blocks, to be done before the step.
     """
 
     sequence: Sequence
     first: int
     num_tokens: int
     draws: bool
+    step: int
     writes: bool = True
+    copies: tuple[Copy, ...] = ()
 
 
 class Scheduler:
@@ -92,6 +103,11 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether a step can be planned before the last one is done: nobody would have to make way in it."""
+        return self._blocks.num_free >= len(self._running)  # a block for each, at most, after those of its prompt
+
     def add(self, sequence: Sequence) -> None:
         """
         Raises:
@@ -120,13 +136,18 @@ class Scheduler:
             self._waiting.remove(sequence)
 
     def plan(self) -> list[Work]:
-        """The next step, empty only if there is no sequence. Its blocks are there; `done` must follow."""
+        """The next step; empty only if there is no sequence, or all wait for a step to be done.
+
+        Its blocks are there. `done` must follow for each part in turn, unless the sequence was removed.
+        """
         self._blocks.step += 1
         works: list[Work] = []
         room = self._max_step_tokens
         for index, sequence in enumerate(list(self._running)):
             if sequence.table is None or not room:  # it was preempted just now
                 continue
+            if sequence.num_pending and len(sequence.token_ids) + sequence.num_pending == sequence.max_tokens:
+                continue  # what it waits for is its last token
             # One place each is kept for those behind, so that a long prompt stops nobody's decoding.
             num_behind = len(self._running) - index - 1
             work = self._plan(sequence, max(1, room - num_behind))
@@ -143,6 +164,9 @@ class Scheduler:
                 break
             works.append(work)
             room -= work.num_tokens
+        for work in works:
+            work.sequence.num_in_flight += work.num_tokens * work.writes
+            work.sequence.num_pending += work.draws
         return works
 
     def done(self, work: Work) -> None:
@@ -153,8 +177,11 @@ class Scheduler:
         sequence, table = work.sequence, work.sequence.table
         assert table is not None
         self._blocks.copied(table)
+        sequence.num_pending -= work.draws
         if work.writes:
-            self._blocks.commit(table, sequence.token_ids, work.first + work.num_tokens, sequence.notes)
+            sequence.num_in_flight -= work.num_tokens
+            end = work.first + work.num_tokens
+            self._blocks.commit(table, sequence.token_ids, end, sequence.notes, begun=work.step)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a running sequence is about to compute the next block that this one needs."""
@@ -183,7 +210,7 @@ class Scheduler:
         if sequence.num_cached < 0:
             sequence.num_cached, sequence.num_reencoded = table.num_cached, table.num_reencoded
         sequence.notes += table.notes[len(sequence.notes) :]
-        work = self._cut(sequence, room)
+        work = replace(self._cut(sequence, room), copies=tuple(table.copies))
         self._waiting.remove(sequence)
         self._running.append(sequence)
         self._running.sort(key=lambda running: running.arrival)
@@ -200,14 +227,15 @@ class Scheduler:
                 return None
         return work
 
-    @staticmethod
-    def _cut(sequence: Sequence, room: int) -> Work:
+    def _cut(self, sequence: Sequence, room: int) -> Work:
         assert sequence.table is not None
-        num_tokens, num_computed = len(sequence.token_ids), sequence.table.num_computed
+        num_tokens = len(sequence.token_ids) + sequence.num_pending
+        num_computed = sequence.table.num_computed + sequence.num_in_flight
+        step = self._blocks.step
         if num_computed == num_tokens:
-            return Work(sequence, num_tokens - 1, 1, draws=True, writes=False)
+            return Work(sequence, num_tokens - 1, 1, draws=True, step=step, writes=False)
         chunk = min(room, num_tokens - num_computed)
-        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens)
+        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens, step=step)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1
@@ -220,3 +248,4 @@ class Scheduler:
         sequence.num_recomputed += sequence.table.num_recomputed
         self._blocks.close(sequence.table)
         sequence.table = None
+        sequence.num_in_flight = sequence.num_pending = 0

@@ -85,7 +85,7 @@ def test_each_routed_turn_takes_over_the_whole_base_conversation(model):
         # The tiny base's answer is no text, and need not tokenize as it was written.
         assert turn.generation.num_reused_tokens >= first.num_prompt_tokens
         assert turn.generation.num_reencoded_tokens == 0
-        assert all(route == [] for route in turn.generation.routes[: turn.generation.activation_start])
+        assert all(route == () for route in turn.generation.routes[: turn.generation.activation_start])
 
 
 def test_the_last_line_adds_up(model):

@@ -50,7 +50,7 @@ class TestText:
         assert (out.text, out.finish_reason, out.num_generated_tokens) == ("ok", "stop", 3)
         assert out.token_ids[-1] == 2
         assert out.num_computed_tokens == 3 + 3 - 1
-        assert out.routes == [*[[("x", 1.0)]] * 5, []]
+        assert out.routes == [*[(("x", 1.0),)] * 5, ()]
 
     def test_bytes_that_are_no_text(self):
         """Whatever comes, the pieces are the decoded whole."""

@@ -124,7 +124,7 @@ class TestPurity:
             alone, alone_routes = m.logits([sequences[b]], [5], route=route)
             assert routes[b] == alone_routes[0]
             assert torch.allclose(logits[b], alone[0], atol=1e-3)
-        assert routes[1] == [[]] * 20
+        assert routes[1] == [()] * 20
         assert routes[3][5:] == [[("x", 0.5), ("y", 0.25)]] * 15
 
     @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), RANGES], ids=["keys", "ranges"])
@@ -239,7 +239,7 @@ class TestCachedEqualsUncached:
         out = m.generate(prompt, route="x", activation=25, max_new_tokens=16)
         logits, _ = m.logits([out.token_ids], [25], route="x")
         assert logits[0, 19:-1].argmax(-1).tolist() == out.generated_ids
-        assert out.routes == [*[[]] * 25, *[[("x", 1.0)]] * 10, []]
+        assert out.routes == [*[()] * 25, *[(("x", 1.0),)] * 10, ()]
 
     def test_a_sliding_window(self, load_model, random_ids):
         m = load_model("mistral", sliding_window=8)

@@ -237,10 +237,10 @@ class TestGenerate:
             assert tuple(out.token_ids[: out.num_prompt_tokens]) == m.render(CHAT).token_ids
             assert out.generated_ids == out.token_ids[-6:]
             assert out.generated_routes == out.routes[-7:-1]
-            assert out.routes[-1] == []
+            assert out.routes[-1] == ()
             assert out.finish_reason == "length"
-            acting = {"auto": None, "x": [("x", 1.0)], "base": []}
-            expected = acting[route] if isinstance(route, str) else [("x", 0.5), ("y", -1.0)]
+            acting = {"auto": None, "x": (("x", 1.0),), "base": ()}
+            expected = acting[route] if isinstance(route, str) else (("x", 0.5), ("y", -1.0))
             if expected is not None:
                 assert out.generated_routes == [expected] * 6
 
@@ -267,7 +267,7 @@ class TestGenerate:
             alone, alone_routes = m.logits([prompt.token_ids], [start])
             assert torch.allclose(logits[b][here], alone[0], atol=1e-3)
             assert [route for route, real in zip(routes[b], mask[b], strict=True) if real] == alone_routes[0]
-            assert alone_routes[0][:start] == [[]] * start
+            assert alone_routes[0][:start] == [()] * start
             assert any(alone_routes[0][start:])
 
     def test_token_ranges(self, load_model, random_ids):
@@ -276,10 +276,10 @@ class TestGenerate:
         ids = random_ids(30)
         out = m.generate(ids, activation=10, max_new_tokens=8)
 
-        def route(token: int) -> list[tuple[str, float]]:
-            return [(name, 1.0) for low, high, name in ranges if low <= token < high]
+        def route(token: int) -> tuple[tuple[str, float], ...]:
+            return tuple((name, 1.0) for low, high, name in ranges if low <= token < high)
 
-        assert out.routes == [*[[]] * 10, *[route(token) for token in out.token_ids[10:-1]], []]
+        assert out.routes == [*[()] * 10, *[route(token) for token in out.token_ids[10:-1]], ()]
         assert {name for each in out.routes for name, _ in each} == {"x", "y"}
         logits, routes = m.logits([out.token_ids], [10])
         assert routes[0][:-1] == out.routes[:-1]

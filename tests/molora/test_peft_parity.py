@@ -127,7 +127,7 @@ class TestInvocation:
         assert start == len(head) + 5
         got, routes = model.logits([ids], [start], route="x")
         assert close(got, peft_logits(in_peft(model), torch.tensor([ids])))
-        assert routes[0] == [[]] * start + [[("x", 1.0)]] * (len(ids) - start)
+        assert routes[0] == [()] * start + [(("x", 1.0),)] * (len(ids) - start)
         first = model.logits([ids], [len(head)], route="x")[0]
         assert not torch.allclose(first, got, atol=0.01), "the first occurrence would be seen"
 

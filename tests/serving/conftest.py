@@ -22,7 +22,7 @@ from molora.tiny import byte_tokenizer
 
 TIMEOUT_S = 10
 WORDS = ("Per", "-token", " rout", "", "ing", " ✓")
-ROUTE = [("maths", 0.75), ("code", 0.25)]
+ROUTE = (("maths", 0.75), ("code", 0.25))
 CANDIDATES = (("maths", 0.75), ("base", 0.125))
 
 
@@ -111,7 +111,7 @@ class FakeStream:
         logprobs = self.request.sampling.logprobs
         logprob = None if logprobs is None else TokenLogprob(50 + position, -0.5, ((60, -0.25), (61, -1.0))[:logprobs])
         word = self.engine.words[position]
-        return Token(50 + position, word, list(ROUTE), choice, CANDIDATES, logprob, reason)
+        return Token(50 + position, word, ROUTE, choice, CANDIDATES, logprob, reason)
 
     def _result(self, choice: int) -> Generation:
         num_new, asked = self.num_tokens, self.request.sampling.prompt_logprobs
@@ -119,7 +119,7 @@ class FakeStream:
         return Generation(
             text="".join(self.engine.words[:num_new]),
             token_ids=[*self.prompt_ids, *range(50, 50 + num_new)],
-            routes=[[]] * (self.num_prompt_tokens - 1) + [list(ROUTE)] * num_new + [[]],
+            routes=[()] * (self.num_prompt_tokens - 1) + [ROUTE] * num_new + [()],
             num_prompt_tokens=self.num_prompt_tokens,
             num_generated_tokens=num_new,
             activation_start=0,

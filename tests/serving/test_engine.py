@@ -314,7 +314,7 @@ class TestAdaptersAtRunTime:
         for name in ("first", "second"):
             served.load_adapter(name, path)
             out = served.generate(ask(prompt, name))[0]
-            assert out.routes == [*[[]] * 9, *[[(name, 1.0)]] * 22, []]
+            assert out.routes == [*[()] * 9, *[((name, 1.0),)] * 22, ()]
             served.unload_adapter(name)
         assert out.num_reused_tokens == 19, "the contents are the same, whatever they are called"
 
