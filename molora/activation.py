@@ -6,8 +6,10 @@ nothing is counted from the end. This module knows tokenizers and chat templates
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
@@ -30,6 +32,16 @@ class Prompt:
 
     token_ids: tuple[int, ...]
     starts: Mapping[str, int]
+
+    @cached_property
+    def packed(self) -> array[int]:
+        """The ids as 64-bit integers: a long prompt's are checked and hashed much faster so.
+
+        Raises:
+            TypeError: one is no integer.
+            OverflowError: one does not fit.
+        """
+        return array("q", self.token_ids)
 
 
 def check_activation(value: object) -> Activation:
@@ -55,11 +67,16 @@ def render(tokenizer: Any, messages_or_text: Messages | str | Sequence[int]) -> 
         if not messages_or_text:
             raise ValueError("the prompt is empty; pass some text or a list of messages.")
         return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
-    items = list(messages_or_text)
+    items = tuple(messages_or_text)
     if not items:
         raise ValueError("the message list is empty; pass at least one {'role': ..., 'content': ...}.")
-    if set(map(type, items)) == {int} or all(isinstance(item, int) for item in items):  # the former is faster
-        return Prompt(tuple(map(int, items)), {"system": 0})  # type: ignore[arg-type]
+    if isinstance(items[0], int):
+        prompt = Prompt(items if type(items[0]) is int else tuple(map(int, items)), {"system": 0})  # type: ignore[arg-type]
+        try:
+            _ = prompt.packed
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"a prompt of token ids holds something else: {error}.") from None
+        return prompt
     return _render_messages(tokenizer, [check_message(item, index) for index, item in enumerate(items)])
 
 

@@ -10,7 +10,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from molora import activation as policies
@@ -385,14 +387,14 @@ class MoLoRA:
             for hold, slots_TK, gates_TK in zip(holds, slots_BTK, gates_BTK, strict=True)
         ]
 
-    def check_token_ids(self, name: str, ids: Sequence[int] | Tensor) -> None:
+    def check_token_ids(self, name: str, ids: Sequence[int] | NDArray[np.int64] | Tensor) -> None:
         """
         Raises:
             ValueError: one is outside the model's vocabulary.
         """
         if len(ids) == 0:
             return
-        least, most = (ids.min(), ids.max()) if isinstance(ids, Tensor) else (min(ids), max(ids))
+        least, most = (min(ids), max(ids)) if isinstance(ids, Sequence) else (ids.min(), ids.max())
         vocab_size = int(text_config(self.model).vocab_size)
         if not 0 <= least <= most < vocab_size:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
@@ -408,7 +410,7 @@ class MoLoRA:
         """
         most = self.max_context if most is None else most
         num_tokens = len(prompt.token_ids)
-        self.check_token_ids("the prompt", prompt.token_ids)
+        self.check_token_ids("the prompt", np.frombuffer(prompt.packed, np.int64))
         who = "the model reads" if most == self.max_context else "the cache holds"
         if num_tokens >= most:
             raise ValueError(

@@ -40,6 +40,9 @@ class ResolvedRoute:
         return not self.auto and not self.names
 
 
+BASE = ResolvedRoute(False)
+
+
 @dataclass(frozen=True)
 class AdapterInfo:
     """An adapter that requests may name.

@@ -117,6 +117,7 @@ def random_bench(
             max_sequences=sizes.batches[-1],
         )
         engine = Engine(m, config)
+        engine.warm_up()
         try:
             yield Bench(m, engine, shape, folder, repeats, seed, forced=forced)
         finally:

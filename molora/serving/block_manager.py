@@ -143,10 +143,10 @@ class BlockManager:
         return len(self._empty) + len(self._idle)
 
     def keys(self, token_ids: Sequence[int], source: Source) -> list[bytes]:
-        """The keys of a sequence's full blocks, after the one that stands before the first."""
+        """The keys of a sequence's full blocks, after the one that stands before the first. Any thread may ask."""
         size = self.block_size
         keys = [_hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)]
-        data = array("q", token_ids).tobytes()
+        data = (token_ids if isinstance(token_ids, array) else array("q", token_ids)).tobytes()
         for first in range(0, len(token_ids) - size + 1, size):
             keys.append(_key(keys[-1], data[8 * first : 8 * (first + size)], source.suffix(first, size)))
         return keys

@@ -207,6 +207,20 @@ class CapturedSteps:
             and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
         )
 
+    def tables(self, packed: Packed) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The blocks [S, M], first queries [S + 1] and keys [S] of a step that is not captured, padded to what buffers
+        hold: then what is compiled for one serves all.
+        """
+        num_sequences, num_blocks = packed.tables_SM.shape
+        s, m = max(num_sequences, self._max_sequences), max(num_blocks, self._max_blocks)
+        tables_SM = np.zeros((s, m), np.int64)
+        tables_SM[:num_sequences, :num_blocks] = packed.tables_SM
+        cu_queries_S1, num_keys_S = np.zeros(s + 1, np.int64), np.zeros(s, np.int64)
+        cu_queries_S1[1 : num_sequences + 1] = [span.end for span in packed.spans]
+        cu_queries_S1[num_sequences + 1 :] = len(packed.ids_N)
+        num_keys_S[:num_sequences] = [span.num_keys for span in packed.spans]
+        return tables_SM, cu_queries_S1, num_keys_S
+
     def launch(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, Outcome]:
         """Run a step; the logits [D, V] of the rows that draw, which the next step overwrites, and what will be known.
 

@@ -23,22 +23,27 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-class CompiledLayers:
-    """The layers of a decoder, compiled for what runs inside `run`, and as they are for everybody else."""
+def compile_layers(model: nn.Module, backend: str) -> dict[nn.Module, Any]:
+    """What to call in place of each decoder layer.
 
-    def __init__(
-        self, model: nn.Module, attention: Mapping[int, nn.Module], pools: Mapping[int, Pool], *, backend: str
-    ) -> None:
+    Args:
+        backend: torch.compile's.
+    """
+    layers = [layer.layer if isinstance(layer, RoutingLayer) else layer for layer in find_layers(model)]
+    return {layer: torch.compile(layer._call_impl, backend=backend) for layer in layers}
+
+
+class CompiledLayers:
+    """Layers that are compiled in what `run` runs, and as they are for everybody else."""
+
+    def __init__(self, calls: dict[nn.Module, Any], pools: Mapping[nn.Module, Pool], name: str) -> None:
         """
         Args:
-            attention: the modules that attend, by layer.
-            pools: of each layer: known to its module while it runs, since its number would tell layers apart.
-            backend: torch.compile's.
+            calls: of each layer; none, and `run` runs things as they are.
+            pools: of the modules that attend, which know their own while they run: their numbers tell layers apart.
+            name: of the model.
         """
-        self._name = type(model).__name__
-        layers = [layer.layer if isinstance(layer, RoutingLayer) else layer for layer in find_layers(model)]
-        self._calls: dict[nn.Module, Any] = {layer: torch.compile(layer._call_impl, backend=backend) for layer in layers}
-        self._pools = {attention[index]: pool for index, pool in pools.items()}
+        self._calls, self._pools, self._name = calls, pools, name
         self._ran = False
 
     def run(self, forward: Callable[[], T]) -> T:

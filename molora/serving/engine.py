@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from molora.activation import Activation
+from molora.activation import Activation, Prompt
 from molora.digest import json_digest
 from molora.display import one_line
 from molora.generation import Generation, TokenRoute
@@ -37,7 +37,7 @@ from molora.serving.scheduler import Scheduler, Work
 from molora.serving.scheduler import Sequence as Tokens
 from molora.serving.stream import Stream, agather, gather
 from molora.serving.text import decode_of
-from molora.slots import AdapterInfo, Hold, NoFreeSlotError, ResolvedRoute
+from molora.slots import BASE, AdapterInfo, Hold, NoFreeSlotError, ResolvedRoute
 
 if TYPE_CHECKING:
     from molora.model import MoLoRA
@@ -63,7 +63,7 @@ class EngineConfig:
     """
 
     kv_cache_bytes: int | None = None
-    block_size: int = 16
+    block_size: int = 64
     max_step_tokens: int = 512
     max_sequences: int = 64
     max_waiting: int = 256
@@ -131,6 +131,7 @@ class Engine:
                 m.decoder,
                 block_size=config.block_size,
                 num_bytes=_cache_bytes(m, config),
+                max_step_tokens=config.max_step_tokens,
                 max_sequences=config.max_sequences,
                 captures=m.decoder.device.type == "cuda",
             )
@@ -155,6 +156,20 @@ class Engine:
     def capacity(self) -> int:
         """The most tokens of one sequence, prompt and answer together."""
         return min(self.m.max_context, self._runner.num_blocks * self.config.block_size)
+
+    def warm_up(self) -> None:
+        """On a GPU, compile and capture what most steps need, so that no request waits for it; this takes a minute."""
+        slots, hold, route = self.m.slots, None, BASE
+        names = ["auto"] if self.m.bank.has_router else list(slots.current.adapters)[:1]
+        if names:
+            route = self.m.resolve_route(names[0])
+            hold = slots.acquire(route)
+        try:
+            with self.m.lock, torch.inference_mode():
+                self._runner.warm_up(hold, route)
+        finally:
+            if hold is not None:
+                slots.release(hold)
 
     def submit(self, request: Request) -> Stream:
         """Check a request and queue it; its tokens come through the stream.
@@ -267,7 +282,7 @@ class Engine:
         if hold is not None:
             stream.holds(lambda: m.slots.release(hold))
         try:
-            stream.answers = self._new_answers(request, stream, route, start, hold, salt, max_new_tokens)
+            stream.answers = self._new_answers(request, stream, prompt, route, start, hold, salt, max_new_tokens)
         except BaseException:
             stream.release()
             raise
@@ -277,6 +292,7 @@ class Engine:
         self,
         request: Request,
         stream: Stream,
+        prompt: Prompt,
         route: ResolvedRoute,
         start: int,
         hold: Hold | None,
@@ -288,6 +304,7 @@ class Engine:
         source = Source(salt=salt)
         if hold is not None and start < NEVER:
             source = Source(start, hold.version.route_digest(route).encode(), salt)
+        keys = self._blocks.keys(prompt.packed, source)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         return [
             Answer(
@@ -298,6 +315,7 @@ class Engine:
                     source,
                     stream.num_prompt_tokens + max_new_tokens,
                     reads_cache=sampling.prompt_logprobs is None or index > 0,
+                    keys=keys,
                 ),
                 route=route,
                 hold=hold,

@@ -17,21 +17,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from molora.generation import TokenLogprob, TokenRoute
+from molora.generation import Sampling, TokenLogprob, TokenRoute
 from molora.injection import RoutedDecoder, text_config
 from molora.routing import RouteRequest
 from molora.serving.attention import Pages, Pool, PoolShape, PoolShapes, attending
 from molora.serving.block_manager import Copy
-from molora.serving.captured import CapturedSteps, following
-from molora.serving.compiled import CompiledLayers
+from molora.serving.captured import BUCKETS, CapturedSteps, following
+from molora.serving.compiled import CompiledLayers, compile_layers
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
 from molora.serving.sampling import Draw, draw, logprobs_of, read_logprobs
 from molora.siblings import merge_siblings
-from molora.slots import read_route
+from molora.slots import BASE, Hold, ResolvedRoute, read_route
 
 Candidates = tuple[tuple[str, float], ...]
 MAX_CAPTURED_ADAPTERS = 2  # a token; a step with a wider blend is not captured
+MAX_WARM_DRAWS = 64  # tokens of a step that is captured for every way to draw before it is needed
 LOGPROB_ROWS = 256  # of the vocabulary's width in float32 at a time
 
 
@@ -88,12 +89,19 @@ class Runner:
     """
 
     def __init__(
-        self, decoder: RoutedDecoder, *, block_size: int, num_bytes: int, max_sequences: int, captures: bool
+        self,
+        decoder: RoutedDecoder,
+        *,
+        block_size: int,
+        num_bytes: int,
+        max_step_tokens: int,
+        max_sequences: int,
+        captures: bool,
     ) -> None:
         """
         Args:
             num_bytes: for the pool of keys and values.
-            max_sequences: of a step.
+            max_step_tokens, max_sequences: of a step.
             captures: small steps run as graphs on static buffers, and siblings are merged: on a GPU.
 
         Raises:
@@ -103,6 +111,7 @@ class Runner:
         self._config = decoder.model.config
         _check_can_be_packed(decoder.model)
         self.block_size = block_size
+        self._max_step_tokens = max_step_tokens
         shapes = self._ask_for_shapes()
         self.num_bytes_per_token = sum(
             shape.num_heads * (shape.key_size + shape.value_size) * shape.dtype.itemsize for shape in shapes.values()
@@ -116,10 +125,12 @@ class Runner:
         self._nobodys = self.num_blocks * block_size
         self._pools = {layer: self._pool(shape) for layer, shape in shapes.items()}
         self._captured: CapturedSteps | None = None
+        self._layers = CompiledLayers({}, {}, "")
         if captures:
             merge_siblings(decoder.linears, self._ask_for_shapes)
             backend = "inductor" if decoder.device.type == "cuda" else "aot_eager"  # the latter shows that it can be
-            self._layers = CompiledLayers(decoder.model, shapes.modules, self._pools, backend=backend)
+            pool_of = {module: self._pools[layer] for layer, module in shapes.modules.items()}
+            self._layers = CompiledLayers(compile_layers(decoder.model, backend), pool_of, type(decoder.model).__name__)
             self._captured = CapturedSteps(
                 decoder,
                 self._pools,
@@ -145,6 +156,34 @@ class Runner:
                 for pool in self._pools.values():
                     pool.keys[target, :num_tokens] = pool.keys[source, :num_tokens]
                     pool.values[target, :num_tokens] = pool.values[source, :num_tokens]
+
+    def warm_up(self, hold: Hold | None, route: ResolvedRoute) -> None:
+        """Compile and capture what most steps need: of every size, base and routed, and every way to draw for few.
+
+        Nothing is written to the cache. On a CPU there is nothing to do.
+
+        Args:
+            hold, route: of steps that are routed; base steps alone if `hold` is None.
+        """
+        if self._captured is None:
+            return
+        whole = min(self._max_step_tokens, self.num_blocks * self.block_size)
+        sizes = [size for size in BUCKETS if size <= whole]
+        for size in [whole, *reversed(sizes)]:
+            ways = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)]
+            for sampling in ways if size <= MAX_WARM_DRAWS else ways[:1]:
+                for of in [None, *([hold] if hold is not None else [])]:
+                    row = Row(
+                        token_ids=[0] * size,
+                        first=0,
+                        blocks=range(-(-size // self.block_size)),
+                        draws=True,
+                        writes=False,
+                        activation_start=0,
+                        route=BASE if of is None else route,
+                        hold=of,
+                    )
+                    self.launch([row], [Draw(sampling, (), (), 0.0)]).land()
 
     @torch.inference_mode()
     def launch(self, rows: Sequence[Row], draws: Sequence[Draw]) -> Flight:
@@ -183,9 +222,9 @@ class Runner:
             return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
 
         pages = Pages(self._pools, put(packed.places_N), put(packed.tables_SM, np.int32), packed.spans)
-        if device.type == "cuda":
-            pages.cu_queries_S1 = put(np.array([0, *(span.end for span in packed.spans)]), np.int32)
-            pages.num_keys_S = put(np.array([span.num_keys for span in packed.spans]), np.int32)
+        if self._captured is not None:
+            tables = self._captured.tables(packed)
+            pages.tables_SM, pages.cu_queries_S1, pages.num_keys_S = (put(table, np.int32) for table in tables)
         request, early = None, False
         if packed.routes is not None:
             request, early = _route_request(packed.routes, device), packed.routes.acts_early
@@ -195,7 +234,9 @@ class Runner:
         inputs = {"input_ids": ids_N[None], "position_ids": put(packed.positions_N)[None]}
         kept = torch.tensor(packed.kept, device=device)
         with decoder.requested(request, early=early), attending(self._config):
-            out = decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages)
+            out = self._layers.run(
+                lambda: decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages)
+            )
             record = decoder.routes.record
             if record is None:
                 return out.logits[0], None

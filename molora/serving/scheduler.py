@@ -26,6 +26,7 @@ class Sequence:
         token_ids: the prompt's, and those drawn so far.
         max_tokens: how many there may ever be.
         reads_cache: False to compute every token of the prompt, whatever is found of it.
+        keys: of the prompt's blocks, if the caller has them; forgotten when it is let in.
         notes: on each token that was found or computed, kept when the sequence gives up its blocks.
         table: its blocks while it runs, None while it waits.
         num_cached, num_reencoded: of the prompt, when it was first let in (see `BlockTable`).
@@ -39,6 +40,7 @@ class Sequence:
     source: Source
     max_tokens: int
     reads_cache: bool = True
+    keys: list[bytes] | None = None  # while it waits
     notes: list[object] = field(default_factory=list, init=False)
     table: BlockTable | None = field(default=None, init=False)
     num_cached: int = field(default=-1, init=False)
@@ -48,7 +50,6 @@ class Sequence:
     num_in_flight: int = field(default=0, init=False)
     num_pending: int = field(default=0, init=False)
     arrival: int = field(default=-1, init=False)
-    keys: list[bytes] | None = field(default=None, init=False)  # while it waits
     awaits: bytes | None = field(default=None, init=False)  # while it waits
 
 
