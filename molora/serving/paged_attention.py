@@ -136,7 +136,7 @@ def choose_shape(
         keys //= 2
 
     resident = device.num_sms * programs_per_sm
-    keys_per_split = min(max(8 * num_tokens, 128), 512)
+    keys_per_split = min(128 * num_tokens, 2048)
     most_splits = min(128, triton.cdiv(max_keys, keys_per_split))
     parts_bytes = num_sequences * num_heads * group * head_sizes[1] * 4
     decode_splits = min(most_splits, 2 * device.num_sms // num_heads, _MAX_PARTS_BYTES // parts_bytes)
@@ -145,7 +145,7 @@ def choose_shape(
     splits, decode_splits = max(1, splits), max(1, decode_splits)
     tiles = num_heads * (num_tokens // tile_tokens + num_sequences + 1)
     # Many tiles are better handed out by the hardware, as programs end; what is split goes round in turns.
-    num_programs = min(resident, tiles * max(splits, decode_splits)) if splits > 1 else max(resident, tiles)
+    num_programs = min(4 * resident, tiles * max(splits, decode_splits)) if splits > 1 else max(resident, tiles)
     return LaunchShape(
         rows=rows,
         decode_rows=decode_rows,

@@ -17,7 +17,9 @@ from molora.serving.sampling import Draw
 from molora.slots import ResolvedRoute
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
+pytestmark = [pytest.mark.filterwarnings("default")]  # compilers have much to say
+if DEVICE.type == "cuda":
+    pytestmark.append(pytest.mark.gpu)
 BLEND = {"x": 0.5, "y": 0.25}
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
 
