@@ -348,7 +348,7 @@ class _Step:
             self._fetched = cycle([torch.empty_like(out.host, device="cpu", pin_memory=True) for _ in range(2)])
         host = next(self._fetched)
         host.copy_(out.host, non_blocking=True)
-        sent = torch.cuda.Event()
+        sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
         sent.record()
         return Outcome(out, sent, host, num_drawn)
 

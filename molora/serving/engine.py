@@ -56,15 +56,16 @@ class EngineConfig:
     """
     Attributes:
         kv_cache_bytes: memory for keys and values; None is `CPU_CACHE_BYTES` on a CPU, most of what is free on a GPU.
-        block_size: tokens of a block: what is shared and evicted at once.
-        max_step_tokens: tokens that a step computes at most; a longer prompt is read in several steps.
+        block_size: tokens of a block: what is shared and evicted at once; None is 64 on a CPU, 128 on a GPU.
+        max_step_tokens: tokens that a step computes at most; a longer prompt is read in several steps. None is 512 on a
+            CPU, 2048 on a GPU.
         max_sequences: that run at once.
         max_waiting: requests that wait; one more is refused.
     """
 
     kv_cache_bytes: int | None = None
-    block_size: int = 64
-    max_step_tokens: int = 512
+    block_size: int | None = None
+    max_step_tokens: int | None = None
     max_sequences: int = 64
     max_waiting: int = 256
 
@@ -73,7 +74,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; expected a whole number of 1 or more.")
-        if self.max_sequences > self.max_step_tokens:
+        if self.max_step_tokens is not None and self.max_sequences > self.max_step_tokens:
             raise ValueError(
                 f"max_sequences is {self.max_sequences}, over max_step_tokens, {self.max_step_tokens}: a step must "
                 "have room for a token of each sequence."
@@ -126,14 +127,17 @@ class Engine:
         """
         self.m = m
         self.config = config = EngineConfig() if config is None else config
+        on_gpu = m.decoder.device.type == "cuda"
+        self._block_size = config.block_size or (128 if on_gpu else 64)
+        self._max_step_tokens = config.max_step_tokens or max(2048 if on_gpu else 512, config.max_sequences)
         with m.lock:
             self._runner = Runner(
                 m.decoder,
-                block_size=config.block_size,
+                block_size=self._block_size,
                 num_bytes=_cache_bytes(m, config),
-                max_step_tokens=config.max_step_tokens,
+                max_step_tokens=self._max_step_tokens,
                 max_sequences=config.max_sequences,
-                captures=m.decoder.device.type == "cuda",
+                captures=on_gpu,
             )
         self._domain = _domain(m)
         self._decode = decode_of(m.tokenizer)
@@ -155,7 +159,7 @@ class Engine:
     @property
     def capacity(self) -> int:
         """The most tokens of one sequence, prompt and answer together."""
-        return min(self.m.max_context, self._runner.num_blocks * self.config.block_size)
+        return min(self.m.max_context, self._runner.num_blocks * self._block_size)
 
     def warm_up(self) -> None:
         """On a GPU, compile and capture what most steps need, so that no request waits for it; this takes a minute."""
@@ -488,7 +492,7 @@ class Engine:
         return Row(
             token_ids=token_ids,
             first=work.first,
-            blocks=table.blocks[: -(-end // self.config.block_size)],
+            blocks=table.blocks[: -(-end // self._block_size)],
             draws=work.draws,
             writes=work.writes,
             activation_start=answer.activation_start,
@@ -543,9 +547,9 @@ class Engine:
         self._blocks, self._scheduler = self._new_cache()
 
     def _new_cache(self) -> tuple[BlockManager, Scheduler]:
-        config = self.config
-        blocks = BlockManager(self._runner.num_blocks, config.block_size, self._domain)
-        return blocks, Scheduler(blocks, max_step_tokens=config.max_step_tokens, max_sequences=config.max_sequences)
+        blocks = BlockManager(self._runner.num_blocks, self._block_size, self._domain)
+        max_sequences = self.config.max_sequences
+        return blocks, Scheduler(blocks, max_step_tokens=self._max_step_tokens, max_sequences=max_sequences)
 
 
 @dataclass(frozen=True)

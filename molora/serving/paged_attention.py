@@ -66,6 +66,7 @@ class LaunchShape:
         splits: into how many parts the keys of a sequence with several queries are cut at most.
         decode_splits: the same for a sequence with one query.
         keys_per_split: a sequence's keys are cut into no more parts than leave each as many.
+        keys_per_decode_split: the same for a sequence with one query.
         num_programs: of the grid.
         num_warps, num_stages: of each program.
     """
@@ -76,6 +77,7 @@ class LaunchShape:
     splits: int
     decode_splits: int
     keys_per_split: int
+    keys_per_decode_split: int
     num_programs: int
     num_warps: int
     num_stages: int
@@ -99,14 +101,15 @@ def choose_shape(
     max_keys: int,
     device: Device,
 ) -> LaunchShape:
-    """From capacities alone, by bytes under way and programs that fit; not tuned by measurements yet.
+    """From capacities alone, by bytes under way and programs that fit.
 
     An H200 needs some 26 KB under way on each SM (4.25 TB/s at 0.8 us). With Llama's heads a step of 64 keys is 32 KB
     and two programs an SM have two steps under way each, so up to 64 rows all that matters is that each of the 264 has
     keys to read: `splits` is what that takes if the tokens are those of one sequence, which makes the fewest tiles;
-    `decode_splits` if there is but one sequence. `keys_per_split` keeps the parts of many sequences from costing more
-    than they bring: a part is written and read again in float32, 2% of the bytes of 512 keys. Wide tiles come where
-    there are enough of them for each SM: 128 rows by 64 keys are 1024 cycles of products on 32 KB.
+    `decode_splits` if there is but one sequence. An item has a beginning and an end in which nothing is read: where
+    there are enough for all programs, parts are long (64 sequences of 1056 keys took 124 us on an H100 in three parts
+    each, 111 in one). Wide tiles come where there are enough of them for each SM: 128 rows by 64 keys are 1024 cycles
+    of products on 32 KB.
 
     Args:
         num_heads, group: heads of the pool, and query heads that share each.
@@ -136,15 +139,17 @@ def choose_shape(
         keys //= 2
 
     resident = device.num_sms * programs_per_sm
-    keys_per_split = min(128 * num_tokens, 2048)
-    most_splits = min(128, triton.cdiv(max_keys, keys_per_split))
+    keys_per_split, keys_per_decode_split = min(max(8 * num_tokens, 128), 512), min(128 * num_tokens, 2048)
     parts_bytes = num_sequences * num_heads * group * head_sizes[1] * 4
-    decode_splits = min(most_splits, 2 * device.num_sms // num_heads, _MAX_PARTS_BYTES // parts_bytes)
+    most_splits, most_decode_splits = (
+        min(128, triton.cdiv(max_keys, least)) for least in (keys_per_split, keys_per_decode_split)
+    )
+    decode_splits = min(most_decode_splits, 2 * device.num_sms // num_heads, _MAX_PARTS_BYTES // parts_bytes)
     tile_tokens = rows // group
     splits = min(most_splits, resident // (num_heads * triton.cdiv(num_tokens, tile_tokens)))
     splits, decode_splits = max(1, splits), max(1, decode_splits)
     tiles = num_heads * (num_tokens // tile_tokens + num_sequences + 1)
-    # Many tiles are better handed out by the hardware, as programs end; what is split goes round in turns.
+    # Many items are better handed out by the hardware, as programs end; but one without an item takes time, too.
     num_programs = min(4 * resident, tiles * max(splits, decode_splits)) if splits > 1 else max(resident, tiles)
     return LaunchShape(
         rows=rows,
@@ -153,6 +158,7 @@ def choose_shape(
         splits=splits,
         decode_splits=decode_splits,
         keys_per_split=keys_per_split,
+        keys_per_decode_split=keys_per_decode_split,
         num_programs=num_programs,
         num_warps=8 if rows >= 128 or rows * head_sizes[1] > 64 * 128 else 4,  # so that sums fit into registers
         num_stages=max(1, min(3, count_stages())),
@@ -259,6 +265,7 @@ def paged_attention(
         shape.splits,
         shape.decode_splits,
         shape.keys_per_split,
+        shape.keys_per_decode_split,
         B=B,
         H=H,
         G=num_heads // H,
@@ -287,6 +294,7 @@ def paged_attention(
             shape.splits,
             shape.decode_splits,
             shape.keys_per_split,
+            shape.keys_per_decode_split,
             HEADS=num_heads,
             V=V,
             BLOCK_S=triton.next_power_of_2(S + 1),
@@ -353,9 +361,8 @@ def _attend(
 
 
 @_attend.register_fake
-def _(query_1HND: Tensor, key_1HND: Tensor, value_1HNV: Tensor, *_: object) -> Tensor:
-    _, num_heads, num_tokens, _ = query_1HND.shape
-    return value_1HNV.new_empty(1, num_tokens, num_heads, value_1HNV.shape[3])
+def _(query_1HND: Tensor, key_1HND: Tensor, value_1HNV: Tensor, *others: object) -> Tensor:
+    return value_1HNV.new_empty(1, query_1HND.shape[2], query_1HND.shape[1], value_1HNV.shape[3])
 
 
 def _check(

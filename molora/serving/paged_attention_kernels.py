@@ -5,7 +5,8 @@ of its weights, so that means over different keys can be joined.
 
 From 64 rows on, weights are multiplied out of registers in a pipelined loop, which ptxas before 13.3 can miscompile
 (triton issue 9433). What Triton 3.6 and 3.9 make of the shapes chosen today overwrites none of those registers early;
-`benchmarks/attention.py` checks results before it times them, and so must whoever changes the shapes.
+`benchmarks/attention.py` checks results before it times them, and so must whoever changes the shapes. With fewer rows
+scores as [L, R] would fill Hopper's wide products, and on an H100 gave wrong results in some shapes, and no speed.
 
 Legend: N tokens, S sequences, P blocks of the pool, B tokens a block, H heads of the pool, G query heads that share
 one, D head size, V head size of the values, L keys that a program takes at a time, R rows of a tile: G for each of its
@@ -16,7 +17,8 @@ import triton
 import triton.language as tl
 from molora_kernels.arithmetic import dot, round_to
 
-_CAPACITIES = ["N", "S", "max_splits", "max_decode_splits", "keys_per_split"]  # they vary: no kernel for each
+# They vary: no kernel for each.
+_CAPACITIES = ["N", "S", "max_splits", "max_decode_splits", "keys_per_split", "keys_per_decode_split"]
 LOWEST = tl.constexpr(-1e30)  # stands for minus infinity where one may be subtracted from another
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -67,18 +69,16 @@ def _count_splits(
     max_splits,
     max_decode_splits,
     keys_per_split,
+    keys_per_decode_split,
     WINDOW: tl.constexpr,
 ):
     """Into how many parts a sequence's keys are cut; it depends on no other sequence."""
     if WINDOW is not None:
         num_keys = tl.minimum(num_keys, WINDOW + num_queries)
-    most = tl.where(num_queries == 1, max_decode_splits, max_splits)
-    return tl.maximum(1, tl.minimum(most, tl.cdiv(num_keys, keys_per_split)))
-
-
-@triton.jit
-def _column(x_R, TRANSPOSED: tl.constexpr):
-    return x_R[None, :] if TRANSPOSED else x_R[:, None]
+    is_alone = num_queries == 1
+    most = tl.where(is_alone, max_decode_splits, max_splits)
+    least = tl.where(is_alone, keys_per_decode_split, keys_per_split)
+    return tl.maximum(1, tl.minimum(most, tl.cdiv(num_keys, least)))
 
 
 @triton.jit
@@ -111,14 +111,11 @@ def _attend(
 
     Each row begins with a sum of weights, relative to its largest score. No key before first_key is read.
     """
-    # Hopper's wide products take 64 rows. Where there are fewer, scores are [L, R], for the keys to be those 64: such
-    # tiles are bound by bytes. What every row sees goes first, in a loop of its own without masks.
-    TRANSPOSED: tl.constexpr = BLOCK_R < 64
+    # What every row sees goes first, in a loop of its own without masks.
     NUM_PASSES: tl.constexpr = 1 if WINDOW is not None else 2
     WHOLE: tl.constexpr = B % BLOCK_L == 0  # the keys of a step stand in one block
-    KEYS: tl.constexpr = 0 if TRANSPOSED else 1
     l_L, d_D, v_V = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
-    acc = tl.zeros((BLOCK_V, BLOCK_R) if TRANSPOSED else (BLOCK_R, BLOCK_V), tl.float32)
+    acc_RV = tl.zeros((BLOCK_R, BLOCK_V), tl.float32)
     for masked in tl.static_range(2 - NUM_PASSES, 2):
         if NUM_PASSES == 1:
             start, stop = begin, end
@@ -152,30 +149,23 @@ def _attend(
                 next_L = key_L + BLOCK_L
                 p_L = tl.load(table_ptr + next_L.to(tl.uint32) // B, mask=next_L < stop, other=0)
 
-            if TRANSPOSED:
-                scores = dot(k_LD, q_RD.T, tl.zeros((BLOCK_L, BLOCK_R), tl.float32))
-            else:
-                scores = dot(q_RD, k_LD.T, tl.zeros((BLOCK_R, BLOCK_L), tl.float32))
+            scores_RL = dot(q_RD, k_LD.T, tl.zeros((BLOCK_R, BLOCK_L), tl.float32))
             if SOFTCAP:
-                scores = 1 - 2 / (tl.exp2(tl.minimum(scores * inner_scale, 100.0)) + 1)  # tanh
+                scores_RL = 1 - 2 / (tl.exp2(tl.minimum(scores_RL * inner_scale, 100.0)) + 1)  # tanh
             if masked:
-                back = _column(position_R, TRANSPOSED) - _column(key_L, not TRANSPOSED)
-                sees = back >= 0
+                back_RL = position_R[:, None] - key_L[None, :]
+                sees_RL = back_RL >= 0
                 if WINDOW is not None:
-                    sees &= back < WINDOW
-                scores = tl.where(sees, scores, -float("inf"))
-            new_top_R = tl.maximum(top_R, tl.max(scores, KEYS) * scale)
-            weights = tl.exp2(scores * scale - _column(new_top_R, TRANSPOSED))
+                    sees_RL &= back_RL < WINDOW
+                scores_RL = tl.where(sees_RL, scores_RL, -float("inf"))
+            new_top_R = tl.maximum(top_R, tl.max(scores_RL, 1) * scale)
+            weights_RL = tl.exp2(scores_RL * scale - new_top_R[:, None])
             shrink_R = tl.exp2(top_R - new_top_R)
             top_R = new_top_R
-            sum_R = sum_R * shrink_R + tl.sum(weights, KEYS)
-            acc *= _column(shrink_R, TRANSPOSED)
-            weights = round_to(weights, v_LV.dtype)
-            acc = dot(v_LV.T, weights, acc) if TRANSPOSED else dot(weights, v_LV, acc)
-    if TRANSPOSED:
-        acc = acc.T
+            sum_R = sum_R * shrink_R + tl.sum(weights_RL, 1)
+            acc_RV = dot(round_to(weights_RL, v_LV.dtype), v_LV, acc_RV * shrink_R[:, None])
     sum_R = tl.where(sum_R == 0, 1.0, sum_R)  # no keys: the mean is zero, its weight that of the lowest score
-    return acc / sum_R[:, None], top_R + tl.log2(sum_R)
+    return acc_RV / sum_R[:, None], top_R + tl.log2(sum_R)
 
 
 @triton.jit
@@ -302,6 +292,7 @@ def _attention_fwd_kernel(
     max_splits,
     max_decode_splits,
     keys_per_split,
+    keys_per_decode_split,
     B: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -319,14 +310,18 @@ def _attention_fwd_kernel(
     """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys."""
     TILE_N: tl.constexpr = BLOCK_R // G
     _, num_queries_S, num_keys_S = _load_span(cu_queries_ptr, num_keys_ptr, tl.arange(0, BLOCK_S), N, S)
-    splits_S = _count_splits(num_queries_S, num_keys_S, max_splits, max_decode_splits, keys_per_split, WINDOW)
+    splits_S = _count_splits(
+        num_queries_S, num_keys_S, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
+    )
     end_S = tl.cumsum(tl.cdiv(num_queries_S, TILE_N) * splits_S, 0)
     for item in range(tl.program_id(0), tl.max(end_S) * H, tl.num_programs(0)):
         h, place = item % H, item // H
         s = tl.sum((end_S <= place).to(tl.int32))
         place -= tl.max(tl.where(end_S <= place, end_S, 0))
         first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
-        splits = _count_splits(num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, WINDOW)
+        splits = _count_splits(
+            num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
+        )
         tiles = tl.cdiv(num_queries, TILE_N)
         tile, split = tiles - 1 - place % tiles, place // tiles  # the tile with most keys comes first
         table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
@@ -381,6 +376,7 @@ def _join_fwd_kernel(
     max_splits,
     max_decode_splits,
     keys_per_split,
+    keys_per_decode_split,
     HEADS: tl.constexpr,  # of queries
     V: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -397,7 +393,9 @@ def _join_fwd_kernel(
     else:
         s = row
     first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
-    splits = _count_splits(num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, WINDOW)
+    splits = _count_splits(
+        num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
+    )
     if splits > 1:
         if num_queries == 1:
             token, part = first, s * max_decode_splits

@@ -234,9 +234,7 @@ class Runner:
         inputs = {"input_ids": ids_N[None], "position_ids": put(packed.positions_N)[None]}
         kept = torch.tensor(packed.kept, device=device)
         with decoder.requested(request, early=early), attending(self._config):
-            out = self._layers.run(
-                lambda: decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages)
-            )
+            out = self._layers.run(lambda: decoder.model(**inputs, use_cache=False, logits_to_keep=kept, pages=pages))
             record = decoder.routes.record
             if record is None:
                 return out.logits[0], None

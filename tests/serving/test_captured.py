@@ -1,4 +1,4 @@
-"""Steps on static buffers, padded to a bucket, with Triton's attention: captured on a GPU, run as they are without one."""
+"""Steps on static buffers, padded to a bucket, with Triton's attention: captured on a GPU, run as they are on a CPU."""
 
 from typing import Any
 

@@ -30,6 +30,7 @@ SMALL = LaunchShape(
     splits=3,
     decode_splits=4,
     keys_per_split=8,
+    keys_per_decode_split=8,
     num_programs=3,
     num_warps=4,
     num_stages=2,
