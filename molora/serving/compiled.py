@@ -1,7 +1,7 @@
 """Decoder layers through torch.compile: what stands between their products and attention becomes a kernel or two.
 
-All layers that are alike share what was compiled, and sizes that vary are compiled once more, for any size. A model that
-cannot be compiled runs as it is.
+All layers that are alike share what was compiled, and sizes that vary are compiled once more, for any size. A model
+that cannot be compiled runs as it is.
 """
 
 from __future__ import annotations

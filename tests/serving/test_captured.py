@@ -31,11 +31,12 @@ def captured(monkeypatch) -> Any:
     def runner(decoder: Any, **options: Any) -> Runner:
         return Runner(decoder, **{**options, "captures": True})
 
-    monkeypatch.setattr(engine_module, "Runner", runner)
     made: list[Engine] = []
 
     def make(m: MoLoRA, **config: Any) -> Engine:
-        made.append(Engine(m, EngineConfig(**{"kv_cache_bytes": 1 << 21, "block_size": 8, **config})))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine_module, "Runner", runner)
+            made.append(Engine(m, EngineConfig(**{"kv_cache_bytes": 1 << 21, "block_size": 8, **config})))
         return made[-1]
 
     yield make
