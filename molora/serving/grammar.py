@@ -9,11 +9,11 @@ Legend: V vocabulary, W = ceil(V / 32) words of a mask, whose lowest bit of the 
 from __future__ import annotations
 
 import json
-import math
 import random
 import re
 import threading
 from collections.abc import Collection
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,7 +33,7 @@ MAX_BRANCHES = 100  # of all anyOf and oneOf together: each of them is followed 
 MAX_MULTIPLE_OF = 500
 MAX_REGEX_CHARS = 2048  # in a JSON schema of all patterns together
 MAX_WHITESPACE = 24  # in a row, between the parts of a JSON text: some models go on with it forever
-MAX_EXACT = 1 << 53  # beyond it JSON's numbers are rounded
+MAX_DIGITS, MAX_EXPONENT = 15, 22  # of numbers
 TRIAL_TOKENS = 8
 ANY_OBJECT = '{"type": "object"}'
 JSON_OPTIONS = {
@@ -49,11 +49,12 @@ DEFINITIONS = ("$defs", "definitions")
 SCHEMA_MAPS = ("properties", *DEFINITIONS)
 SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
 WHOLE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")  # each stands alone
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties", "minProperties", "maxProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
     "string": frozenset({"minLength", "maxLength", "pattern", "format"}),
-    "number": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"}),
+    "number": frozenset({*BOUNDS, "multipleOf"}),
 }
 KNOWN = frozenset({"type", *WHOLE, *DEFINITIONS}).union(*KEYWORDS.values())
 
@@ -198,7 +199,7 @@ def checked_schema(text: str) -> dict[str, Any]:
         ValueError: it is no schema, is too large, or has a keyword that cannot be enforced; the message names it.
     """
     try:
-        schema = json.loads(text, parse_int=_exact, parse_float=_finite, parse_constant=_finite)
+        schema = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"the JSON schema is no JSON: {one_line(error)}") from None
     reader = _SchemaReader()
@@ -209,6 +210,7 @@ def checked_schema(text: str) -> dict[str, Any]:
         raise ValueError(
             f"the JSON schema has no {one_line(missing[0])}, which a $ref names; expected '#' or '#/$defs/...'."
         )
+    json.loads(json.dumps(checked), parse_int=_check_number, parse_float=_check_number, parse_constant=_check_number)
     return dict(checked)
 
 
@@ -278,6 +280,10 @@ class _SchemaReader:
         for key, most in (("minProperties", 1), ("multipleOf", MAX_MULTIPLE_OF)):  # names may come twice
             if isinstance(value := schema.get(key), (int, float)) and abs(value) > most:
                 raise self._refusal(f"{path}/{key}", f"is over {most}, which is not supported")
+        bounds = {key: schema[key] for key in BOUNDS if isinstance(schema.get(key), (int, float))}
+        lows, highs = ([value for key, value in bounds.items() if word in key.lower()] for word in ("min", "max"))
+        if lows and highs and min(highs) - max(lows) < 1 and any("exclusive" in key for key in bounds):
+            raise self._refusal(path, "excludes a bound of less than a unit, which is not supported")  # it would match
         if isinstance(pattern := schema.get("pattern"), str):
             check_regex(pattern)
             self._num_chars += len(pattern)
@@ -344,16 +350,11 @@ def _try(compiled: CompiledGrammar) -> None:
             matcher.accept(int(rng.choice(ids)))
 
 
-def _exact(text: str) -> int:
-    if abs(value := int(text)) > MAX_EXACT:
-        raise ValueError(f"the JSON schema has {one_line(text)}, which is too large a number.")
-    return value
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"the JSON schema has {one_line(text)}, which is too large a number.")
-    return value
+def _check_number(text: str) -> None:
+    """Of no more digits than llguidance reads exactly."""
+    _, digits, exponent = Decimal(text).normalize().as_tuple()
+    if len(digits) > MAX_DIGITS or not isinstance(exponent, int) or abs(exponent) > MAX_EXPONENT:
+        raise ValueError(f"the JSON schema has {one_line(text)}, which is too large a number, or too exact a one.")
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:
