@@ -17,7 +17,13 @@ MAX_CHANGE = 1e6  # of a logit, by biases and penalties
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must match.
+    """What an answer must match, from its first character to its last.
+
+    A regular expression means what it does in Python with `re.ASCII`, without look-around, backreferences and `\\b`;
+    where llguidance, which follows it, has another syntax (that of Rust's `regex`), it is refused.
+    A schema is JSON Schema, and refused where it asks for something that cannot be enforced. Objects that name
+    properties have no others, unless `additionalProperties` says so; properties come in the order of the schema, and
+    there are at most 24 spaces or line breaks in a row.
 
     Attributes:
         kind: "json_schema" (text is the schema as JSON), "json_object" (any object; no text) or "regex".

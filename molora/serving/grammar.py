@@ -1,7 +1,7 @@
 """Answers that match a JSON schema or a regular expression: which tokens may come next.
 
-xgrammar does the matching. What it does not enforce it leaves out in silence, and there are short texts that keep it
-busy for minutes: so a grammar is read here first, bounded, and followed for a few tokens before it is accepted.
+llguidance does the matching, within limits. It passes over words of a schema that it does not know, and there are short
+texts that keep it busy in spite of its limits: so a schema is read here first, and only what is enforced goes on.
 
 Legend: V vocabulary, W = ceil(V / 32) words of a mask, whose lowest bit of the first word is token 0's.
 """
@@ -9,18 +9,15 @@ Legend: V vocabulary, W = ceil(V / 32) words of a mask, whose lowest bit of the 
 from __future__ import annotations
 
 import json
-import math
-import os
 import random
 import re
 import threading
-import time
-from collections import OrderedDict
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -28,47 +25,42 @@ from molora.display import one_line
 from molora.generation import Grammar
 
 if TYPE_CHECKING:
-    import xgrammar
+    import llguidance
 
 MAX_BYTES = 64 << 10
-MAX_DEPTH = 32
-MAX_SCHEMAS = 1000
-MAX_CHARS = 600  # that all strings of bounded length have together; each counts as COUNTED_CHARS at most
-COUNTED_CHARS = 200  # beyond these, a longer string takes no longer to compile
-MAX_REGEX_CHARS = 4096
-MAX_QUANTIFIERS = 48
-MAX_REPEATS = 256  # of anything in a regular expression, where counts are nested their product
+MAX_SCHEMAS = 500
+MAX_BRANCHES = 100  # of all anyOf and oneOf together: each of them is followed at once
+MAX_MULTIPLE_OF = 500
+MAX_REGEX_CHARS = 2048  # in a JSON schema of all patterns together
 MAX_WHITESPACE = 24  # in a row, between the parts of a JSON text: some models go on with it forever
-TRIAL_TOKENS, TRIAL_S = 32, 1.0
-CACHE_SIZE = 64
-
-HALVES = r"\ud800-\udfff"  # of surrogate pairs, which are no characters of UTF-8
-ANY_CHAR = rf"[^\n{HALVES}]"
+MAX_DIGITS, MAX_EXPONENT = 15, 22  # of numbers
+TRIAL_TOKENS = 8
+ANY_OBJECT = '{"type": "object"}'
+JSON_OPTIONS = {
+    "whitespace_pattern": rf"[\x20\x0A\x0D\x09]{{1,{MAX_WHITESPACE}}}",
+    "json_allowed_escapes": 'nrbtf\\"',  # with \u, a property could be written twice, and only once be checked
+}
 
 ANNOTATIONS = frozenset({"title", "description", "default", "examples", "example", "deprecated", "discriminator"}) | {
     *("readOnly", "writeOnly", "$comment", "$schema", "$id", "id", "contentEncoding", "contentMediaType")
 }
+NEUTRAL = {"uniqueItems": False, "minContains": 0, "nullable": False}  # they ask for nothing
 DEFINITIONS = ("$defs", "definitions")
+SCHEMA_MAPS = ("properties", *DEFINITIONS)
+SCHEMA_LISTS = ("prefixItems", "anyOf", "oneOf", "allOf")
+WHOLE = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")  # each stands alone
+BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
 KEYWORDS = {
     "object": frozenset({"properties", "required", "additionalProperties", "minProperties", "maxProperties"}),
     "array": frozenset({"items", "prefixItems", "minItems", "maxItems"}),
     "string": frozenset({"minLength", "maxLength", "pattern", "format"}),
-    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
-    "number": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
-    "boolean": frozenset[str](),
-    "null": frozenset[str](),
+    "number": frozenset({*BOUNDS, "multipleOf"}),
 }
-COUNTS = frozenset({"minProperties", "maxProperties", "minItems", "maxItems", "minLength", "maxLength"})
-FORMATS = frozenset({"date", "time", "date-time", "duration", "ipv4", "ipv6", "hostname", "uuid", "email", "uri"})
-PYTHON_TYPES: Mapping[str, Any] = {
-    **{"object": dict, "array": list, "string": str, "integer": (int, float), "number": (int, float)},
-    **{"boolean": bool, "null": type(None)},
-}
-NEUTRAL: Mapping[str, Any] = {"uniqueItems": False, "minContains": 0, "nullable": False}  # they ask for nothing
+KNOWN = frozenset({"type", *WHOLE, *DEFINITIONS}).union(*KEYWORDS.values())
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer, and keeps the last ones. Any thread may call it."""
+    """Compiles grammars for one tokenizer. Any thread may call it."""
 
     def __init__(self, tokenizer: Any, vocab_size: int, *, end_ids: Collection[int] | None = None) -> None:
         """
@@ -82,30 +74,18 @@ class GrammarCompiler:
         ends = {tokenizer.eos_token_id} - {None} if end_ids is None else set(end_ids)
         if not ends:
             raise ValueError("the tokenizer has no end token, so no answer could end where its grammar does.")
-        self._end_ids = frozenset(ends)
-        self._tokenizer, self._vocab_size = tokenizer, vocab_size
-        self._compiler: xgrammar.GrammarCompiler | None = None
-        self._kept: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()
-        self._lock, self._build_lock = threading.Lock(), threading.Lock()
+        self._tokenizer, self._vocab_size, self._end_ids = tokenizer, vocab_size, sorted(ends)
+        self._tokens: llguidance.LLTokenizer | None = None
+        self._lock = threading.Lock()
 
     def compile(self, grammar: Grammar) -> CompiledGrammar:
         """
         Raises:
-            ValueError: it is malformed, asks for something that cannot be enforced, is too large or takes too long to
-                follow, or nothing matches it; the message says which.
+            ValueError: it is malformed, asks for something that cannot be enforced, is too large, or nothing matches
+                it; the message says which. Or the model's tokenizer is of a kind that cannot be followed.
         """
-        with self._lock:
-            if (kept := self._kept.get(grammar)) is not None:
-                self._kept.move_to_end(grammar)
-                return kept
-        compiled = self._compile(grammar)
-        with self._lock:
-            self._kept[grammar] = compiled
-            while len(self._kept) > CACHE_SIZE:
-                self._kept.popitem(last=False)
-        return compiled
+        from llguidance import LLMatcher
 
-    def _compile(self, grammar: Grammar) -> CompiledGrammar:
         name = "the regular expression" if grammar.kind == "regex" else "the JSON schema"
         try:
             num_bytes = len(grammar.text.encode())
@@ -113,439 +93,278 @@ class GrammarCompiler:
             raise ValueError(f"{name} holds half a surrogate pair, which no text has.") from None
         if num_bytes > MAX_BYTES:
             raise ValueError(f"{name} has {num_bytes} bytes; expected {MAX_BYTES} at most.")
-        compiler = self._build()
         try:
-            if grammar.kind == "regex":
-                found = compiler.compile_regex(checked_regex(grammar.text))
-            else:
-                text = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
-                found = compiler.compile_json_schema(
-                    json.dumps(checked_schema(text)), max_whitespace_cnt=MAX_WHITESPACE
-                )
-        except RuntimeError as error:
-            raise ValueError(f"{name} cannot be followed: {_reason(error)}") from None
-        compiled = CompiledGrammar(found, self._end_ids, self._vocab_size)
-        _try(compiled, name)
+            text = ANY_OBJECT if grammar.kind == "json_object" else grammar.text
+            start = _regex_rule(text) if grammar.kind == "regex" else _json_rule(text)
+        except RecursionError:
+            raise ValueError(f"{name} is nested too deeply.") from None
+        # Where one text is forced, its tokenization would be as well, found anew at each token: slow if it is long.
+        rules = f'%llguidance {{"no_forcing": true}}\nstart: {start}\n'
+        with self._lock:  # one at a time: each takes up to a second
+            matcher = LLMatcher(self._build(), rules, log_level=0, limits=_limits())
+            if matcher.is_error():
+                raise ValueError(f"{name} cannot be followed: {_reason(matcher)}")
+            compiled = CompiledGrammar(matcher, self._end_ids, self._vocab_size)
+            try:
+                _try(compiled)
+            except ValueError as error:
+                raise ValueError(f"{name} cannot be followed: {error}") from None
         return compiled
 
-    def _build(self) -> xgrammar.GrammarCompiler:
-        import xgrammar
+    def _build(self) -> llguidance.LLTokenizer:
+        from llguidance.hf import from_tokenizer
 
-        with self._build_lock:
-            if self._compiler is None:
-                info = xgrammar.TokenizerInfo.from_huggingface(
-                    self._tokenizer, vocab_size=self._vocab_size, stop_token_ids=sorted(self._end_ids)
-                )
-                # A special token is no text: spelled out it would look like some, and then be missing in the answer.
-                vocab = list(info.decoded_vocab)
-                for token_id in _special_ids(self._tokenizer):
-                    if token_id < len(vocab):
-                        vocab[token_id] = b""
-                info = xgrammar.TokenizerInfo(vocab, vocab_size=self._vocab_size, stop_token_ids=sorted(self._end_ids))
-                num_threads = max(1, min(8, (os.cpu_count() or 1) // 2))  # the other half computes
-                self._compiler = xgrammar.GrammarCompiler(info, max_threads=num_threads, cache_enabled=False)
-            return self._compiler
+        if self._tokens is None:
+            try:
+                self._tokens = from_tokenizer(self._tokenizer, n_vocab=self._vocab_size, eos_token=self._end_ids)
+            except BaseException as error:  # a panic of Rust is no Exception
+                if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                    raise
+                reason = one_line(error)
+                raise ValueError(f"no grammar can be followed with this model's tokenizer: {reason}") from None
+        return self._tokens
 
 
 class CompiledGrammar:
     """A grammar for one tokenizer. Any thread may use it."""
 
-    def __init__(self, compiled: xgrammar.CompiledGrammar, end_ids: Collection[int], vocab_size: int) -> None:
-        self._compiled, self._vocab_size = compiled, vocab_size
-        bits = np.zeros((2, -(-vocab_size // 32) * 32), np.uint8)
-        bits[0, :vocab_size] = 1
-        bits[1, list(end_ids)] = 1
-        self._all_W, self._ends_W = np.packbits(bits, axis=-1, bitorder="little").view(np.int32)
+    def __init__(self, matcher: llguidance.LLMatcher, end_ids: Collection[int], vocab_size: int) -> None:
+        self._matcher = matcher
+        bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+        bits[list(end_ids)] = 1
+        self._ends_W = np.packbits(bits, bitorder="little").view(np.int32)
 
     def matcher(self) -> Matcher:
         """For one answer, from its beginning."""
-        import xgrammar
-
-        mask = xgrammar.allocate_token_bitmask(1, self._vocab_size)
-        return Matcher(xgrammar.GrammarMatcher(self._compiled), mask, self._all_W, self._ends_W)
+        return Matcher(self._matcher.deep_copy(), self._ends_W)
 
 
 class Matcher:
     """How far one answer has come in its grammar. It belongs to one thread."""
 
-    def __init__(
-        self,
-        matcher: xgrammar.GrammarMatcher,
-        mask_1W: Tensor,
-        all_W: NDArray[np.int32],
-        ends_W: NDArray[np.int32],
-    ) -> None:
-        self._matcher, self._mask_1W, self._all_W, self._ends_W = matcher, mask_1W, all_W, ends_W
-        self._is_filled = False
+    def __init__(self, matcher: llguidance.LLMatcher, ends_W: NDArray[np.int32]) -> None:
+        self._matcher, self._ends_W = matcher, ends_W
+        self._mask_W = torch.zeros(len(ends_W), dtype=torch.int32)
+        self._words_W: NDArray[np.int32] = self._mask_W.numpy()
+        self._fill()
 
     def bitmask(self) -> Tensor:
-        """int32 [W], a bit for each token that may come next; it changes with the next token.
-
-        Where nothing may come, the end tokens may, so that something can be drawn.
-        """
-        if not self._is_filled:
-            mask_W = self._mask_1W[0].numpy()
-            mask_W[:] = 0
-            if not self._matcher.is_terminated():
-                self._matcher.fill_next_token_bitmask(self._mask_1W)
-                mask_W &= self._all_W  # xgrammar lets the bits after the last token be
-            if not mask_W.any():
-                mask_W[:] = self._ends_W
-            self._is_filled = True
-        return self._mask_1W[0]
-
-    def fill(self, bitmask_DW: Tensor, row: int) -> None:
-        """Write it to a row of a batch's masks."""
-        bitmask_DW[row].copy_(self.bitmask())
+        """int32 [W], a bit for each token that may come next; it changes with the next token."""
+        return self._mask_W
 
     def accept(self, token_id: int) -> None:
         """The answer goes on with a token.
 
         Raises:
-            ValueError: it does not match.
+            ValueError: it does not match, or no token could follow it, or none that is found in time.
         """
-        if self._matcher.is_terminated() or not self._matcher.accept_token(token_id):
+        if not (0 <= token_id < 32 * len(self._words_W) and int(self._words_W[token_id // 32]) >> token_id % 32 & 1):
             raise ValueError(f"token {token_id} does not match the answer's grammar.")
-        self._is_filled = False
-
-    @property
-    def allows_end(self) -> bool:
-        """Whether the answer matches as it is."""
-        return self._matcher.is_terminated() or self._matcher.is_completed()
+        if not self._matcher.consume_token(token_id):
+            raise ValueError(_reason(self._matcher))
+        self._fill()
 
     @property
     def is_finished(self) -> bool:
         """Whether nothing but an end token may follow."""
-        return not (self.bitmask().numpy() & ~self._ends_W).any()
+        return not (self._words_W & ~self._ends_W).any()
 
     def more(self) -> NDArray[np.int64]:
         """The ids that may come next, without the end tokens."""
-        words_W = self.bitmask().numpy() & ~self._ends_W
+        words_W = self._words_W & ~self._ends_W
         ids: NDArray[np.int64] = np.unpackbits(words_W.view(np.uint8), bitorder="little").nonzero()[0]
         return ids
 
+    def _fill(self) -> None:
+        self._matcher.unsafe_compute_mask_ptr(self._mask_W.data_ptr(), self._mask_W.nbytes)
+        if self._matcher.is_error():  # the mask is of the end tokens then
+            raise ValueError(_reason(self._matcher))
+        if not (self._matcher.is_accepting() or self._matcher.is_stopped()):
+            self._words_W &= ~self._ends_W  # an end token may be text as well
+            if not self._words_W.any():
+                raise ValueError(NOTHING_FITS)
 
-def checked_schema(text: str) -> Any:
-    """A schema with nothing in it but what is enforced, for xgrammar's strict mode.
 
-    Objects that name properties have no others, unless `additionalProperties` says so; the branches of `oneOf` may
-    overlap; a format that is not known says nothing. Everything else is as JSON Schema has it, or refused.
+NOTHING_FITS = "nothing matches from there on, or nothing that this model's tokens can spell."
+
+
+def checked_schema(text: str) -> dict[str, Any]:
+    """A schema with nothing in it but what is enforced.
+
+    Objects that name properties have no others, unless `additionalProperties` says so; keywords without a type mean
+    their own; the branches of a `oneOf` that has a `discriminator` are taken to be apart. Everything else is as JSON
+    Schema has it, or refused: here, or by llguidance.
 
     Raises:
         ValueError: it is no schema, is too large, or has a keyword that cannot be enforced; the message names it.
     """
     try:
-        schema = json.loads(text, parse_float=_finite, parse_constant=_finite)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else one_line(error)
-        raise ValueError(f"the JSON schema is no JSON: {reason}") from None
+        schema = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"the JSON schema is no JSON: {one_line(error)}") from None
     reader = _SchemaReader()
-    checked = reader.read(schema, "#", 0)
+    checked = reader.read({} if schema is True else schema, "#")
+    if checked is False:
+        raise ValueError("nothing matches the JSON schema false.")
     if missing := sorted(reader.references - reader.paths):
-        raise ValueError(f"the JSON schema has no {missing[0]}, which a $ref names; expected '#' or '#/$defs/...'.")
-    return checked
+        raise ValueError(
+            f"the JSON schema has no {one_line(missing[0])}, which a $ref names; expected '#' or '#/$defs/...'."
+        )
+    json.loads(json.dumps(checked), parse_int=_check_number, parse_float=_check_number, parse_constant=_check_number)
+    return dict(checked)
 
 
 class _SchemaReader:
     def __init__(self) -> None:
         self.paths: set[str] = set()
         self.references: set[str] = set()
-        self._num_chars = 0
+        self._num_branches = self._num_chars = 0
 
-    def read(self, schema: Any, path: str, depth: int) -> Any:
-        if schema is True:
-            schema = {}
-        if not isinstance(schema, dict):
-            raise ValueError(f"{path} of the JSON schema is {one_line(json.dumps(schema))}; expected a schema.")
+    def read(self, schema: Any, path: str) -> Any:
         self.paths.add(path)
-        if depth > MAX_DEPTH or len(self.paths) > MAX_SCHEMAS:
-            raise ValueError(
-                f"the JSON schema is nested deeper than {MAX_DEPTH}, or holds more than {MAX_SCHEMAS} schemas."
-            )
+        if len(self.paths) > MAX_SCHEMAS:
+            raise ValueError(f"the JSON schema holds more than {MAX_SCHEMAS} schemas.")
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise self._refusal(path, f"is {one_line(json.dumps(schema))}; expected a schema")
         out: dict[str, Any] = {}
-        for key in DEFINITIONS:
-            if key in schema:
-                out[key] = self._read_all(schema[key], f"{path}/{key}", depth)
-        rest = {
-            key: value
-            for key, value in schema.items()
-            if key not in ANNOTATIONS and key not in DEFINITIONS and (key not in NEUTRAL or NEUTRAL[key] != value)
-        }
-        for key in ("$ref", "const", "enum", "anyOf", "oneOf", "allOf"):
-            if key in rest:
-                if others := rest.keys() - {key, "type" if key in ("const", "enum") else key}:
-                    raise ValueError(f"{path} of the JSON schema has {key} beside {min(others)}; one must go.")
-                return out | self._read_whole(key, rest, path, depth)
-        return out | self._read_type(rest, path, depth)
-
-    def _read_whole(self, key: str, schema: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
-        value = schema[key]
-        if key == "$ref":
-            if not isinstance(value, str):
-                raise ValueError(f"{path}/$ref of the JSON schema is no text.")
-            self.references.add(value)
-            return {"$ref": value}
-        if key in ("const", "enum"):
-            values = [value] if key == "const" else value
-            types = self._types(schema, path) or list(PYTHON_TYPES)
-            if not isinstance(values, list) or not values:
-                raise ValueError(f"{path}/enum of the JSON schema is no list of values.")
-            for each in values:
-                if not any(_is_of(each, name) for name in types):
-                    raise ValueError(f"{path}/{key} of the JSON schema has a value that is of another type.")
-            return {"enum": values}
-        if not isinstance(value, list) or not value:
-            raise ValueError(f"{path}/{key} of the JSON schema is no list of schemas.")
-        if key == "allOf" and len(value) > 1:
-            raise ValueError(f"{path}/allOf of the JSON schema has several schemas, which is not supported.")
-        branches = [self.read(each, f"{path}/{key}/{index}", depth + 1) for index, each in enumerate(value)]
-        return {"anyOf": branches}
-
-    def _read_type(self, schema: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
-        known = frozenset().union(*KEYWORDS.values()) | {"type"}
-        for key in schema:
-            if key not in known:
-                raise ValueError(f"{path} of the JSON schema has {key}, which is not supported.")
-        types = self._types(schema, path)
-        if not types:
-            types = [name for name, keys in KEYWORDS.items() if name != "integer" and keys & schema.keys()]
-            if not types:
-                return {}
-            if len(types) > 1:
-                raise ValueError(f"{path} of the JSON schema has keywords of several types; say which, with type.")
-        branches = [self._read_one(name, schema, path, depth) for name in types]
-        return branches[0] if len(branches) == 1 else {"anyOf": branches}
-
-    def _types(self, schema: dict[str, Any], path: str) -> list[str]:
-        types = schema.get("type", [])
-        types = types if isinstance(types, list) else [types]
-        if not all(isinstance(name, str) and name in KEYWORDS for name in types) or (not types and "type" in schema):
-            raise ValueError(f"{path}/type of the JSON schema is not one of {', '.join(KEYWORDS)}.")
-        return types
-
-    def _read_one(self, name: str, schema: dict[str, Any], path: str, depth: int) -> dict[str, Any]:
-        out = {"type": name} | {key: schema[key] for key in schema if key in KEYWORDS[name]}
-        for key in KEYWORDS[name] & out.keys():
-            value = out[key]
-            if key in COUNTS:
-                if not _is_of(value, "number") or value != int(value) or not 0 <= value < 1 << 31:
-                    raise ValueError(f"{path}/{key} of the JSON schema is no count.")
-                out[key] = int(value)
-            elif name in ("integer", "number") and not _is_of(value, "number"):
-                raise ValueError(f"{path}/{key} of the JSON schema is no number.")
-        if name == "object":
-            self._read_object(out, path, depth)
-        elif name == "array":
-            if "prefixItems" in out:
-                out["prefixItems"] = self._read_list(out["prefixItems"], f"{path}/prefixItems", depth)
-            elif "items" not in out:
-                out["items"] = {}
-            if out.get("items", False) is not False:
-                out["items"] = self.read(out["items"], f"{path}/items", depth + 1)
-        elif name == "string":
-            self._read_string(out, path)
+        for key, value in schema.items():
+            if key in KNOWN:
+                out[key] = value
+            elif key not in ANNOTATIONS and (key not in NEUTRAL or NEUTRAL[key] is not value):
+                raise self._refusal(path, f"has {one_line(key)}, which is not supported")
+        self._check(out, path)
+        for key, value in out.items():
+            if key in SCHEMA_MAPS:
+                names = {name: name.replace("/", "~1") for name in value}  # as no $ref that llguidance follows has it
+                out[key] = {name: self.read(value[name], f"{path}/{key}/{step}") for name, step in names.items()}
+            elif key in SCHEMA_LISTS:
+                out[key] = [self.read(each, f"{path}/{key}/{index}") for index, each in enumerate(value)]
+            elif key in ("items", "additionalProperties"):
+                out[key] = self.read(value, f"{path}/{key}")
+        if "discriminator" in schema and "oneOf" in out:
+            out["anyOf"] = out.pop("oneOf")
+        if out.get("properties"):
+            out.setdefault("additionalProperties", False)
         return out
 
-    def _read_object(self, out: dict[str, Any], path: str, depth: int) -> None:
-        required = out.get("required", [])
-        if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
-            raise ValueError(f"{path}/required of the JSON schema is no list of names.")
-        properties, more = out.get("properties", {}), out.get("additionalProperties", True)
-        missing = [key for key in required if isinstance(properties, dict) and key not in properties]
-        if missing and more is False:
-            raise ValueError(f"{path} of the JSON schema requires {missing[0]!r} and allows no such property.")
-        if isinstance(properties, dict):
-            properties = properties | dict.fromkeys(missing, more)
-        out["properties"] = self._read_all(properties, f"{path}/properties", depth)
-        if more is not False and ("additionalProperties" in out or not properties):
-            out["additionalProperties"] = self.read(more, f"{path}/additionalProperties", depth + 1)
+    def _check(self, schema: dict[str, Any], path: str) -> None:
+        """Refuse what llguidance would let pass, or be long about."""
+        for key, value in schema.items():
+            if key in SCHEMA_MAPS and not isinstance(value, dict):
+                raise self._refusal(f"{path}/{key}", "is no object of schemas")
+            if key in SCHEMA_LISTS and not isinstance(value, list):
+                raise self._refusal(f"{path}/{key}", "is no list of schemas")
+            free = {key, *DEFINITIONS} | ({"type"} if key in ("const", "enum") else set())
+            if key in WHOLE and (others := schema.keys() - free):
+                raise self._refusal(path, f"has {key} beside {min(others)}; one must go")
+            if key in ("const", "enum") and _CONTROL.search(json.dumps(value)):
+                raise self._refusal(f"{path}/{key}", "has control characters, which is not supported")
+            if key in ("anyOf", "oneOf"):
+                self._num_branches += len(value)
+        if self._num_branches > MAX_BRANCHES:
+            raise ValueError(f"the JSON schema has more than {MAX_BRANCHES} branches of anyOf and oneOf together.")
+        if len(schema.get("allOf", ())) > 1:
+            raise self._refusal(f"{path}/allOf", "has several schemas, which is not supported")
+        if isinstance(reference := schema.get("$ref"), str):
+            self.references.add(reference)
+        if "type" not in schema and schema.keys().isdisjoint(WHOLE):
+            types = [name for name, keys in KEYWORDS.items() if keys & schema.keys()]
+            if len(types) > 1:
+                raise self._refusal(path, "has keywords of several types; say which, with type")
+            if types:
+                schema["type"] = types[0]
+        if "properties" in schema and (sizes := schema.keys() & {"minProperties", "maxProperties"}):
+            raise self._refusal(path, f"has {min(sizes)} beside properties; one must go")
+        for key, most in (("minProperties", 1), ("multipleOf", MAX_MULTIPLE_OF)):  # names may come twice
+            if isinstance(value := schema.get(key), (int, float)) and abs(value) > most:
+                raise self._refusal(f"{path}/{key}", f"is over {most}, which is not supported")
+        bounds = {key: schema[key] for key in BOUNDS if isinstance(schema.get(key), (int, float))}
+        lows, highs = ([value for key, value in bounds.items() if word in key.lower()] for word in ("min", "max"))
+        if lows and highs and min(highs) - max(lows) < 1 and any("exclusive" in key for key in bounds):
+            raise self._refusal(path, "excludes a bound of less than a unit, which is not supported")  # it would match
+        if isinstance(pattern := schema.get("pattern"), str):
+            check_regex(pattern)
+            self._num_chars += len(pattern)
+            if self._num_chars > MAX_REGEX_CHARS:
+                raise ValueError(f"the patterns of the JSON schema are longer than {MAX_REGEX_CHARS} together.")
 
-    def _read_string(self, out: dict[str, Any], path: str) -> None:
-        lengths = [out[key] for key in ("minLength", "maxLength") if key in out]
-        if "pattern" in out:
-            if lengths:
-                raise ValueError(f"{path} of the JSON schema has a pattern and a length; the pattern can say both.")
-            if not isinstance(out["pattern"], str):
-                raise ValueError(f"{path}/pattern of the JSON schema is no text.")
-            if re.search(r'["\x00-\x1f]|\\[\\"nrtfvscxu]', out["pattern"]):
-                raise ValueError(
-                    f"{path}/pattern of the JSON schema matches quotes, backslashes, spaces of any kind or numbered "
-                    "characters, which JSON may write in another way; that is not supported."
-                )
-            out["pattern"] = checked_regex(out["pattern"])
-        if not (isinstance(form := out.pop("format", None), str) or form is None):
-            raise ValueError(f"{path}/format of the JSON schema is no text.")
-        if form in FORMATS and not lengths and "pattern" not in out:
-            out["format"] = form
-        if lengths:  # as a pattern, of whose characters xgrammar leaves out what JSON escapes
-            low, high = out.pop("minLength", 0), out.pop("maxLength", "")
-            if high != "" and low > high:
-                raise ValueError(f"{path} of the JSON schema has a minLength over its maxLength.")
-            out["pattern"] = f"{ANY_CHAR}{{{low},{high}}}"
-        self._num_chars += min(max(lengths, default=0), COUNTED_CHARS)
-        if self._num_chars > MAX_CHARS:
-            raise ValueError(f"the strings of the JSON schema that have a length are longer than {MAX_CHARS} together.")
-
-    def _read_all(self, schemas: Any, path: str, depth: int) -> dict[str, Any]:
-        if not isinstance(schemas, dict):
-            raise ValueError(f"{path} of the JSON schema is no object of schemas.")
-        return {key: self.read(each, f"{path}/{key}", depth + 1) for key, each in schemas.items()}
-
-    def _read_list(self, schemas: Any, path: str, depth: int) -> list[Any]:
-        if not isinstance(schemas, list):
-            raise ValueError(f"{path} of the JSON schema is no list of schemas.")
-        return [self.read(each, f"{path}/{index}", depth + 1) for index, each in enumerate(schemas)]
+    def _refusal(self, path: str, what: str) -> ValueError:
+        return ValueError(f"{one_line(path)} of the JSON schema {what}.")
 
 
-_ESCAPE = r"\\(?:u\{[0-9A-Fa-f]{1,6}\}|u[0-9A-Fa-f]{4}|x[0-9A-Fa-f]{2}|c[A-Za-z]|[dDwWsSnrtfv]|[^\w\s])"
-_REGEX_PIECE = re.compile(
-    rf"""
-    (?P<escape> {_ESCAPE} )
-    | (?P<set> \[ \^? (?: {_ESCAPE} | [^\]\\\x00] )+ \] )
-    | (?P<open> \( (?: \?: | \?<[A-Za-z]+> | (?!\?) ) )
-    | (?P<close> \) )
-    | (?P<quantifier> [*+?] | \{{ (?P<low>\d{{1,9}}) (?: (?P<comma>,) (?P<high>\d{{1,9}})? )? \}} )
-    | (?P<dot> \. )
-    | (?P<or> \| )
-    | (?P<char> [^\\\[(){{}}*+?^$\x00] )
-    """,
-    re.VERBOSE,
-)
+_CONTROL = re.compile(r"(?<!\\)(\\\\)*\\u00(?:[01]|7f)")  # as json.dumps writes them
+_PIECE = re.compile(r"\\.|\(\?[a-zA-Z]*x|\[\^?\]?(?:\\.|[^]\\])*", re.DOTALL)
 
 
-@dataclass
-class _Group:
-    """An open group of a regular expression.
-
-    Attributes:
-        num_repeats: the most that anything in it is repeated.
-        is_loose: one of its alternatives begins and ends with something of no fixed length: repeated, there are many
-            ways to divide a text among the repeats, and all of them are followed.
-        elements: of the present alternative, whether each has no fixed length.
-    """
-
-    num_repeats: int = 1
-    is_loose: bool = False
-    elements: list[bool] = field(default_factory=list)
-
-    def end_alternative(self) -> None:
-        self.is_loose |= bool(self.elements) and self.elements[0] and self.elements[-1]
-        self.elements.clear()
-
-
-def checked_regex(text: str) -> str:
-    """A regular expression of JavaScript's syntax as xgrammar reads it: without anchors, and without its mistakes.
+def check_regex(text: str) -> None:
+    """Refuse what llguidance would read in another way than Python and JavaScript do.
 
     Raises:
-        ValueError: it is malformed, too large, or has something that cannot be enforced; the message says where.
+        ValueError: it has nested sets, operations on sets, the flag x, or ends in a backslash.
     """
-    body = text.removeprefix("^")
-    if body.endswith("$") and (len(body) - len(body[:-1].rstrip("\\"))) % 2:
-        body = body[:-1]
-    if len(body) > MAX_REGEX_CHARS:
-        raise ValueError(f"the regular expression has {len(body)} characters; expected {MAX_REGEX_CHARS} at most.")
-    out: list[str] = []
-    groups, element, num_quantifiers, at = [_Group()], _Group(), 0, 0
-    while at < len(body):
-        piece = _REGEX_PIECE.match(body, at)
-        if piece is None:
+    if (len(text) - len(text.rstrip("\\"))) % 2:
+        raise ValueError("the regular expression ends in a backslash.")
+    for piece in _PIECE.findall(text):
+        if piece[:2] == "(?" or (piece[0] == "[" and re.search(r"&&|--|~~|\[", re.sub(r"\\.", "", piece[1:]))):
             raise ValueError(
-                f"the regular expression cannot be read from {one_line(body[at : at + 20])!r} on: it is malformed, or "
-                "has anchors, backreferences, look-around, flags or classes that are not supported."
+                "the regular expression has '[', '&&', '--' or '~~' in a set, or the flag x; put a backslash before "
+                "each such character of a set."
             )
-        group, at = groups[-1], piece.end()
-        if piece["open"]:
-            groups.append(_Group())
-        elif piece["close"]:
-            if len(groups) == 1:
-                raise ValueError("the regular expression closes a group that was never opened.")
-            element = groups.pop()
-            element.end_alternative()
-            groups[-1].elements.append(element.is_loose)
-            groups[-1].num_repeats = max(groups[-1].num_repeats, element.num_repeats)
-        elif piece["quantifier"]:
-            num_quantifiers += 1
-            most = int(piece["high"] or piece["low"] or 1)
-            group.num_repeats = max(group.num_repeats, element.num_repeats * most)
-            if num_quantifiers > MAX_QUANTIFIERS or group.num_repeats > MAX_REPEATS:
-                raise ValueError(
-                    f"the regular expression has more than {MAX_QUANTIFIERS} quantifiers, or repeats something more "
-                    f"than {MAX_REPEATS} times."
-                )
-            if element.is_loose and piece[0] != "?" and (most > 1 or not piece["high"]):
-                raise ValueError(
-                    "the regular expression repeats a group that begins and ends with something of no fixed length; "
-                    "let one end be fixed, as in '([a-z]+ )*'."
-                )
-            if group.elements and not (piece["low"] and not piece["comma"]):
-                group.elements[-1] = True
-            at += body.startswith("?", at)  # a lazy quantifier matches the same texts
-        elif piece["or"]:
-            group.end_alternative()
-        else:
-            element = _Group()
-            group.elements.append(False)
-        out.append(ANY_CHAR if piece["dot"] else _spelled(piece))
-    if len(groups) > 1:
-        raise ValueError("the regular expression leaves a group open.")
-    return "".join(out)
 
 
-_NUMBERED = re.compile(
-    r"\\(?:u\{([^}]+)\}|(?:x(?=[0-9A-Fa-f]{2})|u(?=[0-9A-Fa-f]{4}))"
-    r"([0-9A-Fa-f]{2}(?:(?<=\\u..)[0-9A-Fa-f]{2})?)|c(.)|[^uxc])"
-)
+def _json_rule(text: str) -> str:
+    return f"%json {json.dumps(checked_schema(text) | {'x-guidance': JSON_OPTIONS})}"
 
 
-def _spelled(piece: re.Match[str]) -> str:
-    """A piece of a regular expression whose characters are numbered in braces: `\\x41a` would be read as one number."""
-    text = _NUMBERED.sub(_numbered, piece[0])
-    if piece["set"] and text.startswith("[^"):
-        return f"{text[:-1]}{HALVES}]"
-    return f"[^{text.lower()}{HALVES}]" if text in (r"\D", r"\W", r"\S") else text
+def _regex_rule(text: str) -> str:
+    from llguidance import regex_to_lark
+
+    if len(text) > MAX_REGEX_CHARS:
+        raise ValueError(f"the regular expression has {len(text)} characters; expected {MAX_REGEX_CHARS} at most.")
+    check_regex(text)
+    return f"/{regex_to_lark(text, 'dws')}/"
 
 
-def _numbered(escape: re.Match[str]) -> str:
-    braced, digits, control = escape.groups()
-    if not any(escape.groups()):
-        return escape[0]
-    number = ord(control) % 32 if control else int(braced or digits, 16)
-    if number > 0x10FFFF:
-        raise ValueError(f"the regular expression has {escape[0]}, which is no character.")
-    return rf"\u{{{number:x}}}"
+def _limits() -> llguidance.LLParserLimits:
+    """Far from what honest grammars need, and near enough that a hostile one takes no second, and no gigabyte."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=300_000,
+        step_lexer_fuel=100_000,
+        step_max_items=10_000,
+        max_lexer_states=30_000,
+        max_grammar_size=100_000,
+        precompute_large_lexemes=False,
+        verbose_errors=False,
+    )
 
 
-def _try(compiled: CompiledGrammar, name: str) -> None:
+def _try(compiled: CompiledGrammar) -> None:
     """Follow a grammar for a few tokens at random."""
     matcher, rng = compiled.matcher(), random.Random(0)
-    if matcher.is_finished and not matcher.allows_end:
-        raise ValueError(f"nothing matches {name}, or nothing that this model's tokens can spell.")
-    start_s = time.thread_time()
     for _ in range(TRIAL_TOKENS):
-        if not len(ids := matcher.more()):
-            break
-        matcher.accept(int(rng.choice(ids)))
-        if time.thread_time() - start_s > TRIAL_S:
-            raise ValueError(f"{name} takes too long to follow; make it simpler: repeats within repeats cost most.")
+        if len(ids := matcher.more()):
+            matcher.accept(int(rng.choice(ids)))
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    added = getattr(tokenizer, "added_tokens_decoder", {})
-    return set(tokenizer.all_special_ids) | {token_id for token_id, token in added.items() if token.special}
+def _check_number(text: str) -> None:
+    """Of no more digits than llguidance reads exactly."""
+    _, digits, exponent = Decimal(text).normalize().as_tuple()
+    if len(digits) > MAX_DIGITS or not isinstance(exponent, int) or abs(exponent) > MAX_EXPONENT:
+        raise ValueError(f"the JSON schema has {one_line(text)}, which is too large a number, or too exact a one.")
 
 
-def _is_of(value: Any, name: str) -> bool:
-    if isinstance(value, bool) and name != "boolean":
-        return False
-    return isinstance(value, PYTHON_TYPES[name]) and (name != "integer" or value == int(value))
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is too large a number")
-    return value
-
-
-def _reason(error: RuntimeError) -> str:
-    """xgrammar's message without its file and line."""
-    return one_line(re.sub(r"^\[[\d:]+\] \S+: ", "", str(error)))
+def _reason(matcher: llguidance.LLMatcher) -> str:
+    """llguidance's message in a line, without the place in our rules and the text that it repeats."""
+    error = matcher.get_error().removesuffix("<non-verbose/>")
+    if "NoExtension" in error:
+        return NOTHING_FITS
+    if "coerce_one_of" in error:
+        return "the branches of a oneOf may overlap; write anyOf, or constants of one property that tell them apart."
+    error = re.sub(r"^at \d+\(\d+\): |failed to compile JSON schema: |\n   \d+ \| .*", "", error, flags=re.DOTALL)
+    return one_line(
+        re.sub(r'^invalid regex ".*" \(in regex\): |regex parse error:.*\nerror: ', "", error, flags=re.DOTALL)
+    )

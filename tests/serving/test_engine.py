@@ -623,6 +623,9 @@ class TestStreams:
         check(m, free, outs[9])
         with pytest.raises(ValueError, match="regular expression"):
             engine.submit(ask([5], "x", grammar=Grammar("regex", "(")))
+        too_long = Grammar("regex", "a{30}" + r"\w?" * 500)  # which shows only as it is followed
+        with pytest.raises(EngineError, match="the answer could not go on: lexer error"):
+            engine.generate(ask([5], "x", num_new=40, grammar=too_long))
         idle(engine)
 
     @pytest.mark.parametrize("config", [{}, {"max_step_tokens": 7, "max_sequences": 3}], ids=["whole", "chunked"])
