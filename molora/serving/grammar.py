@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 64 << 10
 MAX_SCHEMAS = 500
+MAX_REFERENCES = 100  # different ones: llguidance follows a chain of them on its stack
 MAX_BRANCHES = 100  # of all anyOf and oneOf together: each of them is followed at once
 MAX_MULTIPLE_OF = 500
 MAX_REGEX_CHARS = 2048  # in a JSON schema of all patterns together
@@ -269,6 +270,8 @@ class _SchemaReader:
             raise self._refusal(f"{path}/allOf", "has several schemas, which is not supported")
         if isinstance(reference := schema.get("$ref"), str):
             self.references.add(reference)
+            if len(self.references) > MAX_REFERENCES:
+                raise ValueError(f"the JSON schema refers to more than {MAX_REFERENCES} schemas.")
         if "type" not in schema and schema.keys().isdisjoint(WHOLE):
             types = [name for name, keys in KEYWORDS.items() if keys & schema.keys()]
             if len(types) > 1:
