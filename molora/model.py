@@ -16,7 +16,7 @@ from torch import Tensor
 from molora import activation as policies
 from molora.activation import Activation, Messages, Prompt
 from molora.bank import Bank
-from molora.checkpoint import load_base, resolve_base
+from molora.checkpoint import load_base, resolve_base, resolve_device
 from molora.digest import base_digest
 from molora.generation import Generation, Sampling, TokenRoute
 from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
@@ -470,11 +470,13 @@ def load(
         max_rank: of adapters that are loaded later, if it is to be more than the bank's.
 
     Raises:
-        FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other.
+        FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other; or
+            there is no such device.
 
     Warns:
         UserWarning: the base's weights are not those that the bank was trained on.
     """
+    device = resolve_device(device)
     bank = bank if isinstance(bank, Bank) else Bank.open(bank)
     base_dir = resolve_base(str(base) if base is not None else bank.config.base.name)
     digest = base_digest(base_dir)
@@ -484,8 +486,6 @@ def load(
             f"{base_dir} holds {digest}; answers and routes may differ from the bank's card.",
             stacklevel=2,
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base(base_dir, device=device, dtype=dtype)
     return MoLoRA(
         model, tokenizer, bank, base_dir, digest, impl=impl, num_extra_slots=num_extra_slots, max_rank=max_rank
