@@ -69,7 +69,7 @@ class ServeConfig:
         device, dtype: as for `molora.load`.
         host, port: where to listen; port 0 takes a free one.
         api_keys: a client must send one of them; without any, everyone may ask.
-        api_key_file: a file with one more key on each line.
+        api_key_file: a file with one more key on each line; empty lines and those that begin with # hold none.
         adapter_folders: clients may load adapters that lie in these; without any, loading is off.
         num_extra_slots: adapters that fit beside the bank's own; without any, only these can be replaced.
         drain_s: after SIGTERM, how long running requests may take to finish.
@@ -176,7 +176,8 @@ def _build(cls: Any, values: object, prefix: str) -> Any:
 
 
 def _read_keys(file: str) -> tuple[str, ...]:
-    keys = tuple(line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"api_key_file {file} holds no key, so nobody would be kept out.")
     return keys

@@ -40,11 +40,11 @@ def test_flags_override_the_file(write, tmp_path):
 
 
 def test_keys_from_a_file(write, tmp_path):
-    (tmp_path / "keys").write_text("one\n\n  two \n")
+    (tmp_path / "keys").write_text("# of the office\none\n\n  two \n  # three\n")
     config = read_config(write(f"bank: a\napi_keys: [zero]\napi_key_file: {tmp_path / 'keys'}"), {})
     assert config.api_keys == ("zero", "one", "two")
     assert "zero" not in repr(config)
-    (tmp_path / "keys").write_text(" \n")
+    (tmp_path / "keys").write_text(" \n# none\n")
     with pytest.raises(ValueError, match="holds no key"):
         read_config(None, {"bank": "a", "api_key_file": str(tmp_path / "keys")})
     with pytest.raises(FileNotFoundError):
