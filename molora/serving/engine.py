@@ -30,7 +30,7 @@ from molora.serving.answer import Answer
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
-from molora.serving.request import EngineError, EngineFullError, Request
+from molora.serving.request import EngineClosedError, EngineError, EngineFullError, Request
 from molora.serving.runner import Drawn, Runner, StepOutput
 from molora.serving.sampling import NOTHING
 from molora.serving.scheduler import Scheduler, Work
@@ -42,7 +42,16 @@ from molora.slots import AdapterInfo, Hold, NoFreeSlotError, ResolvedRoute
 if TYPE_CHECKING:
     from molora.model import MoLoRA
 
-__all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineStats", "NoFreeSlotError", "Request"]
+__all__ = [
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineFullError",
+    "EngineStats",
+    "NoFreeSlotError",
+    "Request",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -162,12 +171,12 @@ class Engine:
             ValueError: the request cannot be served, whenever it comes.
             EngineFullError: too many wait.
             NoFreeSlotError: the adapter that it names has no slot, and all slots are in use.
-            EngineError: the engine was closed.
+            EngineClosedError: the engine was closed.
         """
         self.m.check_not_routing()
         with self._wake:
             if self._closed:
-                raise EngineError("the engine was closed and takes no more requests.")
+                raise EngineClosedError("the engine was closed and takes no more requests.")
             num_waiting = self._scheduler.num_waiting + self._num_submitted
             if num_waiting >= self.config.max_waiting:
                 raise EngineFullError(num_waiting, retry_after_s=1.0)
@@ -241,7 +250,7 @@ class Engine:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
             time.sleep(0.01)
-        self._call(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
+        self._call(lambda: self._fail(list(self._answers.values()), EngineClosedError("the engine was closed.")))
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -361,7 +370,7 @@ class Engine:
             self._num_submitted -= 1
         if self._closed:
             stream.release()
-            stream.fail(EngineError("the engine was closed."))
+            stream.fail(EngineClosedError("the engine was closed."))
         elif not stream.is_over:
             self._counts["num_prompt_tokens"] += stream.num_prompt_tokens
             self._add(stream.answers[0])

@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from molora.serving.protocol import Error, ErrorBody
-from molora.serving.request import EngineError, EngineFullError
+from molora.serving.request import EngineClosedError, EngineError, EngineFullError
 from molora.slots import NoFreeSlotError
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
@@ -25,7 +25,7 @@ class InvalidRequestError(ValueError):
 
 
 class UnavailableError(RuntimeError):
-    """The engine takes no requests: it has stopped, or is about to."""
+    """The engine cannot take a request now; another server may."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -48,8 +48,9 @@ def add_error_handlers(app: FastAPI) -> None:
     async def no_free_slot(request: Request, error: NoFreeSlotError) -> Response:
         return refusal(409, str(error), code="no_free_slot")
 
+    @app.exception_handler(EngineClosedError)
     @app.exception_handler(UnavailableError)
-    async def unavailable(request: Request, error: UnavailableError) -> Response:
+    async def unavailable(request: Request, error: Exception) -> Response:
         return error_response(503, Error(message=str(error), type="server_error"))
 
     @app.exception_handler(EngineError)

@@ -18,7 +18,11 @@ class EngineFullError(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """The engine failed on a request, or has stopped; the request itself may be in order."""
+    """The engine failed on a request; the request itself may be in order."""
+
+
+class EngineClosedError(EngineError):
+    """The engine has stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)

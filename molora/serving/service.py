@@ -16,7 +16,7 @@ from molora.serving.config import Limits, ServeConfig
 from molora.serving.errors import InvalidRequestError, UnavailableError
 from molora.serving.metrics import Metrics
 from molora.serving.protocol import GenerationRequest
-from molora.serving.request import EngineError, Request
+from molora.serving.request import Request
 from molora.serving.running import Running
 from molora.serving.token_text import TokenTexts
 
@@ -142,7 +142,8 @@ class Service:
         Raises:
             InvalidRequestError: one of them cannot be served.
             EngineFullError: too many wait.
-            UnavailableError: the engine has stopped, or an adapter's files are gone.
+            EngineClosedError: the engine has stopped.
+            UnavailableError: an adapter's files are gone.
         """
         streams: list[Stream] = []
         try:
@@ -162,7 +163,7 @@ class Service:
         except asyncio.CancelledError:
             submitted.add_done_callback(_close)  # whoever asked has left, and the thread may be half through
             raise
-        except (EngineError, OSError) as error:
+        except OSError as error:
             raise UnavailableError(str(error)) from error
         except ValueError as error:
             raise InvalidRequestError(str(error)) from error

@@ -16,7 +16,7 @@ from molora.generation import Generation, Token, TokenLogprob
 from molora.serving.app import create_app
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import EngineStats
-from molora.serving.request import EngineError, EngineFullError, Request
+from molora.serving.request import EngineClosedError, EngineFullError, Request
 from molora.slots import AdapterInfo, NoFreeSlotError
 from molora.tiny import byte_tokenizer
 
@@ -159,7 +159,7 @@ class FakeEngine:
             asyncio.get_running_loop()
         self.while_submitting()
         if self.stopped:
-            raise EngineError("the engine was closed.")
+            raise EngineClosedError("the engine was closed.")
         if len(self.running) >= self.max_running:
             raise EngineFullError(self.max_running, retry_after_s=1.5)
         prompt_ids = list(self.m.render(request.prompt).token_ids)
@@ -185,6 +185,10 @@ class FakeEngine:
         if name == "maths":
             raise ValueError("adapter 'maths' has a column of the router")
         del self.infos[name]
+
+    def close(self) -> None:
+        self.stopped = True
+        self.log.append("close")
 
     def stats(self) -> EngineStats:
         return EngineStats(
