@@ -176,6 +176,8 @@ class Server(uvicorn.Server):
                 app,
                 log_level="warning",
                 server_header=False,
+                limit_concurrency=config.max_connections,
+                timeout_keep_alive=config.keep_alive_s,
                 timeout_graceful_shutdown=config.drain_s + GRACE_S,
             )
         )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 from hashlib import sha256
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.serving.errors import refusal
@@ -47,32 +49,50 @@ class RequireKey:
 
 
 class LimitBody:
-    """Reads a request's body before the application does, and no more of it than is allowed."""
+    """Reads a request's body before the application does: no more of it than is allowed, and no longer."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_body_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_body_s = max_body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        too_large = declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_body_bytes)
-        body: list[Message] = []
-        num_bytes = 0
-        while not too_large and (not body or body[-1].get("more_body", False)):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body.append(message)
-            num_bytes += len(message.get("body", b""))
-            too_large = num_bytes > self._max_body_bytes
-        if too_large:
+        try:
+            if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_body_bytes):
+                raise _TooLargeError
+            async with asyncio.timeout(self._max_body_s):
+                body = await self._read(receive)
+        except _TooLargeError:
             reason = f"the body is larger than the {self._max_body_bytes} bytes that this server reads"
             await refusal(413, reason)(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
+        except TimeoutError:
+            reason = f"the body did not arrive within the {self._max_body_s} s that this server waits for it"
+            await refusal(408, reason)(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        else:
+            await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> list[Message]:
+        body: list[Message] = []
+        num_bytes = 0
+        while not body or body[-1].get("more_body", False):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body.append(message)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise _TooLargeError
+        return body
+
+
+class _TooLargeError(Exception):
+    pass
 
 
 class SafeHeaders:

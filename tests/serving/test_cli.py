@@ -77,17 +77,23 @@ def test_the_server_is_local_and_open_by_default(loaded, monkeypatch):
     monkeypatch.setattr(cli, "bind", lambda *address: bound.append(address) or socket.create_server(("127.0.0.1", 0)))
     assert cli.main(["--bank", "banks/demo"]) == 0
     assert bound == [("127.0.0.1", 8000)]
-    assert loaded.pop("server").timeout_graceful_shutdown == 30 + cli.GRACE_S
+    server = loaded.pop("server")
+    assert server.timeout_graceful_shutdown == 30 + cli.GRACE_S
+    assert (server.limit_concurrency, server.timeout_keep_alive) == (512, 75)
     assert (loaded["base"], loaded["device"], loaded["dtype"]) == (None, None, "auto")
     assert loaded["engine"] == EngineConfig()
 
 
 def test_keys_and_a_file_of_settings(loaded, tmp_path, call, port):
     file = tmp_path / "serve.yaml"
-    file.write_text(f"bank: banks/demo\nport: 81\nadapter_folders: [{tmp_path}]\nlimits: {{max_adapter_rank: 32}}\n")
+    file.write_text(
+        f"bank: banks/demo\nport: 81\nadapter_folders: [{tmp_path}]\nlimits: {{max_adapter_rank: 32}}\n"
+        "keep_alive_s: 100\nmax_connections: 9\n"
+    )
     assert cli.main(["--config", str(file), "--port", str(port), "--api-key", "one", "--api-key", "two"]) == 0
     server = loaded.pop("server")
     assert (loaded["address"][1], loaded["bank"], loaded["max_rank"]) == (port, "banks/demo", 32)
+    assert (server.timeout_keep_alive, server.limit_concurrency) == (100, 9)
     for key, status in (("one", 200), ("two", 200), ("three", 401)):
         headers = {"authorization": f"Bearer {key}"}
         assert call(server.app, "GET", "/v1/models", headers=headers).status_code == status

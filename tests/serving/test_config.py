@@ -69,6 +69,8 @@ def test_keys_from_a_file(write, tmp_path):
         ("bank: a\nport: 70000", "port is 70000"),
         ("bank: a\nport: '80'", "port is '80'"),
         ("bank: a\ndrain_s: -1", "drain_s is -1"),
+        ("bank: a\nkeep_alive_s: 0", "keep_alive_s is 0"),
+        ("bank: a\nmax_connections: 0", "max_connections is 0"),
         ("bank: a\nnum_extra_slots: -1", "num_extra_slots is -1"),
         ("bank: 3", "bank has 3"),
         ("bank: ''", "bank has ''"),

@@ -91,6 +91,25 @@ def test_a_body_in_chunks_is_read_no_further_than_it_may(make_app, call):
     assert sum(sent) <= 1200
 
 
+def test_a_body_that_is_late(make_app, call, engine, assert_refused):
+    async def slow():
+        yield body_of(5)[:20]
+        await asyncio.sleep(30)
+
+    app = make_app(limits={"max_body_s": 1})
+    response = call(app, "POST", URL, content=slow(), headers={"content-type": "application/json"})
+    assert_refused(response, None, words="within the 1 s", status=408)
+    assert engine.log == []
+
+
+def test_an_answer_may_take_longer_than_its_body(make_app, call, engine):
+    async def slowly(position):
+        await asyncio.sleep(0.6 if position < 2 else 0)
+
+    engine.before_token = slowly
+    assert call(make_app(limits={"max_body_s": 1}), "POST", URL, json=CHAT).status_code == 200
+
+
 def test_chunks_are_put_together(app, call):
     async def pieces():
         for byte in body_of(5):
