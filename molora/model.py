@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from molora.generation import Generation, Sampling, TokenRoute
 from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
 from molora.routing import Impl, RouteRequest
 from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, read_route
+from molora.text_limit import TextLimit, text_limit
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
@@ -90,6 +92,11 @@ class MoLoRA:
     def max_context(self) -> int:
         """The most tokens that the base model can read, prompt and answer together."""
         return int(text_config(self.model).max_position_embeddings)
+
+    @cached_property
+    def text_limit(self) -> TextLimit | None:
+        """What every text keeps to that the base model can read; None if nothing is certain before it is tokenized."""
+        return text_limit(self.tokenizer, self.max_context)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -274,7 +281,7 @@ class MoLoRA:
 
     def render(self, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
         """The prompt as the model reads it, with the activation points that its messages define."""
-        return policies.render(self.tokenizer, messages_or_text)
+        return policies.render(self.tokenizer, messages_or_text, limit=self.text_limit)
 
     def activation_start(self, prompt: Prompt, route: Route = "auto", activation: Activation | None = None) -> int:
         """The absolute index from which `route` acts on a prompt; see `molora.activation` for the policies."""

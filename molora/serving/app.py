@@ -59,9 +59,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         lifespan=lifespan,
     )
     add_error_handlers(app)
-    app.add_middleware(
-        LimitBody, max_body_bytes=config.limits.max_body_bytes, max_body_s=config.limits.max_body_s
-    )
+    app.add_middleware(LimitBody, max_body_bytes=config.limits.max_body_bytes, max_body_s=config.limits.max_body_s)
     app.add_middleware(RequireKey, keys=config.api_keys)
     app.add_middleware(SafeHeaders)
     for router in (chat_router, completions_router, models_router, tokenizing_router):

@@ -18,6 +18,7 @@ from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import EngineStats
 from molora.serving.request import EngineClosedError, EngineFullError, Request
 from molora.slots import AdapterInfo, NoFreeSlotError
+from molora.text_limit import TextLimit
 from molora.tiny import byte_tokenizer
 
 TIMEOUT_S = 10
@@ -46,13 +47,14 @@ class FakeBank:
 
 class FakeModel:
     max_context = 1000
+    text_limit = TextLimit(13_000)
 
     def __init__(self) -> None:
         self.bank = FakeBank()
         self.tokenizer: Any = byte_tokenizer()
 
     def render(self, prompt: Any) -> Prompt:
-        return render(self.tokenizer, prompt)
+        return render(self.tokenizer, prompt, limit=self.text_limit)
 
 
 def adapter_info(name: str, path: Path = Path("adapters"), *, activation: Activation = "turn") -> AdapterInfo:

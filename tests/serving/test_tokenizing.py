@@ -57,6 +57,18 @@ def test_refusals(tokenize, assert_refused, body, param):
     assert_refused(tokenize(**body), param, words="" if param is None else param)
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x" * 13_001}, "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 13_001}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 13_001}], "add_special_tokens": True}, "messages"),
+    ],
+)
+def test_a_text_that_is_far_too_long(tokenize, assert_refused, body, param):
+    assert_refused(tokenize(**body), param, words="at most 13000")
+
+
 def test_unknown_models(tokenize, detokenize, assert_refused):
     assert_refused(tokenize(model="x", prompt="a"), "model", words="unknown model", status=404)
     assert_refused(detokenize(model="x", tokens=[5]), "model", words="unknown model", status=404)
