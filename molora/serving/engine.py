@@ -30,7 +30,14 @@ from molora.serving.answer import Answer
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
-from molora.serving.request import EngineClosedError, EngineError, EngineFullError, Request
+from molora.serving.request import (
+    EngineClosedError,
+    EngineError,
+    EngineFullError,
+    Request,
+    RequestError,
+    checking,
+)
 from molora.serving.runner import Drawn, Runner, StepOutput
 from molora.serving.sampling import NOTHING
 from molora.serving.scheduler import Scheduler, Work
@@ -51,6 +58,7 @@ __all__ = [
     "EngineStats",
     "NoFreeSlotError",
     "Request",
+    "RequestError",
 ]
 
 logger = logging.getLogger(__name__)
@@ -168,7 +176,7 @@ class Engine:
         """Check a request and queue it; its tokens come through the stream.
 
         Raises:
-            ValueError: the request cannot be served, whenever it comes.
+            RequestError: the request cannot be served, whenever it comes.
             EngineFullError: too many wait.
             NoFreeSlotError: the adapter that it names has no slot, and all slots are in use.
             EngineClosedError: the engine was closed.
@@ -260,18 +268,26 @@ class Engine:
     def _stream(self, request: Request) -> Stream:
         """Check a request, and take hold of what it needs."""
         m, sampling = self.m, request.sampling
-        prompt = m.render(request.prompt)
-        max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
-        m.check_token_ids("logit_bias", list(sampling.logit_bias))
-        m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
-        route = m.resolve_route(request.route)
-        start = m.resolve_activation(route, request.activation, prompt)
+        with checking("prompt"):
+            prompt = m.render(request.prompt)
+            m.check_lengths(prompt, None, self.capacity)
+        with checking("max_new_tokens"):
+            max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
+        with checking("logit_bias"):
+            m.check_token_ids("logit_bias", list(sampling.logit_bias))
+        with checking("stop_token_ids"):
+            m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
+        with checking("route"):
+            route = m.resolve_route(request.route)
+        with checking("activation"):
+            start = m.resolve_activation(route, request.activation, prompt)
         try:
             salt = request.salt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"salt is no text: {error}.") from None
+            raise RequestError("salt", f"salt is no text: {error}.") from None
         stream = Stream(list(prompt.token_ids), self._cancel, m.check_not_routing)
-        hold = None if route.is_base else m.slots.acquire(route)
+        with checking("route"):
+            hold = None if route.is_base else m.slots.acquire(route)
         if hold is not None:
             stream.holds(lambda: m.slots.release(hold))
         try:
@@ -292,7 +308,8 @@ class Engine:
         max_new_tokens: int,
     ) -> list[Answer]:
         sampling, m = request.sampling, self.m
-        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
+        with checking("grammar"):
+            grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         source = Source(salt=salt)
         if hold is not None and start < NEVER:
             source = Source(start, hold.version.route_digest(route).encode(), salt)

@@ -81,9 +81,9 @@ def explain(error: RequestValidationError) -> tuple[str, str | None]:
     if first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
         return "the body should be a JSON object, sent as Content-Type: application/json", None
     # A location starts with "body"; its parts in angle brackets only say which member of a union it was.
-    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("<")) or None
+    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("<"))
     message = "not supported; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-    return (f"{param}: {message}" if param else message), param
+    return (f"{param}: {message}", param) if param else (message, first.get("ctx", {}).get("field"))
 
 
 def refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Response:

@@ -16,7 +16,7 @@ Neutral = Mapping[str, tuple[object, ...]]
 
 
 class RequestPart(BaseModel):
-    """A request object: unknown fields are errors, nothing is coerced, and null means absent."""
+    """A request object: unknown fields are errors, nothing is coerced, and null means absent where that is allowed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -33,12 +33,17 @@ class RequestPart(BaseModel):
     @classmethod
     def _is_neutral(cls, name: str, value: object) -> bool:
         if value is None:
-            return name in cls.model_fields or name in cls.neutral
+            return name in cls.neutral or (name in cls.model_fields and not cls.model_fields[name].is_required())
         # JSON's true is not 1, though Python's is.
         return any(
             value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
             for neutral in cls.neutral.get(name, ())
         )
+
+
+def conflict(field: str, message: str) -> PydanticCustomError:
+    """Fields contradict each other; this one would have to change."""
+    return PydanticCustomError("conflict", message, {"field": field})
 
 
 def one_of(kinds: str) -> Discriminator:

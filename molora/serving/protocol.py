@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model
 from pydantic_core import PydanticCustomError
 
 from molora.generation import Grammar, TokenRoute
-from molora.serving.fields import Activation, Neutral, Number, RequestPart, Route, Text, TokenId, one_of
+from molora.serving.fields import Activation, Neutral, Number, RequestPart, Route, Text, TokenId, conflict, one_of
 
 MAX_SCHEMA_DEPTH = 64
 
@@ -173,12 +173,18 @@ class GenerationRequest(RequestPart):
     @model_validator(mode="after")
     def _check_conflicts(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("conflict", "stream_options is only allowed when stream is true")
+            raise conflict("stream_options", "stream_options is only allowed when stream is true")
         if self.stream and self.prompt_logprobs is not None:
-            raise PydanticCustomError("conflict", "prompt_logprobs is not streamed; leave stream out")
+            raise conflict("prompt_logprobs", "prompt_logprobs is not streamed; leave stream out")
         if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
-            raise PydanticCustomError("conflict", "response_format and structured_outputs both ask; send one of them")
+            raise conflict("structured_outputs", "response_format and structured_outputs both ask; send one of them")
         return self
+
+    def name_of(self, field: str) -> str:
+        """The field of this request that says what `field` says of the engine's."""
+        grammar = "response_format" if self.structured_outputs is None else "structured_outputs"
+        route = "model" if self.route is None else "route"
+        return {"grammar": grammar, "route": route, "salt": "cache_salt"}.get(field, field)
 
     @property
     def stop_strings(self) -> list[str]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from molora.serving.errors import InvalidRequestError
-from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId
+from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId, conflict
 from molora.serving.service import Service
 
 
@@ -41,7 +41,7 @@ class TokenizeRequest(RequestPart):
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("conflict", "expected either prompt or messages")
         if self.messages is None and self.add_generation_prompt is not None:
-            raise PydanticCustomError("conflict", "add_generation_prompt is only allowed with messages")
+            raise conflict("add_generation_prompt", "add_generation_prompt is only allowed with messages")
         return self
 
 

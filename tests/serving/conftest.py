@@ -16,7 +16,7 @@ from molora.generation import Generation, Token, TokenLogprob
 from molora.serving.app import create_app
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import EngineStats
-from molora.serving.request import EngineClosedError, EngineFullError, Request
+from molora.serving.request import EngineClosedError, EngineFullError, Request, RequestError, checking
 from molora.slots import AdapterInfo, NoFreeSlotError
 from molora.text_limit import TextLimit
 from molora.tiny import byte_tokenizer
@@ -164,9 +164,12 @@ class FakeEngine:
             raise EngineClosedError("the engine was closed.")
         if len(self.running) >= self.max_running:
             raise EngineFullError(self.max_running, retry_after_s=1.5)
-        prompt_ids = list(self.m.render(request.prompt).token_ids)
+        with checking("prompt"):
+            prompt_ids = list(self.m.render(request.prompt).token_ids)
         if len(prompt_ids) >= self.m.max_context:
-            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, but the model reads at most 1000 tokens")
+            raise RequestError(
+                "prompt", f"the prompt has {len(prompt_ids)} tokens, but the model reads at most 1000 tokens"
+            )
         self.requests.append(request)
         self.running.append(stream := FakeStream(self, request, prompt_ids))
         self.log.append("submit")

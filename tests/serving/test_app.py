@@ -266,7 +266,7 @@ def test_an_unknown_model_is_not_found(chat, assert_refused, stream, name):
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 257}, "stop"),
         ({"logprobs": 1}, "logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
@@ -291,18 +291,23 @@ def test_a_field_whose_name_is_no_text(chat, assert_refused):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "param"),
     [
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "disagree"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"return_routes": True}, "return_routes"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
 )
-def test_fields_that_contradict_each_other(chat, assert_refused, fields, words):
-    assert_refused(chat(**fields), None, words=words)
+def test_fields_that_contradict_each_other(chat, assert_refused, fields, param):
+    assert_refused(chat(**fields), param, words=param)
+
+
+def test_an_answer_without_content_is_told_what_is_expected(chat, assert_refused):
+    response = chat(messages=[*MESSAGES, {"role": "assistant", "content": None}])
+    assert_refused(response, "messages.1.content", words="should be a string or a list of text parts")
 
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "number"}}}
@@ -336,14 +341,14 @@ def test_what_an_answer_must_match(chat, engine, fields, grammar):
 def test_what_the_engine_refuses_is_the_users_error(chat, engine, assert_refused):
     for stream in (False, True):
         response = chat(messages=[{"role": "user", "content": "x" * 1001}], stream=stream)
-        assert_refused(response, None, words="the model reads at most 1000 tokens")
+        assert_refused(response, "messages", words="the model reads at most 1000 tokens")
     assert chat().status_code == 200
     assert engine.running == []
 
 
 def test_a_prompt_beyond_the_servers_own_limit(chat, make_app, engine, assert_refused):
     response = chat(make_app(limits={"max_prompt_tokens": 10}))
-    assert_refused(response, "prompt", words="at most 10 tokens")
+    assert_refused(response, "messages", words="at most 10 tokens")
     assert engine.running == []
 
 

@@ -99,7 +99,7 @@ def test_prompts_of_no_kind(complete, assert_refused, prompt, param):
 
 
 def test_an_empty_text_is_the_engines_to_refuse(complete, assert_refused):
-    assert_refused(complete(prompt=""), None, words="the prompt is empty")
+    assert_refused(complete(prompt=""), "prompt", words="the prompt is empty")
 
 
 def test_choices_of_several_prompts(complete, events):
@@ -120,7 +120,7 @@ def test_choices_of_several_prompts(complete, events):
 
 
 def test_one_prompt_that_is_refused_stops_the_others(complete, engine, assert_refused):
-    assert_refused(complete(prompt=["one", "x" * 1001]), None, words="the model reads")
+    assert_refused(complete(prompt=["one", "x" * 1001]), "prompt", words="the model reads")
     assert engine.log == ["submit", "cancel"]
     engine.max_running = 1
     assert complete(prompt=["one", "two"]).status_code == 429
@@ -192,15 +192,15 @@ def test_an_echo_and_nothing_else_in_a_stream(complete, events):
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "param"),
     [
         ({"max_tokens": 0}, "max_tokens"),
-        ({"echo": True, "logprobs": 1, "stream": True}, "echo with logprobs"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
         ({"return_routes": True}, "return_routes"),
     ],
 )
-def test_fields_that_contradict_each_other(complete, assert_refused, fields, words):
-    assert_refused(complete(**fields), None, words=words)
+def test_fields_that_contradict_each_other(complete, assert_refused, fields, param):
+    assert_refused(complete(**fields), param, words=param)
 
 
 @pytest.mark.parametrize(

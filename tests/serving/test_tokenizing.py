@@ -45,7 +45,7 @@ def test_a_conversation_is_what_a_request_would_be(tokenize, detokenize, engine)
     [
         ({}, None),
         ({"prompt": "a", "messages": MESSAGES}, None),
-        ({"prompt": "a", "add_generation_prompt": False}, None),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
         ({"prompt": 3}, "prompt"),
         ({"messages": []}, "messages"),
         ({"messages": MESSAGES, "chat_template": "{{ x }}"}, "chat_template"),
