@@ -35,7 +35,7 @@ class ChatRequest(GenerationRequest):
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True,),
+        "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
         "tool_choice": ("none",),

@@ -1,7 +1,8 @@
-"""What the fields of every request have in common: nothing is ignored, nothing is coerced.
+"""What the fields of every request have in common: whatever asks for something is honoured or refused.
 
-A field is either honoured or refused, and a refused one may still be sent at the value that changes nothing
-(`best_of: 1`, `store: false`, `null`), because client libraries do. This module knows nothing about engines or FastAPI.
+A refused field may still be sent at the value that changes nothing (`best_of: 1`, `store: false`, `null`), because
+client libraries do; and labels that only the caller uses (`user`, `metadata`) are accepted as they are. Nothing is
+coerced. This module knows nothing about engines or FastAPI.
 """
 
 from collections.abc import Mapping
@@ -68,6 +69,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+Label = Annotated[Text, Field(max_length=512)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Route = Annotated[

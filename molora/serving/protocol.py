@@ -10,10 +10,22 @@ from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model
 from pydantic_core import PydanticCustomError
 
 from molora.generation import Grammar, TokenRoute
-from molora.serving.fields import Activation, Neutral, Number, RequestPart, Route, Text, TokenId, conflict, one_of
+from molora.serving.fields import (
+    Activation,
+    Label,
+    Neutral,
+    Number,
+    RequestPart,
+    Route,
+    Text,
+    TokenId,
+    conflict,
+    one_of,
+)
 
 MAX_SCHEMA_DEPTH = 64
 
+UNUSED: Any = Field(None, description="a label of the caller's; accepted and not used")
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
@@ -129,19 +141,15 @@ class GenerationRequest(RequestPart):
         "best_of": (1,),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
-        "metadata": ({},),
         "min_tokens": (0,),
         "priority": (0,),
-        "prompt_cache_key": (),
         "prompt_cache_retention": (),
-        "safety_identifier": (),
         "service_tier": ("auto", "default"),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
-        "user": (),
     }
 
     model: Text
@@ -169,6 +177,10 @@ class GenerationRequest(RequestPart):
     activation: Activation | None = Field(None, description="where adapters may begin to act")
     cache_salt: Text = Field("", description="nothing is shared in the cache between requests of different salts")
     return_routes: bool = Field(False, description="say in `logprobs` who wrote each token")
+    user: Label | None = UNUSED
+    safety_identifier: Label | None = UNUSED
+    prompt_cache_key: Label | None = UNUSED
+    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = UNUSED
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> "GenerationRequest":

@@ -278,12 +278,25 @@ def test_an_unknown_model_is_not_found(chat, assert_refused, stream, name):
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs"),
-        ({"user": "me"}, "user"),
+        ({"user": 3}, "user"),
+        ({"user": "x" * 513}, "user"),
+        ({"metadata": "x"}, "metadata"),
+        ({"metadata": {"x": 1}}, "metadata.x"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
     ],
 )
 def test_a_refusal_names_the_field(chat, engine, assert_refused, fields, param):
     assert_refused(chat(**fields), param, words=param)
     assert engine.requests == []
+
+
+def test_labels_of_the_caller_change_nothing(chat, engine):
+    labels = {"user": "me", "safety_identifier": "x" * 512, "prompt_cache_key": "k", "metadata": {"a": "b"}}
+    plain = {"store": False, "service_tier": "auto", "parallel_tool_calls": False}
+    assert chat(**labels, **plain).status_code == chat().status_code == 200
+    assert engine.requests[0] == engine.requests[1]
 
 
 def test_a_field_whose_name_is_no_text(chat, assert_refused):
