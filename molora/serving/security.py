@@ -1,4 +1,4 @@
-"""What every request passes before any endpoint sees it: an API key, a bound on its body, and headers on its answer."""
+"""What every request passes before any endpoint sees it: an API key, bounds on its body, and headers on its answer."""
 
 from __future__ import annotations
 
@@ -114,6 +114,24 @@ class SafeHeaders:
             await send(message)
 
         await self._app(scope, receive, with_headers)
+
+
+class AnswerHead:
+    """HEAD is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, without_body)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:
