@@ -56,8 +56,6 @@ class ChatRequest(GenerationRequest):
             raise conflict("max_completion_tokens", "max_tokens and max_completion_tokens disagree; send one of them")
         if self.top_logprobs and not self.logprobs:
             raise conflict("top_logprobs", "top_logprobs is only allowed when logprobs is true")
-        if self.return_routes and not self.logprobs:
-            raise conflict("return_routes", "return_routes is only allowed when logprobs is true")
         return self
 
     @property
@@ -151,7 +149,7 @@ async def complete(service: Service, body: ChatRequest, wanted: engine.Request) 
             prompt_logprobs=prompt_entries(
                 running.results[0].prompt_logprobs, service.texts, num_top=body.prompt_logprobs or 0
             ),
-            molora=running.report,
+            molora=running.report(with_routes=body.return_routes),
         )
 
 
@@ -183,7 +181,7 @@ async def stream(service: Service, body: ChatRequest, wanted: engine.Request) ->
                         logprobs=None if entries is None else entries.model_dump(),
                         finish_reason=token.finish_reason,
                     )
-                    | {"molora": {"route": token.route}}
+                    | ({"molora": {"route": token.route}} if body.return_routes else {})
                 )
         if body.include_usage:
             yield to_event(head | running.last_chunk)

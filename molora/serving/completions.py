@@ -65,8 +65,6 @@ class CompletionRequest(GenerationRequest):
             raise conflict("max_tokens", "max_tokens is 0 and echo is false, so there is nothing to answer")
         if self.stream and self.echo and self.logprobs is not None:
             raise conflict("stream", "echo with logprobs is not streamed; leave stream out")
-        if self.return_routes and self.logprobs is None:
-            raise conflict("return_routes", "return_routes is only allowed with logprobs")
         return self
 
     def name_of(self, field: str) -> str:
@@ -176,7 +174,7 @@ async def complete(service: Service, body: CompletionRequest, wanted: list[engin
             model=body.model,
             choices=choices,
             usage=_usage(body, running),
-            molora=running.report,
+            molora=running.report(with_routes=body.return_routes),
         )
 
 
@@ -210,7 +208,7 @@ async def stream(service: Service, body: CompletionRequest, wanted: list[engine.
                         logprobs=None if scores is None else scores.model_dump(),
                         finish_reason=token.finish_reason,
                     )
-                    | {"molora": {"route": token.route}}
+                    | ({"molora": {"route": token.route}} if body.return_routes else {})
                 )
         if body.include_usage:
             yield to_event(head | running.last_chunk | {"usage": _usage(body, running).model_dump()})

@@ -6,7 +6,16 @@ This module knows nothing about engines or FastAPI.
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from molora.generation import Grammar, TokenRoute
@@ -176,7 +185,9 @@ class GenerationRequest(RequestPart):
     route: Route | None = Field(None, description='"auto", "base", an adapter\'s name, or {name: weight}')
     activation: Activation | None = Field(None, description="where adapters may begin to act")
     cache_salt: Text = Field("", description="nothing is shared in the cache between requests of different salts")
-    return_routes: bool = Field(False, description="say in `logprobs` who wrote each token")
+    return_routes: bool = Field(
+        False, description="say who wrote each token: in `molora`, and in `logprobs` if asked for"
+    )
     user: Label | None = UNUSED
     safety_identifier: Label | None = UNUSED
     prompt_cache_key: Label | None = UNUSED
@@ -226,14 +237,22 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class Report(BaseModel):
-    """The extension field `molora` of an answer: who wrote each token, and where the work went.
+class WithoutRoutes(BaseModel):
+    """Routes that were not asked for are absent, and not null."""
+
+    @model_serializer(mode="wrap")
+    def _drop(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None or "route" not in name}
+
+
+class Report(WithoutRoutes):
+    """The extension field `molora` of an answer: where the work went and, if `return_routes` asked, who wrote it.
 
     `routes` has a route for each generated token, choice after choice; `num_generated_tokens` says how many each has.
     The counts are of all prompts and choices together; the times are of the slowest, in seconds from its submission.
     """
 
-    routes: list[TokenRoute]
+    routes: list[TokenRoute] | None = None
     num_generated_tokens: list[int]
     num_reused_tokens: int
     num_computed_tokens: int

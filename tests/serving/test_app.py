@@ -53,7 +53,6 @@ def test_completion(chat, num_prompt_tokens):
         },
         "prompt_logprobs": None,
         "molora": {
-            "routes": [ROUTE] * 6,
             "num_generated_tokens": [6],
             "num_reused_tokens": 3,
             "num_computed_tokens": 4,
@@ -79,7 +78,7 @@ def test_stream(chat, events):
         {"content": ""},
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
-    assert [chunk.get("molora") for chunk in chunks] == [None, *[{"route": ROUTE}] * 4]
+    assert not any("molora" in chunk for chunk in chunks)
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
@@ -89,7 +88,7 @@ def test_stream_with_usage(chat, events):
     assert last["choices"][0]["finish_reason"] == "stop"
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]
-    assert usage["molora"] == {name: value for name, value in whole["molora"].items() if name != "routes"}
+    assert usage["molora"] == whole["molora"]
 
 
 def test_several_choices(chat, events, num_prompt_tokens):
@@ -99,7 +98,6 @@ def test_several_choices(chat, events, num_prompt_tokens):
     assert body["usage"]["prompt_tokens"] == num_prompt_tokens
     assert body["usage"]["completion_tokens"] == 12
     assert body["molora"]["num_generated_tokens"] == [6, 6]
-    assert len(body["molora"]["routes"]) == 12
 
     choices = [chunk["choices"][0] for chunk in events(chat(n=2, stream=True, max_tokens=2))]
     assert [choice["index"] for choice in choices] == [0, 0, 1, 1, 0, 1]
@@ -123,6 +121,15 @@ def test_logprobs(chat, engine, events):
         None,
         *({"content": [entry(text, -0.5, top_logprobs=[])], "refusal": None} for text in texts[:2]),
     ]
+
+
+def test_routes_that_are_asked_for(chat, events):
+    body = chat(return_routes=True, n=2, max_tokens=3).json()
+    assert body["molora"]["routes"] == [ROUTE] * 6
+    assert body["choices"][0]["logprobs"] is None
+    *chunks, usage = events(chat(return_routes=True, stream=True, stream_options={"include_usage": True}))
+    assert [chunk.get("molora") for chunk in chunks] == [None, *[{"route": ROUTE}] * 6]
+    assert "routes" not in usage["molora"]
 
 
 def test_routes_in_the_logprobs(chat, events):
@@ -309,7 +316,6 @@ def test_a_field_whose_name_is_no_text(chat, assert_refused):
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"return_routes": True}, "return_routes"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],

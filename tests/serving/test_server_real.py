@@ -117,7 +117,8 @@ def test_answers_are_the_models_own(m, client, base, model):
 
 
 def test_a_stream_is_the_answer_piece_by_piece(client):
-    options = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "extra_body": {"ignore_eos": True}}
+    extra = {"ignore_eos": True, "return_routes": True}
+    options = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "extra_body": extra}
     whole = client.chat.completions.create(**options)
     *chunks, last = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == whole.choices[0].message.content
