@@ -56,6 +56,8 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         title="MoLoRA",
         version=molora.__version__,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; page.py has one that does not
+        redoc_url=None,
         lifespan=lifespan,
     )
     add_error_handlers(app)

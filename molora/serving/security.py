@@ -12,8 +12,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.serving.errors import refusal
 
-# Neither holds anything of the model, a bank or a conversation: probes, and the page's own files.
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+# None holds anything of the model, a bank or a conversation: probes, and the pages' own files.
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/ready"})
 OPEN_FOLDER = "/static/"
 
 

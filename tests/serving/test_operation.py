@@ -134,4 +134,4 @@ def test_the_schema_documents_errors_as_they_are(app, call):
     assert responses["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"route", "activation", "cache_salt", "return_routes", "structured_outputs"} <= set(fields)
-    assert call(app, "GET", "/docs").status_code == 200
+    assert call(app, "GET", "/redoc").status_code == 404

@@ -24,7 +24,7 @@ def paths(app, call):
 
 
 def test_every_route_but_the_probes_wants_a_key(app, locked, call):
-    described = [*paths(app, call), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("PUT", URL)]
+    described = [*paths(app, call), ("GET", "/openapi.json"), ("GET", "/redoc"), ("GET", "/nowhere"), ("PUT", URL)]
     assert len(described) >= 16
     for method, path in described:
         status = call(locked, method, path.replace("{model_id}", "demo")).status_code
@@ -32,7 +32,8 @@ def test_every_route_but_the_probes_wants_a_key(app, locked, call):
 
 
 def test_the_page_is_open_and_holds_no_data(locked, call):
-    assert call(locked, "GET", "/").status_code in (200, 404)
+    for path in ("/", "/docs"):
+        assert call(locked, "GET", path).status_code in (200, 404)
     assert call(locked, "GET", "/static/nothing").status_code == 404
     for path in ("/static/../v1/models", "/static", "//v1/models", "/v1/models/", "/STATIC/../metrics"):
         assert call(locked, "GET", path).status_code in (401, 404), path
