@@ -136,7 +136,7 @@ def generate(
         seed=seed,
     )
     console = make_console()
-    palette = Palette([entry.name for entry in model.bank.adapters])
+    palette = Palette([entry.name for entry in model.bank.adapters], console.color_system)
     writer = RoutedWriter(console, palette)
     with stream:
         for token in stream:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from rich.console import Console
+from rich.text import Text
 
 import molora
 from molora import demo
@@ -158,6 +159,18 @@ def test_lines_break_between_words_even_where_a_token_ends_inside_one():
     tokens = [("aaaa bb", []), ("bb cc", []), ("cc dd", []), ("dddd", [])]
     written = write(tokens, force_terminal=True, color_system="truecolor")
     assert re.sub(r"\x1b\[[0-9;]*m", "", written) == "  aaaa bbbb cccc\n  dddddd\n"
+
+
+@pytest.mark.parametrize("color_system", ["truecolor", "256", "standard", "windows"])
+def test_a_terminal_shows_eight_adapters_in_colours_that_can_be_told_apart_and_read(color_system):
+    names = [f"adapter{index}" for index in range(8)]
+    console = Console(file=io.StringIO(), force_terminal=True, color_system=color_system, legacy_windows=False)
+    palette = Palette(names, console.color_system)
+    for name in names:
+        console.print(Text(name, palette.style([(name, 1.0)])), end="")
+    codes = re.findall(r"\x1b\[([0-9;]+)m" + "adapter", console.file.getvalue())
+    assert len(set(codes)) == 8
+    assert not {"30", "34", "37", "90", "97"} & set(codes)  # black, dark blue, white and what is next to them
 
 
 def test_colours_tell_neighbours_apart():
