@@ -10,7 +10,8 @@ from hashlib import sha256
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from molora.serving.errors import refusal
+from molora.serving.errors import error_response, refusal
+from molora.serving.protocol import Error
 
 # None holds anything of the model, a bank or a conversation: probes, and the pages' own files.
 OPEN_PATHS = frozenset({"/", "/docs", "/health", "/ready"})
@@ -93,6 +94,29 @@ class LimitBody:
 
 class _TooLargeError(Exception):
     pass
+
+
+class AnswerCancelled:
+    """A request that the server gives up when it stops is told so, unless its answer has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if has_begun or scope["type"] != "http":
+                raise
+            stopping = Error(message="the server stops and takes no more requests", type="server_error")
+            await error_response(503, stopping)(scope, receive, send)
 
 
 class SafeHeaders:

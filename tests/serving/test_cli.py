@@ -257,6 +257,27 @@ def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, capfd):
     assert json.loads(last.removeprefix("data: ")) == {"error": expected}
 
 
+def test_a_body_that_does_not_arrive_does_not_keep_the_server(monkeypatch, engine, capfd):
+    monkeypatch.setattr(cli, "GRACE_S", 0.3)
+    monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
+    answers = []
+
+    def ask():
+        url = httpx.URL(wait_for_url(capfd))
+        with socket.create_connection((url.host, url.port), timeout=10) as sock:
+            sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGTERM)
+            while data := sock.recv(1 << 16):
+                answers.append(data)
+
+    with in_another_thread(ask):
+        assert cli.main(["--bank", "demo", "--port", "0", "--drain-s", "0"]) == 0
+    head, _, body = b"".join(answers).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ")
+    assert json.loads(body)["error"]["type"] == "server_error"
+
+
 def test_a_step_that_hangs_does_not_keep_the_process(monkeypatch, engine):
     monkeypatch.setattr(cli, "GRACE_S", 0.1)
     monkeypatch.setattr(type(engine), "close", lambda engine: time.sleep(30))
