@@ -198,7 +198,7 @@ def in_another_thread(ask):
 
 
 @pytest.mark.parametrize(("drain_s", "is_finished"), [(10, True), (0, False)])
-def test_sigterm_lets_running_requests_finish(monkeypatch, engine, capfd, drain_s, is_finished):
+def test_sigterm_lets_running_requests_finish(monkeypatch, engine, port, drain_s, is_finished):
     monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
     answers = []
 
@@ -209,7 +209,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch, engine, capfd, drain_
             await asyncio.sleep(0.01)
 
     def ask():
-        url = wait_for_url(capfd)
+        url = wait_until_served(port)
         with httpx.stream("POST", f"{url}/chat/completions", json=CHAT) as response:
             lines = response.iter_lines()
             answers.append(next(lines))
@@ -221,7 +221,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch, engine, capfd, drain_
     engine.before_token = slowly
     before = signal.getsignal(signal.SIGTERM)
     with in_another_thread(ask):
-        assert cli.main(["--bank", "demo", "--port", "0", "--drain-s", str(drain_s)]) == 0
+        assert cli.main(["--bank", "demo", "--port", str(port), "--drain-s", str(drain_s)]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert ("data: [DONE]" in answers) == is_finished
     assert ("the engine was closed." in answers[-2]) != is_finished
@@ -230,7 +230,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch, engine, capfd, drain_
     assert engine.log.index("close") == (2 if is_finished else 1)
 
 
-def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, capfd):
+def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, port):
     engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24))
     monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
     monkeypatch.setattr(engine._runner, "step", slowed(engine._runner.step))
@@ -238,7 +238,7 @@ def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, capfd):
     answers = {}
 
     def ask():
-        url = f"{wait_for_url(capfd)}/chat/completions"
+        url = f"{wait_until_served(port)}/chat/completions"
         with ThreadPoolExecutor(2) as pool:
             whole = pool.submit(httpx.post, url, json=endless | {"stream": False}, timeout=20)
             streamed = pool.submit(httpx.post, url, json=endless, timeout=20)
@@ -249,7 +249,7 @@ def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, capfd):
             answers["whole"], answers["streamed"] = whole.result(), streamed.result()
 
     with in_another_thread(ask):
-        assert cli.main(["--bank", "tiny", "--port", "0", "--drain-s", "1"]) == 0
+        assert cli.main(["--bank", "tiny", "--port", str(port), "--drain-s", "1"]) == 0
     assert 1 <= time.monotonic() - answers["told_s"] < 1 + cli.GRACE_S
     expected = {"message": "the engine was closed.", "type": "server_error", "param": None, "code": None}
     assert (answers["whole"].status_code, answers["whole"].json()) == (503, {"error": expected})
@@ -257,13 +257,13 @@ def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, capfd):
     assert json.loads(last.removeprefix("data: ")) == {"error": expected}
 
 
-def test_a_body_that_does_not_arrive_does_not_keep_the_server(monkeypatch, engine, capfd):
+def test_a_body_that_does_not_arrive_does_not_keep_the_server(monkeypatch, engine, port):
     monkeypatch.setattr(cli, "GRACE_S", 0.3)
     monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
     answers = []
 
     def ask():
-        url = httpx.URL(wait_for_url(capfd))
+        url = httpx.URL(wait_until_served(port))
         with socket.create_connection((url.host, url.port), timeout=10) as sock:
             sock.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
             time.sleep(0.3)
@@ -272,7 +272,7 @@ def test_a_body_that_does_not_arrive_does_not_keep_the_server(monkeypatch, engin
                 answers.append(data)
 
     with in_another_thread(ask):
-        assert cli.main(["--bank", "demo", "--port", "0", "--drain-s", "0"]) == 0
+        assert cli.main(["--bank", "demo", "--port", str(port), "--drain-s", "0"]) == 0
     head, _, body = b"".join(answers).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 503 ")
     assert json.loads(body)["error"]["type"] == "server_error"
@@ -286,11 +286,14 @@ def test_a_step_that_hangs_does_not_keep_the_process(monkeypatch, engine):
     assert time.monotonic() - begun < 5
 
 
-def wait_for_url(capfd):
-    for _ in range(500):
-        if (out := capfd.readouterr().out).endswith("/v1\n"):
-            return out.split()[-1]
-        time.sleep(0.01)
+def wait_until_served(port):
+    """Returns where."""
+    for _ in range(1000):
+        try:
+            httpx.get(f"http://127.0.0.1:{port}/health")
+            return f"http://127.0.0.1:{port}/v1"
+        except httpx.TransportError:
+            time.sleep(0.01)
     return pytest.fail("it did not begin")
 
 
