@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
 
+from molora.text_limit import TextLimit
+
 Policy = Literal["invocation", "response", "turn", "system"]
 Activation = Policy | int
 Messages = Sequence[Mapping[str, Any]]
@@ -57,15 +59,23 @@ def check_activation(value: object) -> Activation:
     raise ValueError(f"activation {value!r} is unknown; expected one of {', '.join(POLICIES)}, or a token index.")
 
 
-def render(tokenizer: Any, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
+def render(
+    tokenizer: Any, messages_or_text: Messages | str | Sequence[int], *, limit: TextLimit | None = None
+) -> Prompt:
     """Render chat messages, plain text or token ids to a prompt with its activation points.
 
+    Args:
+        limit: of the rendered text; a longer one is refused before it is tokenized.
+
     Raises:
-        ValueError: nothing to render, a malformed message, or a tokenizer without a chat template.
+        ValueError: nothing to render, a malformed message, a text that is too long, or a tokenizer without a chat
+            template.
     """
     if isinstance(messages_or_text, str):
         if not messages_or_text:
             raise ValueError("the prompt is empty; pass some text or a list of messages.")
+        if limit is not None:
+            limit.check(messages_or_text)
         return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
     items = tuple(messages_or_text)
     if not items:
@@ -77,7 +87,8 @@ def render(tokenizer: Any, messages_or_text: Messages | str | Sequence[int]) -> 
         except (TypeError, OverflowError) as error:
             raise ValueError(f"a prompt of token ids holds something else: {error}.") from None
         return prompt
-    return _render_messages(tokenizer, [check_message(item, index) for index, item in enumerate(items)])
+    messages = [check_message(item, index) for index, item in enumerate(items)]
+    return _render_messages(tokenizer, messages, limit)
 
 
 def resolve(
@@ -149,7 +160,7 @@ def check_message(message: Any, index: int) -> dict[str, str]:
     return {"role": message["role"], "content": content}
 
 
-def _render_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
+def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
 
@@ -160,6 +171,8 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]]) -> Prompt:
             raise ValueError(f"the chat template refuses these messages: {error}.") from error
 
     full = text_of(messages, generation_prompt=True)
+    if limit is not None:
+        limit.check(full)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
 

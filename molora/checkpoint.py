@@ -92,6 +92,24 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
     return converted
 
 
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """A device that is there; None takes a GPU if there is one.
+
+    Raises:
+        ValueError: it is none, or is not there.
+    """
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device is None:
+        return torch.device("cuda" if num_gpus else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device {device!r} is unknown: expected one such as cpu or cuda:0") from None
+    if resolved.type == "cuda" and (resolved.index or 0) >= num_gpus:
+        raise ValueError(f"device {str(device)!r} is not here: PyTorch finds {num_gpus} GPUs; cpu always works")
+    return resolved
+
+
 def load_base(
     folder: Path, *, device: str | torch.device, dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -136,7 +136,7 @@ def generate(
         seed=seed,
     )
     console = make_console()
-    palette = Palette([entry.name for entry in model.bank.adapters])
+    palette = Palette([entry.name for entry in model.bank.adapters], console.color_system)
     writer = RoutedWriter(console, palette)
     with stream:
         for token in stream:
@@ -287,9 +287,9 @@ def _load(bank: Path | None, base: str | None, device: str | None, dtype: Dtype)
     console = make_console(stderr=True)
     with console.status("Loading PyTorch and Transformers"):
         import molora
-        from molora.checkpoint import resolve_base
+        from molora.checkpoint import resolve_base, resolve_device
     opened = molora.Bank.open(folder)
-    _check_device(device)
+    resolve_device(device)
     base_dir = resolve_base(base or opened.config.base.name, console=console)
     with warnings.catch_warnings(record=True) as caught, console.status("Loading the base model and the bank"):
         warnings.simplefilter("always", UserWarning)
@@ -310,19 +310,6 @@ def _check_folder(folder: Path) -> None:
     """Say at once what the imports would say seconds later."""
     if not (folder / "molora.json").is_file():
         raise FileNotFoundError(f"{folder} is not a bank: it has no molora.json.")
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    if device is None:
-        return
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        raise ValueError(f"device {device!r} is unknown; expected one such as cpu or cuda:0.") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: PyTorch finds no GPU here; leave --device out, or use cpu.")
 
 
 def _complain(word: str, style: str, what: BaseException | str) -> None:

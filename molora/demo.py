@@ -164,7 +164,7 @@ class _Demo:
         self.turns: list[Turn] = []
         self._model = model
         self._console = console
-        self._palette = Palette([entry.name for entry in model.bank.adapters])
+        self._palette = Palette([entry.name for entry in model.bank.adapters], self._console.color_system)
         self._max_new_tokens = max_new_tokens
         self._num_headings = 0
 

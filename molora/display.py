@@ -17,6 +17,8 @@ from rich.text import Text
 MAX_WIDTH = 96
 # Of middling lightness, so that they read on a dark and on a light background. Neighbours differ in hue and lightness.
 COLOURS = ("#2f81f7", "#d97706", "#0d9f6e", "#d946a8", "#8b6cf6", "#0e9bb5", "#8a8a12", "#e5534b")
+# A terminal of 16 colours would show several of those alike. None of these is as dark or as light as a background.
+FEW_COLOURS = ("bright_blue", "yellow", "green", "magenta", "cyan", "red", "bright_magenta", "bright_red")
 _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
 
 
@@ -29,13 +31,18 @@ def make_console(*, stderr: bool = False) -> Console:
 
 
 class Palette:
-    """A colour for each adapter, and the terminal's own for the base model."""
+    """A colour for each adapter, and the terminal's own for the base model.
 
-    def __init__(self, adapters: Sequence[str]) -> None:
+    Args:
+        color_system: the console's.
+    """
+
+    def __init__(self, adapters: Sequence[str], color_system: str | None = None) -> None:
         self._styles = {"base": "none"}
+        colours = FEW_COLOURS if color_system in ("standard", "windows") else COLOURS
         for index, name in enumerate(adapters):
-            repeat = " underline" * (index // len(COLOURS) % 2)
-            self._styles[name] = COLOURS[index % len(COLOURS)] + repeat
+            repeat = " underline" * (index // len(colours) % 2)
+            self._styles[name] = colours[index % len(colours)] + repeat
 
     def style(self, route: Sequence[tuple[str, float]]) -> str:
         """The colour of a route: that of its adapter of the largest weight."""

@@ -7,6 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,13 @@ from torch import Tensor
 from molora import activation as policies
 from molora.activation import Activation, Messages, Prompt
 from molora.bank import Bank
-from molora.checkpoint import load_base, resolve_base
+from molora.checkpoint import load_base, resolve_base, resolve_device
 from molora.digest import base_digest
 from molora.generation import Generation, Sampling, TokenRoute
 from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
 from molora.routing import Impl, RouteRequest
 from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, read_route
+from molora.text_limit import TextLimit, text_limit
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
@@ -92,6 +94,11 @@ class MoLoRA:
     def max_context(self) -> int:
         """The most tokens that the base model can read, prompt and answer together."""
         return int(text_config(self.model).max_position_embeddings)
+
+    @cached_property
+    def text_limit(self) -> TextLimit | None:
+        """What every text keeps to that the base model can read; None if nothing is certain before it is tokenized."""
+        return text_limit(self.tokenizer, self.max_context)
 
     @property
     def eos_ids(self) -> frozenset[int]:
@@ -276,7 +283,7 @@ class MoLoRA:
 
     def render(self, messages_or_text: Messages | str | Sequence[int]) -> Prompt:
         """The prompt as the model reads it, with the activation points that its messages define."""
-        return policies.render(self.tokenizer, messages_or_text)
+        return policies.render(self.tokenizer, messages_or_text, limit=self.text_limit)
 
     def activation_start(self, prompt: Prompt, route: Route = "auto", activation: Activation | None = None) -> int:
         """The absolute index from which `route` acts on a prompt; see `molora.activation` for the policies."""
@@ -472,11 +479,13 @@ def load(
         max_rank: of adapters that are loaded later, if it is to be more than the bank's.
 
     Raises:
-        FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other.
+        FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other; or
+            there is no such device.
 
     Warns:
         UserWarning: the base's weights are not those that the bank was trained on.
     """
+    device = resolve_device(device)
     bank = bank if isinstance(bank, Bank) else Bank.open(bank)
     base_dir = resolve_base(str(base) if base is not None else bank.config.base.name)
     digest = base_digest(base_dir)
@@ -486,8 +495,6 @@ def load(
             f"{base_dir} holds {digest}; answers and routes may differ from the bank's card.",
             stacklevel=2,
         )
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_base(base_dir, device=device, dtype=dtype)
     return MoLoRA(
         model, tokenizer, bank, base_dir, digest, impl=impl, num_extra_slots=num_extra_slots, max_rank=max_rank

@@ -21,7 +21,7 @@ from molora.serving.errors import UnavailableError, add_error_handlers
 from molora.serving.models import models_router
 from molora.serving.page import add_page
 from molora.serving.protocol import ErrorBody
-from molora.serving.security import LimitBody, RequireKey, SafeHeaders
+from molora.serving.security import AnswerCancelled, AnswerHead, LimitBody, RequireKey, SafeHeaders
 from molora.serving.service import Service
 from molora.serving.tokenizing import tokenizing_router
 
@@ -56,12 +56,16 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         title="MoLoRA",
         version=molora.__version__,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere; page.py has one that does not
+        redoc_url=None,
         lifespan=lifespan,
     )
     add_error_handlers(app)
-    app.add_middleware(LimitBody, max_body_bytes=config.limits.max_body_bytes)
+    app.add_middleware(LimitBody, max_body_bytes=config.limits.max_body_bytes, max_body_s=config.limits.max_body_s)
+    app.add_middleware(AnswerCancelled)
     app.add_middleware(RequireKey, keys=config.api_keys)
     app.add_middleware(SafeHeaders)
+    app.add_middleware(AnswerHead)
     for router in (chat_router, completions_router, models_router, tokenizing_router):
         app.include_router(router(service))
 

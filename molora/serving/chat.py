@@ -10,11 +10,10 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, model_validator
-from pydantic_core import PydanticCustomError
 
 from molora.generation import FinishReason, Token
 from molora.serving import request as engine
-from molora.serving.fields import Message, Neutral
+from molora.serving.fields import Message, Neutral, conflict
 from molora.serving.logprobs import ChatLogprobs, chat_entry, prompt_entries
 from molora.serving.protocol import GenerationRequest, PromptLogprobs, Report, Usage
 from molora.serving.service import Service
@@ -36,7 +35,7 @@ class ChatRequest(GenerationRequest):
         "function_call": ("none",),
         "functions": ([],),
         "modalities": (["text"],),
-        "parallel_tool_calls": (True,),
+        "parallel_tool_calls": (True, False),
         "prediction": (),
         "reasoning_effort": (),
         "tool_choice": ("none",),
@@ -54,16 +53,19 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_chat(self) -> ChatRequest:
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise PydanticCustomError("conflict", "max_tokens and max_completion_tokens disagree; send one of them")
+            raise conflict("max_completion_tokens", "max_tokens and max_completion_tokens disagree; send one of them")
         if self.top_logprobs and not self.logprobs:
-            raise PydanticCustomError("conflict", "top_logprobs is only allowed when logprobs is true")
-        if self.return_routes and not self.logprobs:
-            raise PydanticCustomError("conflict", "return_routes is only allowed when logprobs is true")
+            raise conflict("top_logprobs", "top_logprobs is only allowed when logprobs is true")
         return self
 
     @property
     def max_new_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
+
+    def name_of(self, field: str) -> str:
+        max_tokens = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        names = {"prompt": "messages", "max_new_tokens": max_tokens, "logprobs": "top_logprobs"}
+        return names.get(field) or super().name_of(field)
 
 
 class Answer(BaseModel):
@@ -128,7 +130,7 @@ def to_engine(service: Service, body: ChatRequest) -> engine.Request:
 
 
 async def complete(service: Service, body: ChatRequest, wanted: engine.Request) -> ChatCompletion:
-    async with await service.submit([wanted]) as running:
+    async with await service.submit(body, [wanted]) as running:
         tokens = await running.all_tokens()
         return ChatCompletion(
             id=completion_id(),
@@ -147,7 +149,7 @@ async def complete(service: Service, body: ChatRequest, wanted: engine.Request) 
             prompt_logprobs=prompt_entries(
                 running.results[0].prompt_logprobs, service.texts, num_top=body.prompt_logprobs or 0
             ),
-            molora=running.report,
+            molora=running.report(with_routes=body.return_routes),
         )
 
 
@@ -165,7 +167,7 @@ async def stream(service: Service, body: ChatRequest, wanted: engine.Request) ->
         return head | {"choices": [choice], "usage": None}
 
     begun: set[int] = set()
-    async with await service.submit([wanted]) as running:
+    async with await service.submit(body, [wanted]) as running:
         async with aclosing(running.tokens()) as tokens:
             async for _, token in tokens:
                 if token.choice not in begun:
@@ -179,7 +181,7 @@ async def stream(service: Service, body: ChatRequest, wanted: engine.Request) ->
                         logprobs=None if entries is None else entries.model_dump(),
                         finish_reason=token.finish_reason,
                     )
-                    | {"molora": {"route": token.route}}
+                    | ({"molora": {"route": token.route}} if body.return_routes else {})
                 )
         if body.include_usage:
             yield to_event(head | running.last_chunk)

@@ -1,12 +1,15 @@
 """The command line of the server."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
@@ -14,6 +17,12 @@ import molora
 from molora.display import one_line
 from molora.serving.config import ServeConfig, read_config
 
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from molora.serving.engine import Engine
+
+GRACE_S = 5  # beyond drain_s, in which clients are told that the server stops
 ENGINE_FLAGS = {
     "kv_cache_bytes": "bytes of the KV cache",
     "block_size": "tokens of a block of it",
@@ -27,37 +36,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve a bank until it is told to stop, then let running requests finish.
 
     Returns:
-        The exit status: 2 when the settings are wrong or the bank cannot be loaded.
+        The exit status: 2 when the settings are wrong, the port is taken or the bank cannot be loaded.
     """
     arguments = vars(parser().parse_args(argv))
     try:
-        config = read_config(arguments.pop("config", None), _nested(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
+        try:
+            config = read_config(arguments.pop("config", None), _nested(arguments))
+            sock = bind(config.host, config.port)
+        except (ValueError, OSError) as error:
+            return _fail(one_line(error))
+        with sock:
+            return serve(config, sock)
+    except KeyboardInterrupt:
+        return 130
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, so that a port in use is known at once; clients are refused until it is served.
+
+    Raises:
+        OSError: it is in use, or not to be had.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+    except OSError as error:
+        sock.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+    return sock
+
+
+def serve(config: ServeConfig, sock: socket.socket) -> int:
+    print(f"Loading {config.bank} ...", flush=True)
     try:
         engine, app = load(config)
     except Exception as error:  # whatever is wrong with a bank, its base or the device: one line for the user
-        print(f"error: cannot load {config.bank}: {one_line(error)}", file=sys.stderr)
-        return 2
-    options = uvicorn.Config(
-        app,
-        host=config.host,
-        port=config.port,
-        log_level="warning",
-        server_header=False,
-        timeout_graceful_shutdown=config.drain_s,
-    )
-    server = Server(options)
+        return _fail(f"cannot load {config.bank}: {one_line(error)}")
+    try:
+        sock.listen()
+    except OSError as error:  # another server was bound to it as well, and has loaded faster
+        return _fail(f"cannot listen on {config.host}:{config.port}: {error.strerror}")
     try:
         with _quiet_stop():
-            server.run()
+            Server(engine, app, config).run(sockets=[sock])
     finally:
-        engine.close()
+        _close(engine)
     return 0
 
 
-def load(config: ServeConfig) -> tuple[Any, Any]:
+def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     """The engine and the app; these imports take seconds, which a wrong flag should not."""
     from molora.serving.app import create_app
     from molora.serving.engine import Engine
@@ -127,11 +155,46 @@ def _quiet_stop() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _close(engine: Engine) -> None:
+    """A step that hangs does not keep the process: the engine's thread ends with it."""
+    closing = threading.Thread(target=engine.close, daemon=True)
+    closing.start()
+    closing.join(GRACE_S)
+
+
 class Server(uvicorn.Server):
-    """Says where it listens, once it does."""
+    """Says where it listens, once it does; when it is told to stop, running requests get `drain_s` to finish."""
+
+    def __init__(self, engine: Engine, app: FastAPI, config: ServeConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                server_header=False,
+                limit_concurrency=config.max_connections,
+                timeout_keep_alive=config.keep_alive_s,
+                timeout_graceful_shutdown=config.drain_s + GRACE_S,
+            )
+        )
+        self._engine = engine
+        self._drain_s = config.drain_s
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
-            print(f"Serving on http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Requests that are not done in time fail in the engine, so that each client is still told."""
+        ending = threading.Timer(self._drain_s, self._engine.close)
+        ending.daemon = True
+        ending.start()
+        await super().shutdown(sockets)
+        ending.cancel()

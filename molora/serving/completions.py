@@ -10,13 +10,12 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
 
 from molora.activation import Activation
 from molora.generation import FinishReason, Token, TokenLogprob
 from molora.serving import request as engine
 from molora.serving.errors import InvalidRequestError
-from molora.serving.fields import Neutral, Text, TokenId
+from molora.serving.fields import Neutral, Text, TokenId, conflict
 from molora.serving.logprobs import TextLogprobs, TokenReport, prompt_entries, text_logprobs, token_report
 from molora.serving.protocol import GenerationRequest, PromptLogprobs, Report, Usage
 from molora.serving.running import Running
@@ -63,12 +62,13 @@ class CompletionRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_completion(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
-            raise PydanticCustomError("conflict", "max_tokens is 0 and echo is false, so there is nothing to answer")
+            raise conflict("max_tokens", "max_tokens is 0 and echo is false, so there is nothing to answer")
         if self.stream and self.echo and self.logprobs is not None:
-            raise PydanticCustomError("conflict", "echo with logprobs is not streamed; leave stream out")
-        if self.return_routes and self.logprobs is None:
-            raise PydanticCustomError("conflict", "return_routes is only allowed with logprobs")
+            raise conflict("stream", "echo with logprobs is not streamed; leave stream out")
         return self
+
+    def name_of(self, field: str) -> str:
+        return "max_tokens" if field == "max_new_tokens" else super().name_of(field)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -149,7 +149,7 @@ def _from_the_start(service: Service, route: str | dict[str, float]) -> Activati
 
 
 async def complete(service: Service, body: CompletionRequest, wanted: list[engine.Request]) -> TextCompletion:
-    async with await service.submit(wanted) as running:
+    async with await service.submit(body, wanted) as running:
         tokens = iter(await running.all_tokens())
         choices: list[TextChoice] = []
         for prompt, stream in zip(body.prompts, running.streams, strict=True):
@@ -174,7 +174,7 @@ async def complete(service: Service, body: CompletionRequest, wanted: list[engin
             model=body.model,
             choices=choices,
             usage=_usage(body, running),
-            molora=running.report,
+            molora=running.report(with_routes=body.return_routes),
         )
 
 
@@ -187,7 +187,7 @@ async def stream(service: Service, body: CompletionRequest, wanted: list[engine.
         return head | {"choices": [choice], "usage": None}
 
     offsets: dict[int, Offsets] = {}
-    async with await service.submit(wanted) as running:
+    async with await service.submit(body, wanted) as running:
         async with aclosing(running.tokens()) as tokens:
             async for prompt, token in tokens:
                 index = prompt * body.n + token.choice
@@ -208,7 +208,7 @@ async def stream(service: Service, body: CompletionRequest, wanted: list[engine.
                         logprobs=None if scores is None else scores.model_dump(),
                         finish_reason=token.finish_reason,
                     )
-                    | {"molora": {"route": token.route}}
+                    | ({"molora": {"route": token.route}} if body.return_routes else {})
                 )
         if body.include_usage:
             yield to_event(head | running.last_chunk | {"usage": _usage(body, running).model_dump()})

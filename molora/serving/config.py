@@ -26,10 +26,11 @@ def _default_engine() -> EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that one request may ask for; beyond it the answer is 400, or 413 for a body.
+    """The most that one request may ask for; beyond it the answer is 400, or 413 and 408 for a body.
 
     Attributes:
         max_body_bytes: of a request's body, counted while it is read.
+        max_body_s: seconds that a body may take to arrive.
         max_prompt_tokens: of one prompt; None is what the model's context holds.
         max_prompts: in the list of one completion request.
         max_n: answers to one prompt.
@@ -41,6 +42,7 @@ class Limits:
     """
 
     max_body_bytes: int = 8 << 20
+    max_body_s: int = 60
     max_prompt_tokens: int | None = None
     max_prompts: int = 64
     max_n: int = 16
@@ -69,10 +71,14 @@ class ServeConfig:
         device, dtype: as for `molora.load`.
         host, port: where to listen; port 0 takes a free one.
         api_keys: a client must send one of them; without any, everyone may ask.
-        api_key_file: a file with one more key on each line.
+        api_key_file: a file with one more key on each line; empty lines and those that begin with # hold none.
         adapter_folders: clients may load adapters that lie in these; without any, loading is off.
         num_extra_slots: adapters that fit beside the bank's own; without any, only these can be replaced.
-        drain_s: after SIGTERM, how long running requests may take to finish.
+        drain_s: after SIGTERM, how long running requests may take to finish; what is left is answered by 503, or by an
+            error as the last event of its stream.
+        keep_alive_s: how long a client may leave a connection idle; longer than load balancers do, which use 60 s, so
+            that none of them sends a request into a connection that is being closed.
+        max_connections: open at once, idle ones included; requests on one more are answered by 503.
         engine: the engine's own settings.
         limits: of one request.
     """
@@ -88,6 +94,8 @@ class ServeConfig:
     adapter_folders: tuple[str, ...] = ()
     num_extra_slots: int = 0
     drain_s: int = 30
+    keep_alive_s: int = 75
+    max_connections: int = 512
     engine: EngineConfig = field(default_factory=_default_engine)
     limits: Limits = field(default_factory=Limits)
 
@@ -100,6 +108,8 @@ class ServeConfig:
         _check_int("port", self.port, low=0, high=65535)
         for name in ("drain_s", "num_extra_slots"):
             _check_int(name, getattr(self, name), low=0)
+        for name in ("keep_alive_s", "max_connections"):
+            _check_int(name, getattr(self, name), low=1)
         for name in ("api_keys", "adapter_folders"):
             for value in getattr(self, name):
                 _check_text(name, value)
@@ -176,7 +186,8 @@ def _build(cls: Any, values: object, prefix: str) -> Any:
 
 
 def _read_keys(file: str) -> tuple[str, ...]:
-    keys = tuple(line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip())
+    lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    keys = tuple(line for line in lines if line and not line.startswith("#"))
     if not keys:
         raise ValueError(f"api_key_file {file} holds no key, so nobody would be kept out.")
     return keys

@@ -30,7 +30,14 @@ from molora.serving.answer import Answer
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 from molora.serving.grammar import GrammarCompiler
 from molora.serving.packing import Row
-from molora.serving.request import EngineError, EngineFullError, Request
+from molora.serving.request import (
+    EngineClosedError,
+    EngineError,
+    EngineFullError,
+    Request,
+    RequestError,
+    checking,
+)
 from molora.serving.runner import Drawn, Flight, Runner, StepOutput
 from molora.serving.sampling import NOTHING
 from molora.serving.scheduler import Scheduler, Work
@@ -42,7 +49,17 @@ from molora.slots import BASE, AdapterInfo, Hold, NoFreeSlotError, ResolvedRoute
 if TYPE_CHECKING:
     from molora.model import MoLoRA
 
-__all__ = ["Engine", "EngineConfig", "EngineError", "EngineFullError", "EngineStats", "NoFreeSlotError", "Request"]
+__all__ = [
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineFullError",
+    "EngineStats",
+    "NoFreeSlotError",
+    "Request",
+    "RequestError",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -179,15 +196,15 @@ class Engine:
         """Check a request and queue it; its tokens come through the stream.
 
         Raises:
-            ValueError: the request cannot be served, whenever it comes.
+            RequestError: the request cannot be served, whenever it comes.
             EngineFullError: too many wait.
             NoFreeSlotError: the adapter that it names has no slot, and all slots are in use.
-            EngineError: the engine was closed.
+            EngineClosedError: the engine was closed.
         """
         self.m.check_not_routing()
         with self._wake:
             if self._closed:
-                raise EngineError("the engine was closed and takes no more requests.")
+                raise EngineClosedError("the engine was closed and takes no more requests.")
             num_waiting = self._scheduler.num_waiting + self._num_submitted
             if num_waiting >= self.config.max_waiting:
                 raise EngineFullError(num_waiting, retry_after_s=1.0)
@@ -261,7 +278,7 @@ class Engine:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
             time.sleep(0.01)
-        self._call(lambda: self._fail(list(self._answers.values()), EngineError("the engine was closed.")))
+        self._call(lambda: self._fail(list(self._answers.values()), EngineClosedError("the engine was closed.")))
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -271,18 +288,26 @@ class Engine:
     def _stream(self, request: Request) -> Stream:
         """Check a request, and take hold of what it needs."""
         m, sampling = self.m, request.sampling
-        prompt = m.render(request.prompt)
-        max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
-        m.check_token_ids("logit_bias", list(sampling.logit_bias))
-        m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
-        route = m.resolve_route(request.route)
-        start = m.resolve_activation(route, request.activation, prompt)
+        with checking("prompt"):
+            prompt = m.render(request.prompt)
+            m.check_lengths(prompt, None, self.capacity)
+        with checking("max_new_tokens"):
+            max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
+        with checking("logit_bias"):
+            m.check_token_ids("logit_bias", list(sampling.logit_bias))
+        with checking("stop_token_ids"):
+            m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
+        with checking("route"):
+            route = m.resolve_route(request.route)
+        with checking("activation"):
+            start = m.resolve_activation(route, request.activation, prompt)
         try:
             salt = request.salt.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"salt is no text: {error}.") from None
+            raise RequestError("salt", f"salt is no text: {error}.") from None
         stream = Stream(list(prompt.token_ids), self._cancel, m.check_not_routing)
-        hold = None if route.is_base else m.slots.acquire(route)
+        with checking("route"):
+            hold = None if route.is_base else m.slots.acquire(route)
         if hold is not None:
             stream.holds(lambda: m.slots.release(hold))
         try:
@@ -304,7 +329,8 @@ class Engine:
         max_new_tokens: int,
     ) -> list[Answer]:
         sampling, m = request.sampling, self.m
-        grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
+        with checking("grammar"):
+            grammar = None if sampling.grammar is None else self._grammars.compile(sampling.grammar)
         source = Source(salt=salt)
         if hold is not None and start < NEVER:
             source = Source(start, hold.version.route_digest(route).encode(), salt)
@@ -385,7 +411,7 @@ class Engine:
             self._num_submitted -= 1
         if self._closed:
             stream.release()
-            stream.fail(EngineError("the engine was closed."))
+            stream.fail(EngineClosedError("the engine was closed."))
         elif not stream.is_over:
             self._counts["num_prompt_tokens"] += stream.num_prompt_tokens
             self._add(stream.answers[0])

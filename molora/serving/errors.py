@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from molora.serving.protocol import Error, ErrorBody
-from molora.serving.request import EngineError, EngineFullError
+from molora.serving.request import EngineClosedError, EngineError, EngineFullError
 from molora.slots import NoFreeSlotError
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
@@ -25,7 +25,7 @@ class InvalidRequestError(ValueError):
 
 
 class UnavailableError(RuntimeError):
-    """The engine takes no requests: it has stopped, or is about to."""
+    """The engine cannot take a request now; another server may."""
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -48,8 +48,9 @@ def add_error_handlers(app: FastAPI) -> None:
     async def no_free_slot(request: Request, error: NoFreeSlotError) -> Response:
         return refusal(409, str(error), code="no_free_slot")
 
+    @app.exception_handler(EngineClosedError)
     @app.exception_handler(UnavailableError)
-    async def unavailable(request: Request, error: UnavailableError) -> Response:
+    async def unavailable(request: Request, error: Exception) -> Response:
         return error_response(503, Error(message=str(error), type="server_error"))
 
     @app.exception_handler(EngineError)
@@ -80,9 +81,9 @@ def explain(error: RequestValidationError) -> tuple[str, str | None]:
     if first["type"] in ("missing", "model_attributes_type") and first["loc"] == ("body",):
         return "the body should be a JSON object, sent as Content-Type: application/json", None
     # A location starts with "body"; its parts in angle brackets only say which member of a union it was.
-    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("<")) or None
+    param = ".".join(str(part) for part in first["loc"][1:] if not str(part).startswith("<"))
     message = "not supported; leave it out" if first["type"] == "extra_forbidden" else first["msg"]
-    return (f"{param}: {message}" if param else message), param
+    return (f"{param}: {message}", param) if param else (message, first.get("ctx", {}).get("field"))
 
 
 def refusal(status: int, message: str, *, param: str | None = None, code: str | None = None) -> Response:

@@ -1,7 +1,8 @@
-"""What the fields of every request have in common: nothing is ignored, nothing is coerced.
+"""What the fields of every request have in common: whatever asks for something is honoured or refused.
 
-A field is either honoured or refused, and a refused one may still be sent at the value that changes nothing
-(`best_of: 1`, `store: false`, `null`), because client libraries do. This module knows nothing about engines or FastAPI.
+A refused field may still be sent at the value that changes nothing (`best_of: 1`, `store: false`, `null`), because
+client libraries do; and labels that only the caller uses (`user`, `metadata`) are accepted as they are. Nothing is
+coerced. This module knows nothing about engines or FastAPI.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ Neutral = Mapping[str, tuple[object, ...]]
 
 
 class RequestPart(BaseModel):
-    """A request object: unknown fields are errors, nothing is coerced, and null means absent."""
+    """A request object: unknown fields are errors, nothing is coerced, and null means absent where that is allowed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -33,12 +34,17 @@ class RequestPart(BaseModel):
     @classmethod
     def _is_neutral(cls, name: str, value: object) -> bool:
         if value is None:
-            return name in cls.model_fields or name in cls.neutral
+            return name in cls.neutral or (name in cls.model_fields and not cls.model_fields[name].is_required())
         # JSON's true is not 1, though Python's is.
         return any(
             value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
             for neutral in cls.neutral.get(name, ())
         )
+
+
+def conflict(field: str, message: str) -> PydanticCustomError:
+    """Fields contradict each other; this one would have to change."""
+    return PydanticCustomError("conflict", message, {"field": field})
 
 
 def one_of(kinds: str) -> Discriminator:
@@ -63,6 +69,7 @@ def _check_unicode(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
+Label = Annotated[Text, Field(max_length=512)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Route = Annotated[

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import BaseModel, SerializerFunctionWrapHandler, model_serializer
+from pydantic import BaseModel
 
 from molora.generation import Token, TokenLogprob, TokenRoute
-from molora.serving.protocol import PromptLogprob, PromptLogprobs
+from molora.serving.protocol import PromptLogprob, PromptLogprobs, WithoutRoutes
 from molora.serving.token_text import Offsets, TokenTexts
 
 LEAST = -9999.0  # stands for the logarithm of 0, which JSON cannot say; vLLM's value
@@ -21,21 +21,13 @@ class TokenReport(BaseModel):
     candidates: list[tuple[str, float]]
 
 
-class _WithoutRoutes(BaseModel):
-    """Routes that were not asked for are absent, and not null."""
-
-    @model_serializer(mode="wrap")
-    def _drop(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in serialize(self).items() if value is not None or "route" not in name}
-
-
 class TopLogprob(BaseModel):
     token: str
     logprob: float
     bytes: list[int]
 
 
-class LogprobEntry(_WithoutRoutes, TopLogprob):
+class LogprobEntry(WithoutRoutes, TopLogprob):
     """One token of a chat answer. `route` is there if `return_routes` asked for it."""
 
     top_logprobs: list[TopLogprob]
@@ -47,7 +39,7 @@ class ChatLogprobs(BaseModel):
     refusal: None = None
 
 
-class TextLogprobs(_WithoutRoutes):
+class TextLogprobs(WithoutRoutes):
     """The tokens of a plain completion. The first token of an echoed prompt has null: nothing predicts it.
 
     `top_logprobs` holds the token itself too, so it may have one entry more than was asked for. `routes` is there if

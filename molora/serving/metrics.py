@@ -6,18 +6,19 @@ What the engine counts is read from it when somebody asks; what concerns single 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from molora.generation import Generation
+from molora.generation import FinishReason, Generation
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
 
+ABORT = "abort"
 TOKEN_COUNTS = tuple(step * 10**power for power in range(6) for step in (1, 2, 5))
 SHORT_S = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5, 5.0)
 LONG_S = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0)
@@ -32,10 +33,18 @@ class Metrics:
         self._registry.register(_EngineCollector(engine, self._model_name))
         self._success = Counter(
             "molora:request_success",
-            "Answers by how they ended: stop, length, abort (the client left) or error.",
+            "Answers by how they ended: stop, length, or abort (the client left).",
             ("model_name", "finished_reason"),
             registry=self._registry,
         )
+        for reason in (*get_args(FinishReason), ABORT):
+            self._success.labels(self._model_name, reason)
+        self._failures = Counter(
+            "molora:request_failures",
+            "Requests that the server failed on.",
+            ("model_name",),
+            registry=self._registry,
+        ).labels(self._model_name)
         self._first_token = self._histogram("time_to_first_token_seconds", "Submission to first token.", LONG_S)
         self._between_tokens = self._histogram("inter_token_latency_seconds", "Between an answer's tokens.", SHORT_S)
         self._total = self._histogram("e2e_request_latency_seconds", "Submission to last token.", LONG_S)
@@ -57,7 +66,7 @@ class Metrics:
 
     def unfinished(self, num_requests: int, *, failed: bool) -> None:
         """Requests did not come to their end: the engine failed, or the client left."""
-        self._success.labels(self._model_name, "error" if failed else "abort").inc(num_requests)
+        (self._failures if failed else self._success.labels(self._model_name, ABORT)).inc(num_requests)
 
     def text(self) -> bytes:
         """In Prometheus' text format."""

@@ -121,7 +121,7 @@ def models_router(service: Service) -> APIRouter:
                     body.lora_name, folder, activation=body.activation, replace=body.load_inplace
                 )
             except (ValueError, FileNotFoundError) as error:
-                raise InvalidRequestError(str(error)) from error
+                raise InvalidRequestError(f"lora_path: {error}", param="lora_path") from error
 
         await asyncio.to_thread(load)
         return card(service.model(f"{service.engine.m.bank.name}:{body.lora_name}"))

@@ -1,4 +1,4 @@
-"""The page at `/`: plain files from the folder `static`, which may load from this server alone."""
+"""The pages at `/` and `/docs`: plain files from the folder `static`, which may load from this server alone."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ class _Files(StaticFiles):
 
 
 def add_page(app: FastAPI, folder: Path = STATIC) -> None:
-    """An installation may lack the page; then `/` is not found, and everything else works."""
+    """An installation may lack the pages; then they are not found, and everything else works."""
+
+    def page(name: str) -> Response:
+        if not (folder / name).is_file():
+            raise HTTPException(404, "this installation has no page")
+        return FileResponse(folder / name, headers=HEADERS)
 
     @app.get("/", include_in_schema=False)
-    async def index() -> Response:
-        if not (folder / "index.html").is_file():
-            raise HTTPException(404, "this installation has no page")
-        return FileResponse(folder / "index.html", headers=HEADERS)
+    async def chat() -> Response:
+        return page("index.html")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        return page("docs.html")
 
     if folder.is_dir():
         app.mount("/static", _Files(directory=folder))

@@ -6,14 +6,35 @@ This module knows nothing about engines or FastAPI.
 import json
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from molora.generation import Grammar, TokenRoute
-from molora.serving.fields import Activation, Neutral, Number, RequestPart, Route, Text, TokenId, one_of
+from molora.serving.fields import (
+    Activation,
+    Label,
+    Neutral,
+    Number,
+    RequestPart,
+    Route,
+    Text,
+    TokenId,
+    conflict,
+    one_of,
+)
 
 MAX_SCHEMA_DEPTH = 64
 
+UNUSED: Any = Field(None, description="a label of the caller's; accepted and not used")
 Bias = Annotated[Number, Field(ge=-100, le=100)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 
@@ -129,19 +150,15 @@ class GenerationRequest(RequestPart):
         "best_of": (1,),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
-        "metadata": ({},),
         "min_tokens": (0,),
         "priority": (0,),
-        "prompt_cache_key": (),
         "prompt_cache_retention": (),
-        "safety_identifier": (),
         "service_tier": ("auto", "default"),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
         "truncate_prompt_tokens": (),
         "use_beam_search": (False,),
-        "user": (),
     }
 
     model: Text
@@ -168,17 +185,29 @@ class GenerationRequest(RequestPart):
     route: Route | None = Field(None, description='"auto", "base", an adapter\'s name, or {name: weight}')
     activation: Activation | None = Field(None, description="where adapters may begin to act")
     cache_salt: Text = Field("", description="nothing is shared in the cache between requests of different salts")
-    return_routes: bool = Field(False, description="say in `logprobs` who wrote each token")
+    return_routes: bool = Field(
+        False, description="say who wrote each token: in `molora`, and in `logprobs` if asked for"
+    )
+    user: Label | None = UNUSED
+    safety_identifier: Label | None = UNUSED
+    prompt_cache_key: Label | None = UNUSED
+    metadata: Annotated[dict[Label, Label], Field(max_length=16)] | None = UNUSED
 
     @model_validator(mode="after")
     def _check_conflicts(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise PydanticCustomError("conflict", "stream_options is only allowed when stream is true")
+            raise conflict("stream_options", "stream_options is only allowed when stream is true")
         if self.stream and self.prompt_logprobs is not None:
-            raise PydanticCustomError("conflict", "prompt_logprobs is not streamed; leave stream out")
+            raise conflict("prompt_logprobs", "prompt_logprobs is not streamed; leave stream out")
         if self.structured_outputs is not None and not isinstance(self.response_format, TextFormat | None):
-            raise PydanticCustomError("conflict", "response_format and structured_outputs both ask; send one of them")
+            raise conflict("structured_outputs", "response_format and structured_outputs both ask; send one of them")
         return self
+
+    def name_of(self, field: str) -> str:
+        """The field of this request that says what `field` says of the engine's."""
+        grammar = "response_format" if self.structured_outputs is None else "structured_outputs"
+        route = "model" if self.route is None else "route"
+        return {"grammar": grammar, "route": route, "salt": "cache_salt"}.get(field, field)
 
     @property
     def stop_strings(self) -> list[str]:
@@ -208,14 +237,22 @@ class Usage(BaseModel):
     prompt_tokens_details: CachedTokens
 
 
-class Report(BaseModel):
-    """The extension field `molora` of an answer: who wrote each token, and where the work went.
+class WithoutRoutes(BaseModel):
+    """Routes that were not asked for are absent, and not null."""
+
+    @model_serializer(mode="wrap")
+    def _drop(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None or "route" not in name}
+
+
+class Report(WithoutRoutes):
+    """The extension field `molora` of an answer: where the work went and, if `return_routes` asked, who wrote it.
 
     `routes` has a route for each generated token, choice after choice; `num_generated_tokens` says how many each has.
     The counts are of all prompts and choices together; the times are of the slowest, in seconds from its submission.
     """
 
-    routes: list[TokenRoute]
+    routes: list[TokenRoute] | None = None
     num_generated_tokens: list[int]
     num_reused_tokens: int
     num_computed_tokens: int

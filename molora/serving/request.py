@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from molora.activation import Activation, Messages
 from molora.generation import Sampling
+
+
+class RequestError(ValueError):
+    """A request cannot be served; `field` is that of `Request` or of `Sampling` which would have to change."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+@contextmanager
+def checking(field: str) -> Iterator[None]:
+    """A ValueError inside is about this field."""
+    try:
+        yield
+    except ValueError as error:
+        raise RequestError(field, str(error)) from error
 
 
 class EngineFullError(RuntimeError):
@@ -18,7 +36,11 @@ class EngineFullError(RuntimeError):
 
 
 class EngineError(RuntimeError):
-    """The engine failed on a request, or has stopped; the request itself may be in order."""
+    """The engine failed on a request; the request itself may be in order."""
+
+
+class EngineClosedError(EngineError):
+    """The engine has stopped."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,11 +87,10 @@ class Running:
             prompt_tokens_details=CachedTokens(cached_tokens=cached_tokens),
         )
 
-    @property
-    def report(self) -> Report:
+    def report(self, *, with_routes: bool = False) -> Report:
         results = self.results
         return Report(
-            routes=[route for result in results for route in result.generated_routes],
+            routes=[route for result in results for route in result.generated_routes] if with_routes else None,
             num_generated_tokens=[result.num_generated_tokens for result in results],
             num_reused_tokens=sum(result.num_reused_tokens for result in results),
             num_computed_tokens=sum(result.num_computed_tokens for result in results),
@@ -106,8 +105,7 @@ class Running:
     @property
     def last_chunk(self) -> dict[str, Any]:
         """What `include_usage` adds to a stream: no choices, and what the whole request took."""
-        report = self.report.model_dump(exclude={"routes"})
-        return {"choices": [], "usage": self.usage.model_dump(), "molora": report}
+        return {"choices": [], "usage": self.usage.model_dump(), "molora": self.report().model_dump()}
 
     async def _single(self) -> AsyncGenerator[tuple[int, Token]]:
         async for token in self.streams[0]:

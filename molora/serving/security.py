@@ -1,17 +1,20 @@
-"""What every request passes before any endpoint sees it: an API key, a bound on its body, and headers on its answer."""
+"""What every request passes before any endpoint sees it: an API key, bounds on its body, and headers on its answer."""
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 from hashlib import sha256
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from molora.serving.errors import refusal
+from molora.serving.errors import error_response, refusal
+from molora.serving.protocol import Error
 
-# Neither holds anything of the model, a bank or a conversation: probes, and the page's own files.
-OPEN_PATHS = frozenset({"/", "/health", "/ready"})
+# None holds anything of the model, a bank or a conversation: probes, and the pages' own files.
+OPEN_PATHS = frozenset({"/", "/docs", "/health", "/ready"})
 OPEN_FOLDER = "/static/"
 
 
@@ -47,32 +50,73 @@ class RequireKey:
 
 
 class LimitBody:
-    """Reads a request's body before the application does, and no more of it than is allowed."""
+    """Reads a request's body before the application does: no more of it than is allowed, and no longer."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_body_s: float) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_body_s = max_body_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
-        too_large = declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_body_bytes)
-        body: list[Message] = []
-        num_bytes = 0
-        while not too_large and (not body or body[-1].get("more_body", False)):
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body.append(message)
-            num_bytes += len(message.get("body", b""))
-            too_large = num_bytes > self._max_body_bytes
-        if too_large:
+        try:
+            if declared.isdigit() and (len(declared) > 18 or int(declared) > self._max_body_bytes):
+                raise _TooLargeError
+            async with asyncio.timeout(self._max_body_s):
+                body = await self._read(receive)
+        except _TooLargeError:
             reason = f"the body is larger than the {self._max_body_bytes} bytes that this server reads"
             await refusal(413, reason)(scope, receive, send)
-            return
-        await self._app(scope, _replay(body, receive), send)
+        except TimeoutError:
+            reason = f"the body did not arrive within the {self._max_body_s} s that this server waits for it"
+            await refusal(408, reason)(scope, receive, send)
+        except ClientDisconnect:
+            pass
+        else:
+            await self._app(scope, _replay(body, receive), send)
+
+    async def _read(self, receive: Receive) -> list[Message]:
+        body: list[Message] = []
+        num_bytes = 0
+        while not body or body[-1].get("more_body", False):
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body.append(message)
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_body_bytes:
+                raise _TooLargeError
+        return body
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class AnswerCancelled:
+    """A request that the server gives up when it stops is told so, unless its answer has begun."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_begun = False
+
+        async def noting(message: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except asyncio.CancelledError:
+            if has_begun or scope["type"] != "http":
+                raise
+            stopping = Error(message="the server stops and takes no more requests", type="server_error")
+            await error_response(503, stopping)(scope, receive, send)
 
 
 class SafeHeaders:
@@ -94,6 +138,24 @@ class SafeHeaders:
             await send(message)
 
         await self._app(scope, receive, with_headers)
+
+
+class AnswerHead:
+    """HEAD is answered as GET is, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, without_body)
+        else:
+            await self._app(scope, receive, send)
 
 
 def _digest(key: bytes) -> bytes:

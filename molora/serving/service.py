@@ -16,7 +16,7 @@ from molora.serving.config import Limits, ServeConfig
 from molora.serving.errors import InvalidRequestError, UnavailableError
 from molora.serving.metrics import Metrics
 from molora.serving.protocol import GenerationRequest
-from molora.serving.request import EngineError, Request
+from molora.serving.request import Request, RequestError
 from molora.serving.running import Running
 from molora.serving.token_text import TokenTexts
 
@@ -106,11 +106,10 @@ class Service:
             _at_most("stop", len(text), limits.max_stop_chars, "characters each")
             if not text:
                 raise InvalidRequestError("stop: an empty string would end every answer at once", param="stop")
-        _at_most("logprobs", logprobs, limits.max_logprobs)
+        _at_most(body.name_of("logprobs"), logprobs, limits.max_logprobs)
         _at_most("prompt_logprobs", prompt_logprobs, limits.max_logprobs)
         if grammar is not None:
-            field = "response_format" if body.structured_outputs is None else "structured_outputs"
-            _at_most(field, len(grammar.text.encode()), limits.max_grammar_bytes, "bytes")
+            _at_most(body.name_of("grammar"), len(grammar.text.encode()), limits.max_grammar_bytes, "bytes")
         fields: dict[str, Any] = dict(
             max_new_tokens=max_new_tokens,
             temperature=body.temperature,
@@ -134,38 +133,40 @@ class Service:
             return Sampling(**fields)
         except ValueError as error:  # its first word is the field's name
             name = str(error).partition(" ")[0]
-            raise InvalidRequestError(str(error), param=name if name in fields else None) from None
+            raise InvalidRequestError(str(error), param=body.name_of(name) if name in fields else None) from None
 
-    async def submit(self, requests: Sequence[Request]) -> Running:
+    async def submit(self, body: GenerationRequest, requests: Sequence[Request]) -> Running:
         """Hand all of them to the engine, or none.
 
         Raises:
             InvalidRequestError: one of them cannot be served.
             EngineFullError: too many wait.
-            UnavailableError: the engine has stopped, or an adapter's files are gone.
+            EngineClosedError: the engine has stopped.
+            UnavailableError: an adapter's files are gone.
         """
         streams: list[Stream] = []
         try:
             for request in requests:
-                streams.append(await self._submit(request))
-                _at_most("prompt", streams[-1].num_prompt_tokens, self.limits.max_prompt_tokens, "tokens")
+                streams.append(await self._submit(body, request))
+                num_tokens, limit = streams[-1].num_prompt_tokens, self.limits.max_prompt_tokens
+                _at_most(body.name_of("prompt"), num_tokens, limit, "tokens")
         except BaseException:
             for stream in streams:
                 stream.close()
             raise
         return Running(streams, self.metrics)
 
-    async def _submit(self, request: Request) -> Stream:
+    async def _submit(self, body: GenerationRequest, request: Request) -> Stream:
         submitted = self._threads.submit(self.engine.submit, request)
         try:
             return await asyncio.wrap_future(submitted)
         except asyncio.CancelledError:
             submitted.add_done_callback(_close)  # whoever asked has left, and the thread may be half through
             raise
-        except (EngineError, OSError) as error:
+        except OSError as error:
             raise UnavailableError(str(error)) from error
-        except ValueError as error:
-            raise InvalidRequestError(str(error)) from error
+        except RequestError as error:
+            raise InvalidRequestError(str(error), param=body.name_of(error.field)) from error
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from molora.serving.errors import describe, sendable
+from molora.serving.request import EngineClosedError
 
 T = TypeVar("T")
 
@@ -75,7 +76,8 @@ async def errors_as_events(events: AsyncGenerator[str]) -> AsyncGenerator[str]:
     except Exception as error:
         if not begun:
             raise
-        logger.exception("generation failed in the middle of a stream")
+        if not isinstance(error, EngineClosedError):
+            logger.exception("generation failed in the middle of a stream")
         yield to_event({"error": sendable(describe(error)).model_dump()})
 
 

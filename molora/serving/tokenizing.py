@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from molora.serving.errors import InvalidRequestError
-from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId
+from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId, conflict
 from molora.serving.service import Service
 
 
@@ -41,7 +41,7 @@ class TokenizeRequest(RequestPart):
         if (self.prompt is None) == (self.messages is None):
             raise PydanticCustomError("conflict", "expected either prompt or messages")
         if self.messages is None and self.add_generation_prompt is not None:
-            raise PydanticCustomError("conflict", "add_generation_prompt is only allowed with messages")
+            raise conflict("add_generation_prompt", "add_generation_prompt is only allowed with messages")
         return self
 
 
@@ -66,18 +66,20 @@ def tokenizing_router(service: Service) -> APIRouter:
     m = service.engine.m
 
     def tokenize(body: TokenizeRequest) -> list[int]:
-        if body.messages is None:
-            add = body.add_special_tokens is not False
-            return list(m.tokenizer(body.prompt, add_special_tokens=add)["input_ids"])
-        messages = [message.plain for message in body.messages]
-        add_prompt = body.add_generation_prompt is not False
         try:
-            if add_prompt and not body.add_special_tokens:
-                return list(m.render(messages).token_ids)  # as a request to answer them is read
-            text = _apply_template(m.tokenizer, messages, add_prompt)
+            if body.messages is None:
+                text, add_special = body.prompt or "", body.add_special_tokens is not False
+            else:
+                messages, add_prompt = [message.plain for message in body.messages], body.add_generation_prompt
+                add_special = body.add_special_tokens is True
+                if add_prompt is not False and not add_special:
+                    return list(m.render(messages).token_ids)  # as a request to answer them is read
+                text = _apply_template(m.tokenizer, messages, add_prompt is not False)
+            if m.text_limit is not None:
+                m.text_limit.check(text)
         except ValueError as error:
-            raise InvalidRequestError(str(error), param="messages") from error
-        return list(m.tokenizer(text, add_special_tokens=bool(body.add_special_tokens))["input_ids"])
+            raise InvalidRequestError(str(error), param="prompt" if body.messages is None else "messages") from error
+        return list(m.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
     def detokenize(ids: list[int]) -> str:
         num_ids = len(m.tokenizer)

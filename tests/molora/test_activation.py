@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from molora.activation import Prompt, check_activation, last_occurrence, render, resolve
+from molora.text_limit import TextLimit
 from molora.tiny import byte_tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -187,3 +188,30 @@ def test_values_that_are_no_activation(value):
 def test_a_message_may_hold_any_character(content):
     prompt = render(byte_tokenizer(), [{"role": "user", "content": content}])
     assert prompt.starts["turn"] < prompt.starts["response"]
+
+
+class Untouched:
+    """A tokenizer that renders, and must not be asked for tokens."""
+
+    def __init__(self, template: str) -> None:
+        self._tokenizer = byte_tokenizer()
+        self._tokenizer.chat_template = template
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        pytest.fail("it was tokenized")
+
+
+@pytest.mark.parametrize("prompt", ["x" * 101, [{"role": "user", "content": "x" * 101}]])
+def test_a_text_that_is_too_long_is_not_tokenized(prompt: Any) -> None:
+    with pytest.raises(ValueError, match="at most 100"):
+        render(Untouched(STRICT), prompt, limit=TextLimit(100))
+
+
+def test_it_is_the_rendered_text_that_counts() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = STRICT
+    message = {"role": "user", "content": "x" + " " * 1000}
+    assert render(tokenizer, [message], limit=TextLimit(100)) == render(tokenizer, [message | {"content": "x"}])

@@ -18,9 +18,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
 from safetensors.torch import load_file
 
+import molora
 from molora import checkpoint
 from molora import wheel as wheels
-from molora.checkpoint import default_cache_dir, load_base, resolve_base
+from molora.checkpoint import default_cache_dir, load_base, resolve_base, resolve_device
 from molora.tiny import make_tiny_base
 from molora.wheel import WheelSource
 
@@ -312,6 +313,29 @@ def test_load_base_gives_a_frozen_model(base, dtype, expected):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert model.config._attn_implementation == "sdpa"
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "wanted", "found"),
+    [(0, None, "cpu"), (0, "cpu", "cpu"), (2, None, "cuda"), (2, "cuda", "cuda"), (2, "cuda:1", "cuda:1")],
+)
+def test_a_device_that_is_there(monkeypatch, num_gpus, wanted, found):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    assert resolve_device(wanted) == torch.device(found)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "wanted", "words"),
+    [(0, "cuda", "finds 0 GPUs"), (2, "cuda:2", "finds 2 GPUs"), (2, "gpu", "device 'gpu' is unknown")],
+)
+def test_a_device_that_is_not_there(monkeypatch, num_gpus, wanted, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    with pytest.raises(ValueError, match=words):
+        resolve_device(wanted)
+    with pytest.raises(ValueError, match=words):
+        molora.load("nowhere", device=wanted)  # before it looks for anything
 
 
 def test_load_base_refuses_an_unknown_dtype(base):

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from rich.color import ColorSystem
 from rich.console import Console
+from rich.style import Style
 
 import molora
 from molora import demo
@@ -158,6 +160,26 @@ def test_lines_break_between_words_even_where_a_token_ends_inside_one():
     tokens = [("aaaa bb", []), ("bb cc", []), ("cc dd", []), ("dddd", [])]
     written = write(tokens, force_terminal=True, color_system="truecolor")
     assert re.sub(r"\x1b\[[0-9;]*m", "", written) == "  aaaa bbbb cccc\n  dddddd\n"
+
+
+@pytest.mark.parametrize(
+    ("color_system", "shown"),
+    [
+        ("truecolor", ColorSystem.TRUECOLOR),
+        ("256", ColorSystem.EIGHT_BIT),
+        ("standard", ColorSystem.STANDARD),
+        ("windows", ColorSystem.WINDOWS),
+    ],
+)
+def test_a_terminal_shows_eight_adapters_in_colours_that_can_be_told_apart_and_read(color_system, shown):
+    names = [f"adapter{index}" for index in range(8)]
+    palette = Palette(names, color_system)
+    styles = [Style.parse(palette.style([(name, 1.0)])) for name in names]
+    codes = {style.color.downgrade(shown).get_ansi_codes() for style in styles}
+    assert len(codes) == 8
+    assert (
+        not {("30",), ("34",), ("37",), ("90",), ("97",)} & codes
+    )  # black, dark blue, white, and what is close to them
 
 
 def test_colours_tell_neighbours_apart():

@@ -16,8 +16,9 @@ from molora.generation import Generation, Token, TokenLogprob
 from molora.serving.app import create_app
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import EngineStats
-from molora.serving.request import EngineError, EngineFullError, Request
+from molora.serving.request import EngineClosedError, EngineFullError, Request, RequestError, checking
 from molora.slots import AdapterInfo, NoFreeSlotError
+from molora.text_limit import TextLimit
 from molora.tiny import byte_tokenizer
 
 TIMEOUT_S = 10
@@ -46,13 +47,14 @@ class FakeBank:
 
 class FakeModel:
     max_context = 1000
+    text_limit = TextLimit(13_000)
 
     def __init__(self) -> None:
         self.bank = FakeBank()
         self.tokenizer: Any = byte_tokenizer()
 
     def render(self, prompt: Any) -> Prompt:
-        return render(self.tokenizer, prompt)
+        return render(self.tokenizer, prompt, limit=self.text_limit)
 
 
 def adapter_info(name: str, path: Path = Path("adapters"), *, activation: Activation = "turn") -> AdapterInfo:
@@ -159,12 +161,15 @@ class FakeEngine:
             asyncio.get_running_loop()
         self.while_submitting()
         if self.stopped:
-            raise EngineError("the engine was closed.")
+            raise EngineClosedError("the engine was closed.")
         if len(self.running) >= self.max_running:
             raise EngineFullError(self.max_running, retry_after_s=1.5)
-        prompt_ids = list(self.m.render(request.prompt).token_ids)
+        with checking("prompt"):
+            prompt_ids = list(self.m.render(request.prompt).token_ids)
         if len(prompt_ids) >= self.m.max_context:
-            raise ValueError(f"the prompt has {len(prompt_ids)} tokens, but the model reads at most 1000 tokens")
+            raise RequestError(
+                "prompt", f"the prompt has {len(prompt_ids)} tokens, but the model reads at most 1000 tokens"
+            )
         self.requests.append(request)
         self.running.append(stream := FakeStream(self, request, prompt_ids))
         self.log.append("submit")
@@ -185,6 +190,10 @@ class FakeEngine:
         if name == "maths":
             raise ValueError("adapter 'maths' has a column of the router")
         del self.infos[name]
+
+    def close(self) -> None:
+        self.stopped = True
+        self.log.append("close")
 
     def stats(self) -> EngineStats:
         return EngineStats(

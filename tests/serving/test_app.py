@@ -53,7 +53,6 @@ def test_completion(chat, num_prompt_tokens):
         },
         "prompt_logprobs": None,
         "molora": {
-            "routes": [ROUTE] * 6,
             "num_generated_tokens": [6],
             "num_reused_tokens": 3,
             "num_computed_tokens": 4,
@@ -79,7 +78,7 @@ def test_stream(chat, events):
         {"content": ""},
     ]
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * 4 + ["length"]
-    assert [chunk.get("molora") for chunk in chunks] == [None, *[{"route": ROUTE}] * 4]
+    assert not any("molora" in chunk for chunk in chunks)
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
@@ -89,7 +88,7 @@ def test_stream_with_usage(chat, events):
     assert last["choices"][0]["finish_reason"] == "stop"
     assert usage["choices"] == []
     assert usage["usage"] == whole["usage"]
-    assert usage["molora"] == {name: value for name, value in whole["molora"].items() if name != "routes"}
+    assert usage["molora"] == whole["molora"]
 
 
 def test_several_choices(chat, events, num_prompt_tokens):
@@ -99,7 +98,6 @@ def test_several_choices(chat, events, num_prompt_tokens):
     assert body["usage"]["prompt_tokens"] == num_prompt_tokens
     assert body["usage"]["completion_tokens"] == 12
     assert body["molora"]["num_generated_tokens"] == [6, 6]
-    assert len(body["molora"]["routes"]) == 12
 
     choices = [chunk["choices"][0] for chunk in events(chat(n=2, stream=True, max_tokens=2))]
     assert [choice["index"] for choice in choices] == [0, 0, 1, 1, 0, 1]
@@ -123,6 +121,15 @@ def test_logprobs(chat, engine, events):
         None,
         *({"content": [entry(text, -0.5, top_logprobs=[])], "refusal": None} for text in texts[:2]),
     ]
+
+
+def test_routes_that_are_asked_for(chat, events):
+    body = chat(return_routes=True, n=2, max_tokens=3).json()
+    assert body["molora"]["routes"] == [ROUTE] * 6
+    assert body["choices"][0]["logprobs"] is None
+    *chunks, usage = events(chat(return_routes=True, stream=True, stream_options={"include_usage": True}))
+    assert [chunk.get("molora") for chunk in chunks] == [None, *[{"route": ROUTE}] * 6]
+    assert "routes" not in usage["molora"]
 
 
 def test_routes_in_the_logprobs(chat, events):
@@ -266,7 +273,7 @@ def test_an_unknown_model_is_not_found(chat, assert_refused, stream, name):
         ({"stop": ["x"] * 17}, "stop"),
         ({"stop": "x" * 257}, "stop"),
         ({"logprobs": 1}, "logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
@@ -278,7 +285,13 @@ def test_an_unknown_model_is_not_found(chat, assert_refused, stream, name):
         ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs.choice"),
         ({"structured_outputs": {"regex": "a", "json": {}}}, "structured_outputs"),
         ({"structured_outputs": {"regex": "a" * 70000}}, "structured_outputs"),
-        ({"user": "me"}, "user"),
+        ({"user": 3}, "user"),
+        ({"user": "x" * 513}, "user"),
+        ({"metadata": "x"}, "metadata"),
+        ({"metadata": {"x": 1}}, "metadata.x"),
+        ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+        ({"store": True}, "store"),
+        ({"service_tier": "flex"}, "service_tier"),
     ],
 )
 def test_a_refusal_names_the_field(chat, engine, assert_refused, fields, param):
@@ -286,23 +299,34 @@ def test_a_refusal_names_the_field(chat, engine, assert_refused, fields, param):
     assert engine.requests == []
 
 
+def test_labels_of_the_caller_change_nothing(chat, engine):
+    labels = {"user": "me", "safety_identifier": "x" * 512, "prompt_cache_key": "k", "metadata": {"a": "b"}}
+    plain = {"store": False, "service_tier": "auto", "parallel_tool_calls": False}
+    assert chat(**labels, **plain).status_code == chat().status_code == 200
+    assert engine.requests[0] == engine.requests[1]
+
+
 def test_a_field_whose_name_is_no_text(chat, assert_refused):
     assert_refused(chat(**{"\ud800": 1}), None, words="unicode")
 
 
 @pytest.mark.parametrize(
-    ("fields", "words"),
+    ("fields", "param"),
     [
         ({"stream_options": {"include_usage": True}}, "stream_options"),
-        ({"max_tokens": 3, "max_completion_tokens": 4}, "disagree"),
+        ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens"),
         ({"top_logprobs": 3}, "top_logprobs"),
-        ({"return_routes": True}, "return_routes"),
         ({"stream": True, "prompt_logprobs": 1}, "prompt_logprobs"),
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "structured_outputs"),
     ],
 )
-def test_fields_that_contradict_each_other(chat, assert_refused, fields, words):
-    assert_refused(chat(**fields), None, words=words)
+def test_fields_that_contradict_each_other(chat, assert_refused, fields, param):
+    assert_refused(chat(**fields), param, words=param)
+
+
+def test_an_answer_without_content_is_told_what_is_expected(chat, assert_refused):
+    response = chat(messages=[*MESSAGES, {"role": "assistant", "content": None}])
+    assert_refused(response, "messages.1.content", words="should be a string or a list of text parts")
 
 
 SCHEMA = {"type": "object", "properties": {"größe": {"type": "number"}}}
@@ -336,14 +360,14 @@ def test_what_an_answer_must_match(chat, engine, fields, grammar):
 def test_what_the_engine_refuses_is_the_users_error(chat, engine, assert_refused):
     for stream in (False, True):
         response = chat(messages=[{"role": "user", "content": "x" * 1001}], stream=stream)
-        assert_refused(response, None, words="the model reads at most 1000 tokens")
+        assert_refused(response, "messages", words="the model reads at most 1000 tokens")
     assert chat().status_code == 200
     assert engine.running == []
 
 
 def test_a_prompt_beyond_the_servers_own_limit(chat, make_app, engine, assert_refused):
     response = chat(make_app(limits={"max_prompt_tokens": 10}))
-    assert_refused(response, "prompt", words="at most 10 tokens")
+    assert_refused(response, "messages", words="at most 10 tokens")
     assert engine.running == []
 
 

@@ -40,11 +40,11 @@ def test_flags_override_the_file(write, tmp_path):
 
 
 def test_keys_from_a_file(write, tmp_path):
-    (tmp_path / "keys").write_text("one\n\n  two \n")
+    (tmp_path / "keys").write_text("# of the office\none\n\n  two \n  # three\n")
     config = read_config(write(f"bank: a\napi_keys: [zero]\napi_key_file: {tmp_path / 'keys'}"), {})
     assert config.api_keys == ("zero", "one", "two")
     assert "zero" not in repr(config)
-    (tmp_path / "keys").write_text(" \n")
+    (tmp_path / "keys").write_text(" \n# none\n")
     with pytest.raises(ValueError, match="holds no key"):
         read_config(None, {"bank": "a", "api_key_file": str(tmp_path / "keys")})
     with pytest.raises(FileNotFoundError):
@@ -69,6 +69,8 @@ def test_keys_from_a_file(write, tmp_path):
         ("bank: a\nport: 70000", "port is 70000"),
         ("bank: a\nport: '80'", "port is '80'"),
         ("bank: a\ndrain_s: -1", "drain_s is -1"),
+        ("bank: a\nkeep_alive_s: 0", "keep_alive_s is 0"),
+        ("bank: a\nmax_connections: 0", "max_connections is 0"),
         ("bank: a\nnum_extra_slots: -1", "num_extra_slots is -1"),
         ("bank: 3", "bank has 3"),
         ("bank: ''", "bank has ''"),

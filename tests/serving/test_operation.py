@@ -18,6 +18,19 @@ def test_health_and_version(app, call):
     assert call(app, "GET", "/version").json() == {"version": molora.__version__}
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/ready", "/metrics", "/v1/models", "/static/app.js"])
+def test_head_is_get_without_a_body(app, call, path):
+    head, get = call(app, "HEAD", path), call(app, "GET", path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers == get.headers
+    assert get.content
+
+
+def test_head_of_what_is_only_posted(app, call, engine):
+    assert call(app, "HEAD", URL).status_code == 405
+    assert engine.log == []
+
+
 def test_readiness(app, call, engine):
     assert call(app, "GET", "/ready").status_code == 200
     engine.is_ready = False
@@ -121,4 +134,4 @@ def test_the_schema_documents_errors_as_they_are(app, call):
     assert responses["4XX"]["content"]["application/json"]["schema"]["$ref"].endswith("ErrorBody")
     fields = schema["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"route", "activation", "cache_salt", "return_routes", "structured_outputs"} <= set(fields)
-    assert call(app, "GET", "/docs").status_code == 200
+    assert call(app, "GET", "/redoc").status_code == 404

@@ -8,7 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,7 +248,7 @@ class Page:
 
 
 @contextmanager
-def open_page(browser: webdriver.Chrome, app: FastAPI) -> Iterator[Page]:
+def open_page(browser: webdriver.Chrome, app: FastAPI, *, opens: bool = True) -> Iterator[Page]:
     """A page of its own port, and so an origin with nothing stored; checked at the end."""
     with serve(app) as url:
         browser.get("about:blank")
@@ -257,7 +257,8 @@ def open_page(browser: webdriver.Chrome, app: FastAPI) -> Iterator[Page]:
         page = Page(browser, url)
         page.emulate()
         page.resize(1000, 800)
-        page.open()
+        if opens:
+            page.open()
         yield page
         page.check_console_and_network()
 
@@ -705,6 +706,61 @@ def test_the_answer_is_followed_until_the_reader_scrolls_away(page: Page, server
     page.press(Keys.ESCAPE)
     page.wait(lambda: page.one("#send").text == "Send")
     assert not page.script(at_end)
+
+
+def has_scrollbar(page: Page, selector: str) -> bool:
+    return bool(
+        page.script("const e = document.querySelector(arguments[0]); return e.scrollHeight > e.clientHeight", selector)
+    )
+
+
+def test_only_the_conversation_scrolls(page: Page, server: FakeServer) -> None:
+    server.replies = [Reply([(f"line {number}\n", [("sums", 1.0)], ()) for number in range(100)])]
+    page.ask("Many lines, please.")
+    assert has_scrollbar(page, "main")
+    assert not has_scrollbar(page, "html")
+    assert not has_scrollbar(page, "body")
+
+
+@pytest.fixture
+def docs(browser: webdriver.Chrome, make_app: Callable[..., FastAPI]) -> Callable[..., AbstractContextManager[Page]]:
+    @contextmanager
+    def docs(**settings: Any) -> Iterator[Page]:
+        with open_page(browser, make_app(**settings), opens=False) as page:
+            browser.get(f"{page.url}docs")
+            yield page
+
+    return docs
+
+
+def test_the_docs_describe_every_endpoint(docs: Callable[..., AbstractContextManager[Page]]) -> None:
+    with docs() as page:
+        page.wait(lambda: page.all("#schemas article"))
+        described = page.browser.execute_async_script(
+            "const done = arguments[0]; fetch('openapi.json').then((answer) => answer.json()).then(done)"
+        )
+        operations = [f"{method.upper()} {path}" for path, item in described["paths"].items() for method in item]
+        assert "POST /v1/chat/completions" in operations
+        assert sorted(texts(page.all("#operations h3"))) == sorted(operations)
+        assert texts(page.all("#schemas h3")) == list(described["components"]["schemas"])
+        targets = {each.get_attribute("href").partition("#")[2] for each in page.all('a[href*="#"]')}
+        assert targets <= {each.get_attribute("id") for each in page.all("[id]")}
+        (top_p,) = [row for row in page.all("#schema-ChatRequest tr") if part(row, "th").text == "top_p"]
+        assert part(top_p, "td").text == "number (more than 0, at most 1); 1 if left out"
+        page.one('#operations a[href="#schema-ChatRequest"]').click()
+        assert page.script("return document.querySelector('main').scrollTop") > 500
+        for selector in ("html", "body"):
+            assert not has_scrollbar(page, selector)
+        assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_docs_ask_for_a_key(docs: Callable[..., AbstractContextManager[Page]]) -> None:
+    with docs(api_keys=("secret",)) as page:
+        page.expected.add("401")
+        page.wait(lambda: page.one("#key").is_displayed())
+        page.one("#key").send_keys("secret", Keys.ENTER)
+        page.wait(lambda: page.all("#schemas article"))
+        assert not page.one("#key").is_displayed()
 
 
 def test_a_real_bank_is_served(browser: webdriver.Chrome, m: MoLoRA) -> None:

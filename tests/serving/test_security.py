@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 
 import pytest
 
@@ -24,7 +25,7 @@ def paths(app, call):
 
 
 def test_every_route_but_the_probes_wants_a_key(app, locked, call):
-    described = [*paths(app, call), ("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/nowhere"), ("PUT", URL)]
+    described = [*paths(app, call), ("GET", "/openapi.json"), ("GET", "/redoc"), ("GET", "/nowhere"), ("PUT", URL)]
     assert len(described) >= 16
     for method, path in described:
         status = call(locked, method, path.replace("{model_id}", "demo")).status_code
@@ -32,7 +33,8 @@ def test_every_route_but_the_probes_wants_a_key(app, locked, call):
 
 
 def test_the_page_is_open_and_holds_no_data(locked, call):
-    assert call(locked, "GET", "/").status_code in (200, 404)
+    for path in ("/", "/docs"):
+        assert call(locked, "GET", path).status_code in (200, 404)
     assert call(locked, "GET", "/static/nothing").status_code == 404
     for path in ("/static/../v1/models", "/static", "//v1/models", "/v1/models/", "/STATIC/../metrics"):
         assert call(locked, "GET", path).status_code in (401, 404), path
@@ -89,6 +91,26 @@ def test_a_body_in_chunks_is_read_no_further_than_it_may(make_app, call):
     response = call(app, "POST", URL, content=endless(), headers={"content-type": "application/json"})
     assert response.status_code == 413
     assert sum(sent) <= 1200
+
+
+def test_a_body_that_is_late(make_app, call, engine, assert_refused):
+    async def slow():
+        yield body_of(5)[:20]
+        await asyncio.sleep(30)
+
+    app, begun = make_app(limits={"max_body_s": 1}), time.monotonic()
+    response = call(app, "POST", URL, content=slow(), headers={"content-type": "application/json"})
+    assert_refused(response, None, words="within the 1 s", status=408)
+    assert time.monotonic() - begun < 10
+    assert engine.log == []
+
+
+def test_an_answer_may_take_longer_than_its_body(make_app, call, engine):
+    async def slowly(position):
+        await asyncio.sleep(0.6 if position < 2 else 0)
+
+    engine.before_token = slowly
+    assert call(make_app(limits={"max_body_s": 1}), "POST", URL, json=CHAT).status_code == 200
 
 
 def test_chunks_are_put_together(app, call):

@@ -10,6 +10,7 @@ import torch
 import uvicorn
 
 import molora
+from molora.adapter import random_adapter
 from molora.serving.app import create_app
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import Engine, EngineConfig
@@ -21,12 +22,14 @@ ENDLESS = {"max_tokens": 700, "extra_body": {"ignore_eos": True}}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, make_adapter):
+def folder(tmp_path_factory, make_adapter, linear_shapes):
     """Adapters may be loaded from here."""
     folder = tmp_path_factory.mktemp("loadable")
     make_adapter(seed=3).write(folder / "z")
     make_adapter(seed=4).write(folder / "other-z")
     make_adapter(seed=5, rank=9).write(folder / "too-large")
+    shapes = {name: (outs + 1, ins) for name, (outs, ins) in linear_shapes().items()}
+    random_adapter(shapes, rank=4, alpha=8, generator=torch.Generator()).write(folder / "of-another-base")
     return folder
 
 
@@ -114,7 +117,8 @@ def test_answers_are_the_models_own(m, client, base, model):
 
 
 def test_a_stream_is_the_answer_piece_by_piece(client):
-    options = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "extra_body": {"ignore_eos": True}}
+    extra = {"ignore_eos": True, "return_routes": True}
+    options = {"model": "tiny", "messages": MESSAGES, "max_tokens": 20, "extra_body": extra}
     whole = client.chat.completions.create(**options)
     *chunks, last = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
     assert "".join(chunk.choices[0].delta.content for chunk in chunks) == whole.choices[0].message.content
@@ -258,12 +262,14 @@ def test_adapters_come_and_go(m, client, folder):
     assert answer() == first
     for path, error in (
         ("too-large", openai.BadRequestError),
+        ("of-another-base", openai.BadRequestError),
         ("nowhere", openai.NotFoundError),
         ("..", openai.BadRequestError),
         (str(folder.parent), openai.PermissionDeniedError),
     ):
-        with pytest.raises(error):
+        with pytest.raises(error) as caught:
             load(client, "w", path)
+        assert caught.value.param == "lora_path"
     with pytest.raises(openai.BadRequestError, match="router"):
         client.post("/unload_lora_adapter", body={"lora_name": "x"}, cast_to=httpx.Response)
     client.post("/unload_lora_adapter", body={"lora_name": "z"}, cast_to=httpx.Response)
@@ -271,24 +277,34 @@ def test_adapters_come_and_go(m, client, folder):
         answer()
 
 
-def test_what_only_the_engine_can_refuse(client, base):
-    for fields in (
-        {"messages": [{"role": "user", "content": "x" * 5000}]},
-        {"max_tokens": 5000},
-        {"logit_bias": {"999999": 1.0}},
-        {"extra_body": {"stop_token_ids": [999999]}},
-        {"extra_body": {"route": "nobody"}},
-        {"extra_body": {"route": {}}},
-        {"extra_body": {"route": {"x": 1e300}}},
-        {"extra_body": {"activation": "invocation"}},
-        {"messages": [{"role": "assistant", "content": "x"}]},
-    ):
-        with pytest.raises(openai.BadRequestError):
-            client.chat.completions.create(**{"model": "tiny:x", "messages": MESSAGES, **fields})
-    with pytest.raises(openai.BadRequestError):
-        client.completions.create(model=base, prompt=[999999])
-    with pytest.raises(openai.BadRequestError, match="the prompt is empty"):
-        client.completions.create(model=base, prompt="")
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 50_000}]}, "messages"),
+        ({"max_tokens": 5000}, "max_tokens"),
+        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"logit_bias": {"999999": 1.0}}, "logit_bias"),
+        ({"extra_body": {"stop_token_ids": [999999]}}, "stop_token_ids"),
+        ({"extra_body": {"route": "nobody"}}, "route"),
+        ({"extra_body": {"route": {}}}, "route"),
+        ({"extra_body": {"route": {"x": 1e300}}}, "route"),
+        ({"extra_body": {"activation": "invocation"}}, "activation"),
+        ({"extra_body": {"structured_outputs": {"regex": "("}}}, "structured_outputs"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "activation"),
+    ],
+)
+def test_what_only_the_engine_can_refuse(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(**{"model": "tiny:x", "messages": MESSAGES, **fields})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("prompt", ["", [999999], "x" * 50_000])
+def test_a_prompt_that_only_the_engine_can_refuse(client, base, prompt):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=base, prompt=prompt)
+    assert caught.value.param == "prompt"
 
 
 def test_metrics_of_real_requests(client, engine, base):

@@ -45,7 +45,7 @@ def test_a_conversation_is_what_a_request_would_be(tokenize, detokenize, engine)
     [
         ({}, None),
         ({"prompt": "a", "messages": MESSAGES}, None),
-        ({"prompt": "a", "add_generation_prompt": False}, None),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
         ({"prompt": 3}, "prompt"),
         ({"messages": []}, "messages"),
         ({"messages": MESSAGES, "chat_template": "{{ x }}"}, "chat_template"),
@@ -55,6 +55,18 @@ def test_a_conversation_is_what_a_request_would_be(tokenize, detokenize, engine)
 )
 def test_refusals(tokenize, assert_refused, body, param):
     assert_refused(tokenize(**body), param, words="" if param is None else param)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": "x" * 13_001}, "prompt"),
+        ({"messages": [{"role": "user", "content": "x" * 13_001}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 13_001}], "add_special_tokens": True}, "messages"),
+    ],
+)
+def test_a_text_that_is_far_too_long(tokenize, assert_refused, body, param):
+    assert_refused(tokenize(**body), param, words="at most 13000")
 
 
 def test_unknown_models(tokenize, detokenize, assert_refused):

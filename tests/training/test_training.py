@@ -78,6 +78,23 @@ def router_config(**changes: Any) -> str:
     return "router.yaml"
 
 
+@pytest.mark.parametrize(
+    ("config", "extra", "words"),
+    [
+        ("configs/tiny.yaml", ("--data.train", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        ("configs/router.yaml", (), "runs/adapters/arithmetic is not a PEFT adapter folder"),
+        ("configs/tiny.yaml", ("--ckpt_path", "nowhere.ckpt"), "nowhere.ckpt"),
+    ],
+)
+def test_a_file_that_is_not_there_is_one_line(config, extra, words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        fit(*extra, "--trainer.logger", "false", config=config)
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert words in error
+
+
 def test_tiny_yaml_learns_and_writes_a_peft_folder_and_logs() -> None:
     fit()
     adapter = Adapter.read("runs/tiny/adapters/letters")
