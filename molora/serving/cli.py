@@ -99,6 +99,9 @@ def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
         max_rank=config.limits.max_adapter_rank,
     )
     engine = Engine(model, config.engine)
+    if engine.captures:
+        print("Compiling for the GPU, which takes a minute or two ...", flush=True)
+    engine.warm_up()
     return engine, create_app(engine, config)
 
 

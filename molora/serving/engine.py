@@ -135,6 +135,7 @@ class Engine:
     Attributes:
         m: the loaded model.
         config: what the engine was made with.
+        captures: steps run compiled and as CUDA graphs: on a GPU.
     """
 
     def __init__(self, m: MoLoRA, config: EngineConfig | None = None) -> None:
@@ -144,7 +145,7 @@ class Engine:
         """
         self.m = m
         self.config = config = EngineConfig() if config is None else config
-        on_gpu = m.decoder.device.type == "cuda"
+        self.captures = on_gpu = m.decoder.device.type == "cuda"
         self._block_size = config.block_size or (128 if on_gpu else 64)
         self._max_step_tokens = config.max_step_tokens or max(2048 if on_gpu else 512, config.max_sequences)
         with m.lock:

@@ -152,9 +152,13 @@ class FakeEngine:
         self.log: list[str] = []
         self.max_running = 100
         self.is_ready = True
+        self.captures = True
         self.stopped = False
         self.infos = {name: adapter_info(name) for name in ("maths", "code")}
         self.num_free_slots = 1
+
+    def warm_up(self) -> None:
+        self.log.append("warm up")
 
     def submit(self, request: Request) -> FakeStream:
         with pytest.raises(RuntimeError):  # it tokenizes, which must not block an event loop

@@ -72,6 +72,12 @@ def test_options_reach_the_model_the_engine_and_the_server(loaded, engine, port)
     assert engine.log == ["close"]
 
 
+def test_it_is_warm_before_it_serves(loaded, engine, capsys):
+    assert cli.main(["--bank", "banks/demo", "--port", "0"]) == 0
+    assert engine.log == ["warm up"]
+    assert "Compiling for the GPU" in capsys.readouterr().out
+
+
 def test_the_server_is_local_and_open_by_default(loaded, monkeypatch):
     bound = []
     monkeypatch.setattr(cli, "bind", lambda *address: bound.append(address) or socket.create_server(("127.0.0.1", 0)))
@@ -233,7 +239,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch, engine, port, drain_s
 def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, port):
     engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24))
     monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
-    monkeypatch.setattr(engine._runner, "step", slowed(engine._runner.step))
+    monkeypatch.setattr(engine._runner, "launch", slowed(engine._runner.launch))
     endless = CHAT | {"model": "tiny", "max_tokens": 700, "ignore_eos": True}
     answers = {}
 
