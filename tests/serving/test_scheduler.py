@@ -1,4 +1,5 @@
 import ast
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -14,46 +15,81 @@ BLOCK_SIZE = 3
 
 
 class Model:
-    """A model whose next token is a function of every token before it, read from places in a cache."""
+    """A model whose next token is a function of every token before it, read from places in a cache.
 
-    def __init__(self, num_blocks: int, max_step_tokens: int, max_sequences: int) -> None:
+    Attributes:
+        runs_ahead: a step is launched before the one before it is done, where that can be, as the engine does on a GPU.
+        end_id: a token that ends its sequence.
+    """
+
+    def __init__(
+        self, num_blocks: int, max_step_tokens: int, max_sequences: int, *, runs_ahead: bool = False, end_id: int = -1
+    ) -> None:
         self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
         self.num_blocks, self.max_step_tokens = num_blocks, max_step_tokens
         self.scheduler = Scheduler(self.blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences)
+        self.runs_ahead, self.end_id = runs_ahead, end_id
         self.cache: dict[tuple[int, int], tuple[int, object]] = {}
         self.num_computed = 0
+        self.num_ahead = 0
+        self.flight: list[Work] = []
+        self.pending: dict[Sequence, list[int]] = defaultdict(list)  # tokens that only the device knows
+        self.gone: set[Sequence] = set()
 
     def step(self) -> list[Work]:
+        last, self.flight = self.flight, []
+        if last and not self.scheduler.can_run_ahead:
+            self.land(last)
+            last = []
+        self.num_ahead += bool(last)
         works = self.scheduler.plan()
         assert sum(work.num_tokens for work in works) <= self.max_step_tokens
-        written: set[int] = set()
         for work in works:
-            self.run(work, written)
-        return works
+            self.launch(work)
+        self.land(last)
+        if self.runs_ahead:
+            self.flight = works
+        else:
+            self.land(works)
+        return works or last
 
-    def run(self, work: Work, written: set[int]) -> None:
+    def launch(self, work: Work) -> None:
         sequence, table = work.sequence, work.sequence.table
         assert table is not None
-        for copy in table.copies:
+        ids = sequence.token_ids + self.pending[sequence]
+        for copy in work.copies:
             for offset in range(copy.num_tokens):
                 self.cache[copy.target, offset] = self.cache[copy.source, offset]
-        for position in range(work.first, work.first + work.num_tokens):
+        end = work.first + work.num_tokens
+        for position in range(work.first, end):
             if work.writes:
                 block = table.blocks[position // BLOCK_SIZE]
                 is_active = position >= sequence.source.activation_start
-                self.cache[block, position % BLOCK_SIZE] = sequence.token_ids[position], is_active and sequence.source
-                written.add(block)
+                self.cache[block, position % BLOCK_SIZE] = ids[position], is_active and sequence.source
                 self.num_computed += 1
-        sequence.notes += [
-            f"{sequence.token_ids[position]}{sequence.source if position >= sequence.source.activation_start else None}"
-            for position in range(len(sequence.notes), work.first + work.num_tokens)
-        ]
-        self.scheduler.done(work)
         if work.draws:
-            read = [self.cache[table.blocks[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(len(sequence.token_ids))]
-            sequence.token_ids.append(draw(read, sequence.source))
-            if len(sequence.token_ids) == sequence.max_tokens:
-                self.scheduler.remove(sequence)
+            assert end == len(ids)
+            read = [self.cache[table.blocks[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(end)]
+            self.pending[sequence].append(draw(read, sequence.source))
+
+    def land(self, works: list[Work]) -> None:
+        for work in works:
+            sequence = work.sequence
+            if sequence in self.gone:
+                continue
+            sequence.notes += [
+                f"{sequence.token_ids[p]}{sequence.source if p >= sequence.source.activation_start else None}"
+                for p in range(len(sequence.notes), work.first + work.num_tokens)
+            ]
+            self.scheduler.done(work)
+            if work.draws:
+                sequence.token_ids.append(self.pending[sequence].pop(0))
+                if len(sequence.token_ids) == sequence.max_tokens or sequence.token_ids[-1] == self.end_id:
+                    self.remove(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        self.gone.add(sequence)
+        self.scheduler.remove(sequence)
 
 
 def draw(read: list[tuple[int, object]], source: Source) -> int:
@@ -64,9 +100,9 @@ def draw(read: list[tuple[int, object]], source: Source) -> int:
     return total % 3
 
 
-def alone(token_ids: list[int], source: Source, max_tokens: int) -> list[int]:
+def alone(token_ids: list[int], source: Source, max_tokens: int, end_id: int = -1) -> list[int]:
     ids = list(token_ids)
-    while len(ids) < max_tokens:
+    while len(ids) < max_tokens and not (len(ids) > len(token_ids) and ids[-1] == end_id):
         ids.append(draw([(token, p >= source.activation_start and source) for p, token in enumerate(ids)], source))
     return ids
 
@@ -136,7 +172,7 @@ def test_who_waits_for_a_prefix_reads_it_when_its_reader_is_gone() -> None:
     for sequence in (first, second):
         model.scheduler.add(sequence)
     model.step()
-    model.scheduler.remove(first)
+    model.remove(first)
     while model.step():
         pass
     assert second.token_ids == alone([1] * 12, BASE, 14)
@@ -208,28 +244,66 @@ ARRIVALS = st.lists(
 )
 
 
-@given(arrivals=ARRIVALS, num_blocks=st.sampled_from([7, 9, 40]), sizes=st.sampled_from([(3, 3), (5, 2), (30, 8)]))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    arrivals=ARRIVALS,
+    num_blocks=st.sampled_from([7, 9, 40]),
+    sizes=st.sampled_from([(3, 3), (5, 2), (30, 8)]),
+    runs_ahead=st.booleans(),
+    end_id=st.sampled_from([-1, 2]),
+)
+@settings(max_examples=600, deadline=None, derandomize=True)
 def test_whatever_happens_beside_it_a_sequence_ends_as_alone(
-    arrivals: list[tuple[int, list[int], int, Source, int]], num_blocks: int, sizes: tuple[int, int]
+    arrivals: list[tuple[int, list[int], int, Source, int]],
+    num_blocks: int,
+    sizes: tuple[int, int],
+    runs_ahead: bool,
+    end_id: int,
 ) -> None:
-    model = Model(num_blocks, *sizes)
+    model = Model(num_blocks, *sizes, runs_ahead=runs_ahead, end_id=end_id)
     expected: list[tuple[Sequence, list[int], int]] = []
     for wait, ids, num_new, source, patience in arrivals:
         for _ in range(wait):
             model.step()
         sequence = Sequence(list(ids), source, len(ids) + num_new)
         model.scheduler.add(sequence)
-        expected.append((sequence, alone(ids, source, len(ids) + num_new), patience))
+        expected.append((sequence, alone(ids, source, len(ids) + num_new, end_id), patience))
     for step in range(2000):
         if not model.step():
             break
         for sequence, _, patience in expected:
             if patience == step and len(sequence.token_ids) < sequence.max_tokens:
-                model.scheduler.remove(sequence)
+                model.remove(sequence)
     assert model.scheduler.num_running == model.scheduler.num_waiting == 0
     assert model.blocks.num_free == num_blocks
     assert not model.blocks._coming
     for sequence, ids, _ in expected:
+        assert sequence.num_recomputed == 0
         assert len(sequence.notes) <= len(sequence.token_ids)
         assert sequence.token_ids == ids[: len(sequence.token_ids)]
+
+
+def test_a_step_is_planned_before_the_last_one_is_done() -> None:
+    model = Model(40, 8, 4, runs_ahead=True)
+    sequences = [Sequence([1, 2, token], BASE, 9) for token in (0, 1)]
+    for sequence in sequences:
+        model.scheduler.add(sequence)
+    assert [[work.num_tokens for work in model.step()] for _ in range(7)] == [[3, 3], *[[1, 1]] * 5, [1, 1]]
+    assert model.num_ahead == 6
+    assert model.step() == []
+    for sequence in sequences:
+        assert sequence.token_ids == alone(sequence.token_ids[:3], BASE, 9)
+    assert model.num_computed == 2 * 8, "none is computed that is not needed"
+
+
+@pytest.mark.parametrize("num_steps", range(8))
+def test_what_is_about_to_be_found_was_not_computed_in_vain(num_steps: int) -> None:
+    model = Model(40, 8, 4, runs_ahead=True)
+    ids = alone([1, 2], BASE, 9)
+    model.scheduler.add(Sequence([1, 2], BASE, 9))
+    for _ in range(num_steps):
+        model.step()
+    other = Sequence(ids[:7], BASE, 8)
+    model.scheduler.add(other)
+    while model.step():
+        pass
+    assert other.num_recomputed == 0
