@@ -215,19 +215,12 @@ class BlockManager:
         table.copies.clear()
 
     def commit(
-        self,
-        table: BlockTable,
-        token_ids: Sequence[int],
-        num_computed: int,
-        notes: Sequence[object] | None = None,
-        *,
-        begun: int | None = None,
+        self, table: BlockTable, token_ids: Sequence[int], num_computed: int, notes: Sequence[object] | None = None
     ) -> None:
         """The keys and values of the first num_computed tokens are in the table's blocks: let others find them.
 
         Args:
             notes: one on each of those tokens; None is no note on any.
-            begun: the step that computed them; the last one if None.
 
         Raises:
             ValueError: fewer than before, more than there are tokens, or more than the blocks hold.
@@ -247,7 +240,7 @@ class BlockManager:
             block.token_ids, block.source = tuple(token_ids[first:end]), table.source
             block.notes = (None,) * (end - first) if notes is None else tuple(notes[first:end])
             if first >= before:
-                block.begun = self.step if begun is None else begun
+                block.begun = self.step
             is_active = end > table.source.activation_start
             if block.parent is None:
                 block.parent = table.keys[index]

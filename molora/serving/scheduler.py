@@ -61,7 +61,6 @@ class Work:
         first: the first token that is computed.
         num_tokens: how many are.
         draws: whether they reach the last token, so that the next one is drawn from its logits.
-        step: the number of the step, as the block manager counts.
         writes: False where the whole sequence was found: its last token runs again for its logits alone.
         copies: of blocks, to be done before the step.
     """
@@ -70,7 +69,6 @@ class Work:
     first: int
     num_tokens: int
     draws: bool
-    step: int
     writes: bool = True
     copies: tuple[Copy, ...] = ()
 
@@ -181,8 +179,7 @@ class Scheduler:
         sequence.num_pending -= work.draws
         if work.writes:
             sequence.num_in_flight -= work.num_tokens
-            end = work.first + work.num_tokens
-            self._blocks.commit(table, sequence.token_ids, end, sequence.notes, begun=work.step)
+            self._blocks.commit(table, sequence.token_ids, work.first + work.num_tokens, sequence.notes)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a running sequence is about to compute the next block that this one needs."""
@@ -228,15 +225,15 @@ class Scheduler:
                 return None
         return work
 
-    def _cut(self, sequence: Sequence, room: int) -> Work:
+    @staticmethod
+    def _cut(sequence: Sequence, room: int) -> Work:
         assert sequence.table is not None
         num_tokens = len(sequence.token_ids) + sequence.num_pending
         num_computed = sequence.table.num_computed + sequence.num_in_flight
-        step = self._blocks.step
         if num_computed == num_tokens:
-            return Work(sequence, num_tokens - 1, 1, draws=True, step=step, writes=False)
+            return Work(sequence, num_tokens - 1, 1, draws=True, writes=False)
         chunk = min(room, num_tokens - num_computed)
-        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens, step=step)
+        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1
