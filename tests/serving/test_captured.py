@@ -1,5 +1,6 @@
 """Steps on static buffers, padded to a bucket, with Triton's attention: captured on a GPU, run as they are on a CPU."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import molora
 from molora import MoLoRA, RouterConfig, Sampling
+from molora.generation import Grammar
 from molora.serving import engine as engine_module
 from molora.serving.captured import BUCKETS, Buffers, Capacity
 from molora.serving.engine import Engine, EngineConfig
@@ -70,6 +72,44 @@ def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_
     if DEVICE.type == "cuda":
         assert all(step._graph is not None for step in steps._steps.values())
     assert all(linear.siblings is not None for path, linear in m.decoder.linears.items() if "q_proj" in path)
+
+
+def test_steps_that_are_launched_ahead_change_no_answer(make_bank, key_router, captured, random_ids, tmp_path):
+    """Beside answers that go on, some end where only the host can tell, and some need their tokens known."""
+    bank = make_bank(tmp_path, router=key_router())
+    engine = captured(molora.load(bank, device=DEVICE, dtype="float32"), max_step_tokens=40, max_sequences=8)
+    reference = molora.load(bank, device="cpu", dtype="float32").engine
+    prompt = random_ids(9)
+    greedy = Sampling(max_new_tokens=7, ignore_eos=True)
+    (whole,) = reference.generate(Request(prompt=prompt, route="auto", activation=4, sampling=greedy))
+    ahead = [
+        replace(greedy, temperature=1.5, seed=1, n=2),
+        replace(greedy, temperature=0.7, seed=2, top_p=0.8, min_p=0.01),
+        replace(greedy, stop_token_ids=(whole.generated_ids[3],)),
+        replace(greedy, stop=(whole.text[2:4],)),
+        replace(greedy, max_new_tokens=1),
+    ]
+    known = [
+        replace(greedy, repetition_penalty=1.5),
+        replace(greedy, logprobs=2),
+        replace(greedy, grammar=Grammar("regex", "[a-c]{4}")),
+    ]
+    launches: list[bool] = []
+    launch = engine._launch
+    engine._launch = lambda *, is_alone: (launches.append(is_alone), launch(is_alone=is_alone))[1]
+    for ways in (ahead, [greedy, *known]):
+        launches.clear()
+        requests = [Request(prompt=prompt, route="auto", activation=4, sampling=sampling) for sampling in ways]
+        for out, expected in zip(engine.generate(requests), reference.generate(requests), strict=True):
+            assert out.generated_ids == expected.generated_ids
+            assert out.text == expected.text
+            assert out.finish_reason == expected.finish_reason
+            assert [[n for n, _ in route] for route in out.routes] == [[n for n, _ in r] for r in expected.routes]
+            assert out.num_computed_tokens + out.num_reused_tokens == len(out.token_ids) - 1
+        assert (launches.count(False) >= 5) == (ways is ahead), "launched while another step is in flight"
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+    assert stats.num_recomputed_tokens == 0
 
 
 def row(num_tokens: int, first: int, *, draws: bool = True, names: tuple[str, ...] = ()) -> Row:
