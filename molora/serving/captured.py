@@ -238,9 +238,11 @@ class CapturedSteps:
         kind = Kind(asked is not None, asked is not None and asked.acts_early, parts_of(draws))
         step = self._steps.get((bucket, kind))
         if step is None:
+            last_S = self.last_S.clone()  # capturing runs the step a few times, and this once it is to read them yet
             step = self._steps[bucket, kind] = _Step(
                 lambda: self._layers.run(lambda: self._forward(buffers, kind)), self._decoder.device, self._memory
             )
+            self.last_S.copy_(last_S)
         out = step.run()
         num_drawn = len(packed.drawn)
         return out.logits_SV[:num_drawn], step.fetch(out, num_drawn)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from molora.injection import find_layers
 from molora.routing import RoutingLayer
@@ -44,7 +45,6 @@ class CompiledLayers:
             name: of the model.
         """
         self._calls, self._pools, self._name = calls, pools, name
-        self._ran = False
 
     def run(self, forward: Callable[[], T]) -> T:
         """Call what runs the model."""
@@ -52,15 +52,11 @@ class CompiledLayers:
             return forward()
         try:
             with self._compiled():
-                out = forward()
-        except Exception:
-            if self._ran:  # it is not the compiler's fault
-                raise
-            out = forward()
-            logger.exception("the layers of %s could not be compiled, and run as they are", self._name)
+                return forward()
+        except TorchDynamoException:
+            logger.exception("the layers of %s cannot be compiled, and run as they are", self._name)
             self._calls = {}
-        self._ran = True
-        return out
+            return forward()
 
     @contextmanager
     def _compiled(self) -> Iterator[None]:

@@ -186,9 +186,16 @@ class Engine:
         if names:
             route = self.m.resolve_route(names[0])
             hold = slots.acquire(route)
-        try:
+
+        def warm() -> None:
+            if self._flight is not None:  # what it draws is where the next step would look for it
+                flight, self._flight = self._flight, None
+                self._land(flight)
             with self.m.lock, torch.inference_mode():
                 self._runner.warm_up(hold, route)
+
+        try:
+            self._call(warm)
         finally:
             if hold is not None:
                 slots.release(hold)

@@ -9,6 +9,7 @@ import torch
 import molora
 from molora import MoLoRA, RouterConfig, Sampling
 from molora.generation import Grammar
+from molora.serving import captured as captured_module
 from molora.serving import engine as engine_module
 from molora.serving.captured import BUCKETS, Buffers, Capacity
 from molora.serving.engine import Engine, EngineConfig
@@ -33,7 +34,15 @@ def captured(monkeypatch) -> Any:
     def runner(decoder: Any, **options: Any) -> Runner:
         return Runner(decoder, **{**options, "captures": True})
 
+    class Step(captured_module._Step):
+        """Runs before it is run, as capturing does."""
+
+        def __init__(self, forward: Any, *others: Any) -> None:
+            forward()
+            super().__init__(forward, *others)
+
     made: list[Engine] = []
+    monkeypatch.setattr(captured_module, "_Step", Step)
 
     def make(m: MoLoRA, **config: Any) -> Engine:
         with monkeypatch.context() as patch:
