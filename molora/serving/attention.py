@@ -4,8 +4,8 @@ A step's tokens are packed in one row [1, N], sequence after sequence. Each toke
 place in the pool, then each sequence attends to its own blocks. This module knows tensors and tables; not who owns a
 block.
 
-On a CPU each sequence's keys are gathered and torch's own attention runs on them: exactly as many as there are, so that
-what an earlier owner left in a block is never read. On a GPU it is `paged_attention.py`.
+On a CPU torch's own attention runs on each sequence's keys, gathered where they do not stand side by side: exactly as
+many as there are, so that what an earlier owner left in a block is never read. On a GPU it is `paged_attention.py`.
 
 Legend: N tokens, S sequences, M blocks a sequence, P blocks of the pool, B tokens a block, H heads, D head size,
 L keys.
@@ -31,7 +31,7 @@ NAME = "molora_pages"  # transformers gives names that hold "flash", "sdpa", "fl
 
 
 class Pool(NamedTuple):
-    """A layer's keys and values, [P, B, H, D] each."""
+    """A layer's keys and values, [P, B, H, D] each; contiguous on a GPU, head after head on a CPU."""
 
     keys: Tensor
     values: Tensor
@@ -56,6 +56,19 @@ class Pages:
     cu_queries_S1: Tensor | None = None
     num_keys_S: Tensor | None = None
     _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _blocks: dict[tuple[int, int], slice | Tensor] = field(default_factory=dict)
+
+    def read(self, index: int, pool: Pool) -> tuple[Tensor, Tensor]:
+        """The keys and values of a sequence, [H, L, D] each; not copied where its blocks follow one another."""
+        num_keys, block_size = self.spans[index].num_keys, pool.keys.shape[1]
+        blocks = self._blocks.get((index, block_size))
+        if blocks is None:
+            blocks_M = self.tables_SM[index, : -(-num_keys // block_size)]
+            first, last = int(blocks_M[0]), int(blocks_M[-1])
+            follow = bool((blocks_M.diff() == 1).all())
+            self._blocks[index, block_size] = blocks = slice(first, last + 1) if follow else blocks_M
+        keys, values = (of.permute(2, 0, 1, 3)[:, blocks].flatten(1, 2)[:, :num_keys] for of in pool)
+        return keys, values
 
     def mask(self, index: int, window: int | None) -> Tensor | None:
         """Which keys each query of a sequence sees, bool [n, L]; None if it sees them all."""
@@ -134,9 +147,7 @@ def attend(
         if end - first == num_keys:  # nothing came before: what was just made is all there is
             k_HLD, v_HLD = key[0, :, first:end], value[0, :, first:end]
         else:
-            blocks = pages.tables_SM[index, : -(-num_keys // pool.keys.shape[1])]
-            k_HLD = pool.keys[blocks].flatten(0, 1)[:num_keys].transpose(0, 1)
-            v_HLD = pool.values[blocks].flatten(0, 1)[:num_keys].transpose(0, 1)
+            k_HLD, v_HLD = pages.read(index, pool)
         q_HnD = query[0, :, first:end]
         mask_nL = pages.mask(index, sliding_window)
         if mask_nL is not None:

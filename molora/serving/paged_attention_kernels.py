@@ -307,61 +307,70 @@ def _attention_fwd_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys."""
+    """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys.
+
+    All sequences' first splits come first, then all second ones: sequences that begin with the same blocks read them at
+    about the same time, and all but one of them from the L2 cache.
+    """
     TILE_N: tl.constexpr = BLOCK_R // G
     _, num_queries_S, num_keys_S = _load_span(cu_queries_ptr, num_keys_ptr, tl.arange(0, BLOCK_S), N, S)
     splits_S = _count_splits(
         num_queries_S, num_keys_S, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
     )
-    end_S = tl.cumsum(tl.cdiv(num_queries_S, TILE_N) * splits_S, 0)
-    for item in range(tl.program_id(0), tl.max(end_S) * H, tl.num_programs(0)):
-        h, place = item % H, item // H
-        s = tl.sum((end_S <= place).to(tl.int32))
-        place -= tl.max(tl.where(end_S <= place, end_S, 0))
-        first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
-        splits = _count_splits(
-            num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
-        )
-        tiles = tl.cdiv(num_queries, TILE_N)
-        tile, split = tiles - 1 - place % tiles, place // tiles  # the tile with most keys comes first
-        table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
-        for alone in tl.static_range(2):
-            if (num_queries == 1) == (alone == 1):
-                _attend_tile(
-                    q_ptr,
-                    k_ptr,
-                    v_ptr,
-                    table_ptr,
-                    sinks_ptr,
-                    out_ptr,
-                    parts_ptr,
-                    logs_ptr,
-                    q_stride_n,
-                    q_stride_h,
-                    q_stride_d,
-                    inner_scale,
-                    scale,
-                    h,
-                    first,
-                    num_queries,
-                    num_keys,
-                    tile,
-                    split,
-                    splits,
-                    s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
-                    max_splits,
-                    B,
-                    H,
-                    G,
-                    D,
-                    V,
-                    BLOCK_D,
-                    BLOCK_V,
-                    DECODE_R if alone else BLOCK_R,
-                    BLOCK_L,
-                    WINDOW,
-                    SOFTCAP,
-                )
+    tiles_S = tl.cdiv(num_queries_S, TILE_N)
+    start = tl.program_id(0)  # of this program's items among those of a split
+    for split in range(0, tl.max(tl.where(tiles_S > 0, splits_S, 0))):
+        end_S = tl.cumsum(tl.where(splits_S > split, tiles_S, 0), 0)
+        num_items = tl.max(end_S) * H
+        for item in range(start, num_items, tl.num_programs(0)):
+            h, place = item % H, item // H
+            s = tl.sum((end_S <= place).to(tl.int32))
+            place -= tl.max(tl.where(end_S <= place, end_S, 0))
+            first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
+            splits = _count_splits(
+                num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
+            )
+            tile = tl.cdiv(num_queries, TILE_N) - 1 - place  # the one with most keys comes first
+            table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
+            for alone in tl.static_range(2):
+                if (num_queries == 1) == (alone == 1):
+                    _attend_tile(
+                        q_ptr,
+                        k_ptr,
+                        v_ptr,
+                        table_ptr,
+                        sinks_ptr,
+                        out_ptr,
+                        parts_ptr,
+                        logs_ptr,
+                        q_stride_n,
+                        q_stride_h,
+                        q_stride_d,
+                        inner_scale,
+                        scale,
+                        h,
+                        first,
+                        num_queries,
+                        num_keys,
+                        tile,
+                        split,
+                        splits,
+                        s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
+                        max_splits,
+                        B,
+                        H,
+                        G,
+                        D,
+                        V,
+                        BLOCK_D,
+                        BLOCK_V,
+                        DECODE_R if alone else BLOCK_R,
+                        BLOCK_L,
+                        WINDOW,
+                        SOFTCAP,
+                    )
+        num_taken = tl.cdiv(tl.maximum(num_items - start, 0), tl.num_programs(0))
+        start += num_taken * tl.num_programs(0) - num_items
 
 
 @triton.jit(do_not_specialize=_CAPACITIES)

@@ -73,7 +73,7 @@ def test_an_adapter_of_ours_in_peft(load, in_peft, small, random_ids, base_model
     got, routes = m.logits(ids_BT, [0, 0], route="x")
     assert close(got, expected)
     assert not torch.allclose(got, m.model(ids_BT).logits, atol=0.1), "the adapter does something"
-    assert routes == [[[("x", 1.0)]] * 20] * 2
+    assert routes == [[(("x", 1.0),)] * 20] * 2
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
