@@ -67,7 +67,7 @@ def parse_arguments(on_gpu: bool) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=list(DTYPES), help="likewise (default bfloat16, float32 on a CPU)")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each measurement (default 5)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file to write")
+    parser.add_argument("--out", type=Path, help="a JSON file to write; a table in Markdown comes beside it")
     args = parser.parse_args()
     args.suite = args.suite or (list(RANDOM) if on_gpu else ["cpu"])
     if args.repeats < 2:

@@ -20,6 +20,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 SUITES = ["cpu", "decode", "mixed", "invoke", "conversation", "counters", "plain", "load"]
 TIMEOUT_S = 300
+HEAD = {
+    **{"command": "bench", "device": "here", "versions": {"torch": "2", "cuda": None}, "commit": "abc"},
+    **{"shape": "tiny", "dtype": "float32"},
+}
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}  # nothing here is large enough to share
 
 
@@ -252,7 +256,7 @@ def test_the_floors_are_those_of_llama_8b(module: Modules) -> None:
 
 
 def test_a_figure_is_held_against_its_target(module: Modules, tmp_path: Path) -> None:
-    report = module("figures").Report({"device": "here"}, tmp_path / "out.json")
+    report = module("figures").Report(HEAD, tmp_path / "out.json")
     report.suite = "decode"
     report.add("fast enough", 0.95, "x", at_least=0.9, step_ms=4.0)
     report.add("too slow", 1.5, "x", at_most=1.25)
@@ -271,6 +275,9 @@ def test_a_figure_is_held_against_its_target(module: Modules, tmp_path: Path) ->
         ["decode", "too", "slow", "1.5", "x", "<=", "1.25", "NO"],
         ["decode", "told", "1234", "GB/s", "-"],
     ]
+    page = (tmp_path / "out.md").read_text()
+    assert "tiny in float32 on here, commit abc. torch 2." in page
+    assert "| decode | too slow | 1.5 | x | <= 1.25 | NO |" in page
 
 
 def test_sides_take_turns_after_a_warm_up(module: Modules) -> None:

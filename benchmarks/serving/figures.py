@@ -81,18 +81,36 @@ class Report:
         return self._head | {"checks": self.checks, "figures": figures}
 
     def write(self) -> None:
+        """The JSON, and beside it the table."""
         if self._out is not None:
             self._out.write_text(json.dumps(self.to_json(), indent=2) + "\n", encoding="utf-8")
+            self._out.with_suffix(".md").write_text(self.page(), encoding="utf-8")
+
+    def page(self) -> str:
+        """What was measured and on what, in Markdown."""
+        head, *rows = self._lines()
+        versions = ", ".join(f"{name} {version}" for name, version in self._head["versions"].items() if version)
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+        return (
+            f"`{self._head['command']}`\n\n{self._head['shape']} in {self._head['dtype']} on {self._head['device']}, "
+            f"commit {self._head['commit']}. {versions}.\n\n{table}\n"
+        )
 
     def table(self) -> str:
-        words = {True: "yes", False: "NO", None: ""}
-        lines = [["suite", "figure", "value", "unit", "target", "reached"]]
-        lines += [
-            [each.suite, each.name, _number(each.value), each.unit, each.target, words[each.reached]]
-            for each in self.figures
-        ]
+        """For a terminal."""
+        lines = self._lines()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join("  ".join(map(_pad, cells, widths, range(len(cells)))).rstrip() for cells in lines)
+
+    def _lines(self) -> list[list[str]]:
+        words = {True: "yes", False: "NO", None: ""}
+        return [
+            ["suite", "figure", "value", "unit", "target", "reached"],
+            *(
+                [each.suite, each.name, _number(each.value), each.unit, each.target, words[each.reached]]
+                for each in self.figures
+            ),
+        ]
 
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
