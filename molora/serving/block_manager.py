@@ -145,10 +145,16 @@ class BlockManager:
     def keys(self, token_ids: Sequence[int], source: Source) -> list[bytes]:
         """The keys of a sequence's full blocks, after the one that stands before the first. Any thread may ask."""
         size = self.block_size
-        keys = [_hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)]
+        key = _hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)
+        keys = [key]
         data = (token_ids if isinstance(token_ids, array) else array("q", token_ids)).tobytes()
-        for first in range(0, len(token_ids) - size + 1, size):
-            keys.append(_key(keys[-1], data[8 * first : 8 * (first + size)], source.suffix(first, size)))
+        num_blocks = len(token_ids) // size
+        num_base = min(num_blocks, source.activation_start // size)
+        for index in range(num_base):  # a long history has many of them
+            keys.append(key := _key(key, data[8 * size * index : 8 * size * (index + 1)], b""))
+        for index in range(num_base, num_blocks):
+            suffix = source.suffix(index * size, size)
+            keys.append(key := _key(key, data[8 * size * index : 8 * size * (index + 1)], suffix))
         return keys
 
     def open(self, token_ids: Sequence[int], source: Source, keys: Sequence[bytes] | None = None) -> BlockTable:
