@@ -163,7 +163,11 @@ def test_stopping_it_while_it_loads_is_no_error(monkeypatch, capsys):
         time.sleep(5)
 
     monkeypatch.setattr("molora.load", load)
-    assert cli.main(["--bank", "banks/demo", "--port", "0"]) == 130
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    try:
+        assert cli.main(["--bank", "banks/demo", "--port", "0"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == ""
 
 
