@@ -20,7 +20,8 @@ class Grammar:
     """What an answer must match, from its first character to its last.
 
     A regular expression means what it does in Python with `re.ASCII`, without look-around, backreferences and `\\b`;
-    where llguidance, which follows it, has another syntax (that of Rust's `regex`), it is refused.
+    where llguidance, which follows it, has another syntax (that of Rust's `regex`), it is refused. Only the flag i goes
+    further: it joins letters beyond ASCII as well.
     A schema is JSON Schema, and refused where it asks for something that cannot be enforced. Objects that name
     properties have no others, unless `additionalProperties` says so; properties come in the order of the schema, and
     there are at most 24 spaces or line breaks in a row.
@@ -177,7 +178,8 @@ class Generation:
         num_prompt_tokens, num_generated_tokens: they add up to `len(token_ids)`.
         activation_start: index of the first token on which adapters could act; None if the base ran alone.
         num_reused_tokens: prompt tokens whose keys and values came from the cache.
-        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats.
+        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats; but
+            not one that was computed ahead and thrown away.
         num_recomputed_tokens: base tokens that were computed although a whole block that held them could be found: 0.
             (Where no block is free to copy into, up to a block of the last ones is computed and not counted here.)
         num_reencoded_tokens: tokens that an earlier request computed as active and this one once as base.

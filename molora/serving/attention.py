@@ -45,7 +45,7 @@ class Pages:
         pools: of each layer by its index.
         places_N: int64, block * B + offset. Tokens that are not to be kept go to the pool's last block, nobody's.
         tables_SM: int32, the blocks of each sequence.
-        spans: of each sequence; on a GPU only their number counts.
+        spans: of each sequence; not used on a GPU.
         cu_queries_S1, num_keys_S: int32, the spans on the device; None on a CPU.
     """
 

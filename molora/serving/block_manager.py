@@ -145,16 +145,13 @@ class BlockManager:
     def keys(self, token_ids: Sequence[int], source: Source) -> list[bytes]:
         """The keys of a sequence's full blocks, after the one that stands before the first. Any thread may ask."""
         size = self.block_size
-        key = _hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)
-        keys = [key]
+        keys = [_hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)]
         data = (token_ids if isinstance(token_ids, array) else array("q", token_ids)).tobytes()
         num_blocks = len(token_ids) // size
         num_base = min(num_blocks, source.activation_start // size)
-        for index in range(num_base):  # a long history has many of them
-            keys.append(key := _key(key, data[8 * size * index : 8 * size * (index + 1)], b""))
-        for index in range(num_base, num_blocks):
-            suffix = source.suffix(index * size, size)
-            keys.append(key := _key(key, data[8 * size * index : 8 * size * (index + 1)], suffix))
+        for index in range(num_blocks):
+            suffix = b"" if index < num_base else source.suffix(index * size, size)
+            keys.append(_key(keys[-1], data[8 * size * index : 8 * size * (index + 1)], suffix))
         return keys
 
     def open(self, token_ids: Sequence[int], source: Source, keys: Sequence[bytes] | None = None) -> BlockTable:
@@ -221,12 +218,19 @@ class BlockManager:
         table.copies.clear()
 
     def commit(
-        self, table: BlockTable, token_ids: Sequence[int], num_computed: int, notes: Sequence[object] | None = None
+        self,
+        table: BlockTable,
+        token_ids: Sequence[int],
+        num_computed: int,
+        notes: Sequence[object] | None = None,
+        *,
+        step: int | None = None,
     ) -> None:
         """The keys and values of the first num_computed tokens are in the table's blocks: let others find them.
 
         Args:
             notes: one on each of those tokens; None is no note on any.
+            step: the one that computed them; the last one that was planned if None.
 
         Raises:
             ValueError: fewer than before, more than there are tokens, or more than the blocks hold.
@@ -246,7 +250,7 @@ class BlockManager:
             block.token_ids, block.source = tuple(token_ids[first:end]), table.source
             block.notes = (None,) * (end - first) if notes is None else tuple(notes[first:end])
             if first >= before:
-                block.begun = self.step
+                block.begun = self.step if step is None else step
             is_active = end > table.source.activation_start
             if block.parent is None:
                 block.parent = table.keys[index]
@@ -282,7 +286,8 @@ class BlockManager:
         table.base_keys.append(base_key)
         if table.coming and table.coming[0] == key:
             self._arrived(table.coming.pop(0))
-        holder = self._blocks[self._by_key.setdefault(key, number)]
+        other = self._by_key.setdefault(key, number)
+        holder = self._blocks[other]
         if holder is block:
             block.key, block.found_since = key, self.step
             return
@@ -291,8 +296,11 @@ class BlockManager:
             table.num_recomputed += size
         if holder.num_users:
             self._unlink(number)  # one of a kind is enough to find
-        else:  # the one that nobody uses may be evicted
-            holder.key, block.key, block.found_since = None, key, holder.found_since
+        else:  # nobody uses the other one
+            block.key, block.found_since = key, holder.found_since
+            self._idle.pop(other)
+            self._forget(other)
+            self._empty.append(other)
             self._by_key[key] = number
 
     def _arrived(self, key: bytes) -> None:

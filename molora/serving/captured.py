@@ -193,7 +193,7 @@ class CapturedSteps:
         self._num_ids = num_ids
         self._buffers: dict[int, Buffers] = {}
         self._steps: dict[tuple[int, Kind], _Step] = {}
-        # One step's outputs are read before the next one runs, so that all graphs may use the same memory.
+        # One step's outputs are read, or sent to the host, before the next one runs: all graphs may use one memory.
         self._memory = torch.cuda.graph_pool_handle() if decoder.device.type == "cuda" else None
         self.last_S = torch.zeros(max_sequences, dtype=torch.long, device=decoder.device)
 

@@ -14,6 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,7 +105,7 @@ class EngineStats:
 
     Attributes:
         num_cached_tokens: prompt tokens whose keys and values were found.
-        num_computed_tokens: rows that entered layer 0.
+        num_computed_tokens: rows that entered layer 0, but for those that were computed ahead and thrown away.
         num_recomputed_tokens: base tokens that were computed while they could be found: 0.
         num_reencoded_tokens: tokens that were found as active ones only, and computed once as base.
         num_replayed_tokens: tokens computed again after preemption.
@@ -167,7 +168,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._closed = False
         self._answers: dict[Tokens, Answer] = {}
-        self._flight: _Flight | None = None
+        self._launched: _Launched | None = None  # the step in flight
         self._num_submitted = 0  # that the thread has not seen yet
 
     @property
@@ -181,6 +182,8 @@ class Engine:
 
     def warm_up(self) -> None:
         """On a GPU, compile and capture what most steps need, so that no request waits for it; this takes a minute."""
+        if not self.captures:
+            return
         slots, hold, route = self.m.slots, None, BASE
         names = ["auto"] if self.m.bank.has_router else list(slots.current.adapters)[:1]
         if names:
@@ -188,9 +191,7 @@ class Engine:
             hold = slots.acquire(route)
 
         def warm() -> None:
-            if self._flight is not None:  # what it draws is where the next step would look for it
-                flight, self._flight = self._flight, None
-                self._land(flight)
+            self._land()  # what it draws is where the next step would look for it
             with self.m.lock, torch.inference_mode():
                 self._runner.warm_up(hold, route)
 
@@ -399,7 +400,7 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._wake:
-                while not self._inbox and not self._answers and self._flight is None:
+                while not self._inbox and not self._answers and self._launched is None:
                     if not self._wake.wait(IDLE_S) and not self._inbox:
                         self._thread = None
                         return
@@ -410,7 +411,7 @@ class Engine:
                     action()
                 except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
                     logger.exception("the engine failed beside the model")
-                    self._flight = None
+                    self._land_nowhere()
                     self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
                     self._forget()
 
@@ -445,22 +446,24 @@ class Engine:
 
     def _step(self) -> None:
         """Launch the next step, and see to what the last one left, in this order where that can be."""
-        last, self._flight = self._flight, None
-        if last is not None and not (last.step.is_landed or self._scheduler.can_run_ahead):
-            self._land(last)
+        last = self._launched
+        if last is not None and not self._scheduler.can_run_ahead:
+            self._land()
             last = None
-        if self._answers:
-            self._flight = self._launch(is_alone=last is None)
+        step = self._launch(is_alone=last is None) if self._answers else None
         if last is not None:
-            self._land(last)
-        if self._flight is not None and self._flight.step.is_landed:
-            last, self._flight = self._flight, None
-            self._land(last)
+            self._land()
+        self._launched = step
+        if step is not None and step.flight.is_landed:
+            self._land()
 
-    def _launch(self, *, is_alone: bool) -> _Flight | None:
+    def _launch(self, *, is_alone: bool) -> _Launched | None:
         """
         Args:
             is_alone: no step is in flight, so that somebody can run.
+
+        Returns:
+            None if nobody can run now, or the launch failed.
         """
         works = self._scheduler.plan()
         if not works:
@@ -474,24 +477,28 @@ class Engine:
                 rows = [self._row(work, answer) for work, answer in zip(works, answers, strict=True)]
                 drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
                 draws = [answer.draw(answer.tokens.num_pending - 1) for answer in drawing]
-                step = self._runner.launch(rows, draws)
+                flight = self._runner.launch(rows, draws)
         except Exception as error:  # whatever a model may raise, out of memory included
+            self._land()  # whoever ends with that step did not need this one
             self._fail_step(answers, error)
             return None
         for place, answer in enumerate(drawing):
             answer.place = place
-        return _Flight(works, answers, step)
+        return _Launched(works, answers, flight)
 
-    def _land(self, flight: _Flight) -> None:
-        """See to what a step left; for answers that ended meanwhile that is nothing."""
+    def _land(self) -> None:
+        """See to what the step in flight left, if there is one; for answers that ended meanwhile that is nothing."""
+        step, self._launched = self._launched, None
+        if step is None:
+            return
         try:
-            out = flight.step.land()
+            out = step.flight.land()
         except Exception as error:
-            self._fail_step(flight.answers, error)
+            self._fail_step(step.answers, error)
             return
         self._counts["num_steps"] += 1
         drawn = iter(out.drawn)
-        for index, (work, answer) in enumerate(zip(flight.works, flight.answers, strict=True)):
+        for index, (work, answer) in enumerate(zip(step.works, step.answers, strict=True)):
             token = next(drawn) if work.draws else None
             if answer.tokens not in self._answers:
                 continue
@@ -503,6 +510,13 @@ class Engine:
                 except Exception as error:  # of its text or its grammar: its own matter
                     logger.exception("an answer could not go on")
                     self._fail([answer], EngineError(f"the answer could not go on: {one_line(error)}"))
+
+    def _land_nowhere(self) -> None:
+        """Let the step in flight end, and forget it: the next one may use its buffers."""
+        step, self._launched = self._launched, None
+        if step is not None:
+            with suppress(Exception):
+                step.flight.land()
 
     def _fail_step(self, answers: Sequence[Answer], error: Exception) -> None:
         """Only this step's requests end."""
@@ -587,12 +601,12 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class _Flight:
-    """A step that was launched: whose parts it has."""
+class _Launched:
+    """A step and whose parts it has."""
 
     works: list[Work]
     answers: list[Answer]
-    step: Flight
+    flight: Flight
 
 
 def _table(work: Work) -> BlockTable:

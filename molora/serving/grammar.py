@@ -229,6 +229,8 @@ class _SchemaReader:
             return schema
         if not isinstance(schema, dict):
             raise self._refusal(path, f"is {one_line(json.dumps(schema))}; expected a schema")
+        if path != "#" and (ids := schema.keys() & {"$id", "id"}):  # references below it would start there
+            raise self._refusal(path, f"has {min(ids)}, which is only supported for the whole schema")
         out: dict[str, Any] = {}
         for key, value in schema.items():
             if key in KNOWN:
@@ -298,22 +300,27 @@ class _SchemaReader:
 
 
 _CONTROL = re.compile(r"(?<!\\)(\\\\)*\\u00(?:[01]|7f)")  # as json.dumps writes them
-_PIECE = re.compile(r"\\.|\(\?[a-zA-Z]*x|\[\^?\]?(?:\\.|[^]\\])*", re.DOTALL)
+_PIECE = re.compile(r"\\.|\(\?[a-zA-Z]*[xuUR]|\[\^?\]?(?:\\.|[^]\\])*|[*+?}]\+|\{(?=[^}]*\s)[\d,\s]*\}", re.DOTALL)
 
 
 def check_regex(text: str) -> None:
     """Refuse what llguidance would read in another way than Python and JavaScript do.
 
     Raises:
-        ValueError: it has nested sets, operations on sets, the flag x, or ends in a backslash.
+        ValueError: it has nested sets, operations on sets, possessive quantifiers, spaces in a count, a flag that is
+            not i, m or s, or ends in a backslash.
     """
     if (len(text) - len(text.rstrip("\\"))) % 2:
         raise ValueError("the regular expression ends in a backslash.")
     for piece in _PIECE.findall(text):
-        if piece[:2] == "(?" or (piece[0] == "[" and re.search(r"&&|--|~~|\[", re.sub(r"\\.", "", piece[1:]))):
+        if piece[0] == "[" and re.search(r"&&|--|~~|\[", re.sub(r"\\.", "", piece[1:])):
             raise ValueError(
-                "the regular expression has '[', '&&', '--' or '~~' in a set, or the flag x; put a backslash before "
-                "each such character of a set."
+                "the regular expression has '[', '&&', '--' or '~~' in a set; put a backslash before each character."
+            )
+        if piece[0] not in "[\\":
+            raise ValueError(
+                f"the regular expression has {piece!r}; flags other than i, m and s, possessive quantifiers and spaces "
+                "in counts are not supported."
             )
 
 

@@ -102,7 +102,7 @@ class Runner:
         Args:
             num_bytes: for the pool of keys and values.
             max_step_tokens, max_sequences: of a step.
-            captures: small steps run as graphs on static buffers, and siblings are merged: on a GPU.
+            captures: siblings are merged, layers compiled, and small steps run as graphs on static buffers: on a GPU.
 
         Raises:
             ValueError: they hold no block.

@@ -60,6 +60,7 @@ class Work:
     Attributes:
         first: the first token that is computed.
         num_tokens: how many are.
+        step: its number, as the block manager counts.
         draws: whether they reach the last token, so that the next one is drawn from its logits.
         writes: False where the whole sequence was found: its last token runs again for its logits alone.
         copies: of blocks, to be done before the step.
@@ -68,6 +69,7 @@ class Work:
     sequence: Sequence
     first: int
     num_tokens: int
+    step: int
     draws: bool
     writes: bool = True
     copies: tuple[Copy, ...] = ()
@@ -179,7 +181,8 @@ class Scheduler:
         sequence.num_pending -= work.draws
         if work.writes:
             sequence.num_in_flight -= work.num_tokens
-            self._blocks.commit(table, sequence.token_ids, work.first + work.num_tokens, sequence.notes)
+            end = work.first + work.num_tokens
+            self._blocks.commit(table, sequence.token_ids, end, sequence.notes, step=work.step)
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a running sequence is about to compute the next block that this one needs."""
@@ -225,15 +228,15 @@ class Scheduler:
                 return None
         return work
 
-    @staticmethod
-    def _cut(sequence: Sequence, room: int) -> Work:
+    def _cut(self, sequence: Sequence, room: int) -> Work:
         assert sequence.table is not None
+        step = self._blocks.step
         num_tokens = len(sequence.token_ids) + sequence.num_pending
         num_computed = sequence.table.num_computed + sequence.num_in_flight
         if num_computed == num_tokens:
-            return Work(sequence, num_tokens - 1, 1, draws=True, writes=False)
+            return Work(sequence, num_tokens - 1, 1, step, draws=True, writes=False)
         chunk = min(room, num_tokens - num_computed)
-        return Work(sequence, num_computed, chunk, draws=num_computed + chunk == num_tokens)
+        return Work(sequence, num_computed, chunk, step, draws=num_computed + chunk == num_tokens)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.num_preempted += 1

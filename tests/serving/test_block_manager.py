@@ -352,3 +352,23 @@ def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
 
 def test_never_is_beyond_any_context() -> None:
     assert BASE.activation_start == NEVER > 10**12
+
+
+def test_a_block_whose_place_another_one_takes_is_found_by_nothing() -> None:
+    """Two that hold the same tokens: the first one's sequence has ended when the second one is full."""
+    manager = BlockManager(4, 2)
+    tables = [manager.open([0, 1], Source()) for _ in range(2)]
+    for table in tables:
+        manager.grow(table, 2)
+    for table in tables:
+        manager.step += 1
+        manager.commit(table, [0, 1], 2)
+        manager.close(table)
+    for ids in ([0, 2], [7] * 4, [0, 1, 5]):
+        table = manager.open(ids, Source())
+        assert manager.grow(table, len(ids))
+        manager.copied(table)
+        manager.commit(table, ids, len(ids))
+        assert len(table.keys) == 1 + len(ids) // 2
+        manager.close(table)
+    assert manager.num_free == 4

@@ -14,8 +14,8 @@ from molora.serving import engine as engine_module
 from molora.serving.captured import BUCKETS, Buffers, Capacity
 from molora.serving.engine import Engine, EngineConfig
 from molora.serving.packing import Row, pack
-from molora.serving.request import Request
-from molora.serving.runner import Runner
+from molora.serving.request import EngineError, Request
+from molora.serving.runner import Flight, Runner
 from molora.serving.sampling import Draw
 from molora.slots import ResolvedRoute
 
@@ -119,6 +119,41 @@ def test_steps_that_are_launched_ahead_change_no_answer(make_bank, key_router, c
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks
     assert stats.num_recomputed_tokens == 0
+
+
+def test_a_step_that_fails_takes_no_answer_with_it_that_had_ended(make_bank, captured, random_ids, tmp_path):
+    """The end token comes out of step k; step k + 1, which it is in as well, cannot be launched, or fails later."""
+    engine = captured(molora.load(make_bank(tmp_path), device=DEVICE, dtype="float32"), max_sequences=4)
+    sampling = Sampling(max_new_tokens=7, ignore_eos=True)
+    request = Request(prompt=random_ids(9), route="base", sampling=sampling)
+    (whole,) = engine.generate(request)
+    ended = replace(sampling, stop_token_ids=(whole.generated_ids[3],))
+    num_steps = whole.generated_ids.index(whole.generated_ids[3]) + 1
+    launch = engine._runner.launch
+    num_launches, fails_late = 0, False
+
+    def failing(*step: Any) -> Flight:
+        nonlocal num_launches
+        num_launches += 1
+        if num_launches <= num_steps:
+            return launch(*step)
+        if fails_late:
+            return Flight(None, lambda: 1 / 0)
+        raise RuntimeError("out of memory")
+
+    engine._runner.launch = failing
+    for late in (False, True):
+        num_launches, fails_late = 0, late
+        engine.clear_cache()
+        (out,) = engine.generate(replace(request, sampling=ended))
+        assert out.finish_reason == "stop"
+        assert num_launches == num_steps + 1
+        with pytest.raises(EngineError, match="the step failed"):
+            engine.generate(request)
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks
+    engine._runner.launch = launch
+    assert engine.generate(request)[0].generated_ids == whole.generated_ids
 
 
 def row(num_tokens: int, first: int, *, draws: bool = True, names: tuple[str, ...] = ()) -> Row:

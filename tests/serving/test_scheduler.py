@@ -23,9 +23,17 @@ class Model:
     """
 
     def __init__(
-        self, num_blocks: int, max_step_tokens: int, max_sequences: int, *, runs_ahead: bool = False, end_id: int = -1
+        self,
+        num_blocks: int,
+        max_step_tokens: int,
+        max_sequences: int,
+        *,
+        runs_ahead: bool = False,
+        end_id: int = -1,
+        block_size: int = BLOCK_SIZE,
     ) -> None:
-        self.blocks = BlockManager(num_blocks, BLOCK_SIZE)
+        self.block_size = block_size
+        self.blocks = BlockManager(num_blocks, block_size)
         self.num_blocks, self.max_step_tokens = num_blocks, max_step_tokens
         self.scheduler = Scheduler(self.blocks, max_step_tokens=max_step_tokens, max_sequences=max_sequences)
         self.runs_ahead, self.end_id = runs_ahead, end_id
@@ -63,13 +71,13 @@ class Model:
         end = work.first + work.num_tokens
         for position in range(work.first, end):
             if work.writes:
-                block = table.blocks[position // BLOCK_SIZE]
+                block = table.blocks[position // self.block_size]
                 is_active = position >= sequence.source.activation_start
-                self.cache[block, position % BLOCK_SIZE] = ids[position], is_active and sequence.source
+                self.cache[block, position % self.block_size] = ids[position], is_active and sequence.source
                 self.num_computed += 1
         if work.draws:
             assert end == len(ids)
-            read = [self.cache[table.blocks[p // BLOCK_SIZE], p % BLOCK_SIZE] for p in range(end)]
+            read = [self.cache[table.blocks[p // self.block_size], p % self.block_size] for p in range(end)]
             self.pending[sequence].append(draw(read, sequence.source))
 
     def land(self, works: list[Work]) -> None:
@@ -246,20 +254,23 @@ ARRIVALS = st.lists(
 
 @given(
     arrivals=ARRIVALS,
-    num_blocks=st.sampled_from([7, 9, 40]),
+    num_places=st.sampled_from([21, 27, 120]),
+    block_size=st.sampled_from([1, 2, 3]),
     sizes=st.sampled_from([(3, 3), (5, 2), (30, 8)]),
     runs_ahead=st.booleans(),
     end_id=st.sampled_from([-1, 2]),
 )
-@settings(max_examples=600, deadline=None, derandomize=True)
+@settings(max_examples=1500, deadline=None, derandomize=True)
 def test_whatever_happens_beside_it_a_sequence_ends_as_alone(
     arrivals: list[tuple[int, list[int], int, Source, int]],
-    num_blocks: int,
+    num_places: int,
+    block_size: int,
     sizes: tuple[int, int],
     runs_ahead: bool,
     end_id: int,
 ) -> None:
-    model = Model(num_blocks, *sizes, runs_ahead=runs_ahead, end_id=end_id)
+    num_blocks = num_places // block_size
+    model = Model(num_blocks, *sizes, runs_ahead=runs_ahead, end_id=end_id, block_size=block_size)
     expected: list[tuple[Sequence, list[int], int]] = []
     for wait, ids, num_new, source, patience in arrivals:
         for _ in range(wait):
