@@ -178,8 +178,8 @@ class Generation:
         num_prompt_tokens, num_generated_tokens: they add up to `len(token_ids)`.
         activation_start: index of the first token on which adapters could act; None if the base ran alone.
         num_reused_tokens: prompt tokens whose keys and values came from the cache.
-        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats; but
-            not one that was computed ahead and thrown away.
+        num_computed_tokens: rows that entered layer 0: prompt - reused + generated - 1, and what preemption repeats,
+            but not one that was computed ahead and thrown away.
         num_recomputed_tokens: base tokens that were computed although a whole block that held them could be found: 0.
             (Where no block is free to copy into, up to a block of the last ones is computed and not counted here.)
         num_reencoded_tokens: tokens that an earlier request computed as active and this one once as base.
