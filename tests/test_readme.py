@@ -95,6 +95,18 @@ def test_the_figures_of_the_card_are_those_that_were_measured() -> None:
         assert router == json.loads((REPOSITORY / "banks/smollm2-demo/molora.json").read_text())["router"]["digest"]
 
 
+def test_the_speed_of_the_engine_is_what_was_measured() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/serving-cpu.json").read_text())
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    alone = values["base: 1 client, 32 tokens of context, of generate's tokens/s at batch 1"]
+    together = values["base: 8 clients, of generate's tokens/s at batch 1"]
+    invoked = values["adapter invoked after 7936 tokens, times sooner than reading again"]
+    words = " ".join(README.split())
+    assert f"{alone:.2f} of the tokens per second of transformers' own `generate`" in words
+    assert f"eight at once {together:.2f} times as many" in words
+    assert f"writes its first token {invoked:.0f} times sooner" in words
+
+
 def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     figures = json.loads((REPOSITORY / "banks/smollm2-demo/results/decode_cpu.json").read_text())
     assert figures["num_threads"] == 2
