@@ -1,4 +1,4 @@
-"""Routed linears that read one input (q, k and v; gate and up), merged: one product with their weights side by side,
+"""Linears that read one input (q, k and v; gate and up), merged: one product with their weights side by side,
 and one product with all their adapters' A.
 
 Each keeps its own module, whose weights become views of the merged ones: names, slots and state dicts stay as they are.
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from molora_kernels import routed_linears
 from torch import Tensor, nn
 
+from molora.injection import linears_of_layers
 from molora.linear import RoutedLinear
+from molora.routing import Routes
 
 
 class Siblings:
@@ -109,6 +111,19 @@ def merge_siblings(linears: Mapping[str, RoutedLinear], forward: Callable[[], An
             stack.callback(linear.register_forward_pre_hook(note(path)).remove)
         forward()
     return [Siblings([linears[path] for path in paths]) for paths in _groups(calls) if _agree(linears, paths)]
+
+
+def with_others(model: nn.Module, linears: Mapping[str, RoutedLinear]) -> dict[str, RoutedLinear]:
+    """Those and the other linears of the decoder's layers, by module path: these become routed ones without slots, so
+    that they can be merged as well.
+    """
+    everyone, routes = dict(linears), Routes(0)
+    for path in sorted(linears_of_layers(model)):
+        linear = model.get_submodule(path)
+        if type(linear) is nn.Linear:  # and none that computes in a way of its own
+            everyone[path] = RoutedLinear(linear, routes, num_slots=0, max_rank=1)
+            model.set_submodule(path, everyone[path])
+    return everyone
 
 
 def _groups(calls: Iterable[tuple[str, Tensor]]) -> list[list[str]]:

@@ -27,7 +27,7 @@ from molora.serving.compiled import CompiledLayers, compile_layers
 from molora.serving.packing import Packed, PackedRoutes, Row, Span, pack
 from molora.serving.report import Report, read_report, write_report
 from molora.serving.sampling import Draw, draw, logprobs_of, read_logprobs
-from molora.siblings import merge_siblings
+from molora.siblings import merge_siblings, with_others
 from molora.slots import BASE, Hold, ResolvedRoute, read_route
 
 Candidates = tuple[tuple[str, float], ...]
@@ -128,7 +128,7 @@ class Runner:
         self._captured: CapturedSteps | None = None
         self._layers = CompiledLayers({}, {}, "")
         if captures:
-            merge_siblings(decoder.linears, self._ask_for_shapes)
+            merge_siblings(with_others(decoder.model, decoder.linears), self._ask_for_shapes)
             backend = "inductor" if decoder.device.type == "cuda" else "aot_eager"  # the latter shows that it can be
             pool_of = {module: self._pools[layer] for layer, module in shapes.modules.items()}
             self._layers = CompiledLayers(compile_layers(decoder.model, backend), pool_of, type(decoder.model).__name__)

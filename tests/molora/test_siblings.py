@@ -7,7 +7,7 @@ from torch import nn
 from molora.adapter import LoraWeights
 from molora.linear import RoutedLinear
 from molora.routing import RouteRecord, Routes
-from molora.siblings import Siblings, merge_siblings
+from molora.siblings import Siblings, merge_siblings, with_others
 
 WIDTHS = (24, 8, 10)
 
@@ -116,8 +116,11 @@ def test_a_model(make_bank, key_router, random_ids, tmp_path, architecture):
     m = molora.load(make_bank(tmp_path, router=key_router(), architecture=architecture), device="cpu", dtype="float32")
     ids = random_ids(20)
     expected = {route: m.logits([ids], [5], route=route) for route in ("base", "x", "auto")}
-    merged = merge_siblings(m.decoder.linears, lambda: m.logits([ids], [0], route="x"))
-    assert [len(each.out_features) for each in merged] == [3, 2] * 3
+    linears = with_others(m.model, m.decoder.linears)
+    assert set(linears) > set(m.decoder.linears), "layer 0 has no adapters"
+    merged = merge_siblings(linears, lambda: m.logits([ids], [0], route="x"))
+    assert [len(each.out_features) for each in merged] == [3, 2] * 4
+    assert with_others(m.model, m.decoder.linears) == m.decoder.linears, "nothing is left to be changed"
     for route, (logits, routes) in expected.items():
         got, got_routes = m.logits([ids], [5], route=route)
         assert torch.allclose(got, logits, atol=1e-3)
