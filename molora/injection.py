@@ -116,8 +116,9 @@ class RoutedDecoder:
         """
         if adapter is not None:
             self.check_fits(adapter)
-        for path, linear in self.linears.items():
-            linear.set_slot(slot, None if adapter is None else adapter.weights.get(path))
+        with _beside(self.device):
+            for path, linear in self.linears.items():
+                linear.set_slot(slot, None if adapter is None else adapter.weights.get(path))
 
     def set_columns(self, version: int, slots: Sequence[int]) -> None:
         """In this version of the bank, the slots of the router's columns 1, 2, ...; without a router, nothing."""
@@ -178,6 +179,19 @@ class RoutedDecoder:
             if linear is None:
                 raise ValueError(f"the adapter acts on {path!r}, which has no adapter slots.")
             check_shape(path, (weights.b_OR.shape[0], weights.a_RI.shape[1]), linear)
+
+
+@contextmanager
+def _beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, on a stream of its own, after what was sent before it: others do not wait for this, but the caller."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
 
 
 def text_config(model: nn.Module) -> Any:
