@@ -114,7 +114,7 @@ class Buffers:
     def fill(self, packed: Packed, draws: Sequence[Draw], nobodys: int) -> None:
         """Write a step and what pads it, and send it."""
         staged, host = next(self._turns)
-        n, s = len(packed.ids_N), len(packed.spans)
+        n = len(packed.ids_N)
         for name, values, padding in (
             ("ids_N", packed.ids_N, 0),
             ("follows_N", packed.follows_N, -1),
@@ -122,10 +122,7 @@ class Buffers:
             ("places_N", packed.places_N, nobodys),
         ):
             host[name][:n], host[name][n:] = values, padding
-        host["cu_queries_S1"][1 : s + 1] = [span.end for span in packed.spans]
-        host["cu_queries_S1"][s + 1 :] = n
-        host["num_keys_S"][:s], host["num_keys_S"][s:] = [span.num_keys for span in packed.spans], 0
-        host["tables_SM"][:s, : packed.tables_SM.shape[1]] = packed.tables_SM
+        write_tables(packed, host["tables_SM"], host["cu_queries_S1"], host["num_keys_S"])
         num_kept = len(packed.kept)
         host["kept_S"][:num_kept], host["kept_S"][num_kept:] = packed.kept, 0
         host["start_N"][:] = NEVER
@@ -207,19 +204,15 @@ class CapturedSteps:
             and (packed.routes is None or packed.routes.slots_NK.shape[1] <= self._num_adapters)
         )
 
-    def tables(self, packed: Packed) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    def tables(self, packed: Packed) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """The blocks [S, M], first queries [S + 1] and keys [S] of a step that is not captured, padded to what buffers
         hold: then what is compiled for one serves all.
         """
         num_sequences, num_blocks = packed.tables_SM.shape
         s, m = max(num_sequences, self._max_sequences), max(num_blocks, self._max_blocks)
-        tables_SM = np.zeros((s, m), np.int64)
-        tables_SM[:num_sequences, :num_blocks] = packed.tables_SM
-        cu_queries_S1, num_keys_S = np.zeros(s + 1, np.int64), np.zeros(s, np.int64)
-        cu_queries_S1[1 : num_sequences + 1] = [span.end for span in packed.spans]
-        cu_queries_S1[num_sequences + 1 :] = len(packed.ids_N)
-        num_keys_S[:num_sequences] = [span.num_keys for span in packed.spans]
-        return tables_SM, cu_queries_S1, num_keys_S
+        tables = np.zeros((s, m), np.int32), np.zeros(s + 1, np.int32), np.zeros(s, np.int32)
+        write_tables(packed, *tables)
+        return tables
 
     def launch(self, packed: Packed, draws: Sequence[Draw]) -> tuple[Tensor, Outcome]:
         """Run a step; the logits [D, V] of the rows that draw, which the next step overwrites, and what will be known.
@@ -277,6 +270,16 @@ class CapturedSteps:
         ids_S = choose(logits_SV, on["table_S5"], masks_SW, kind.parts)
         self.last_S[: len(ids_S)] = ids_S
         return _Output(logits_SV, torch.cat([ids_S.int(), *host]), len(ids_S), layout)
+
+
+def write_tables(
+    packed: Packed, tables_SM: NDArray[np.int32], cu_queries_S1: NDArray[np.int32], num_keys_S: NDArray[np.int32]
+) -> None:
+    """Where the queries and keys of each sequence are, and sequences without any behind them."""
+    s, num_blocks = packed.tables_SM.shape
+    tables_SM[:s, :num_blocks] = packed.tables_SM
+    cu_queries_S1[1 : s + 1], cu_queries_S1[s + 1 :] = [span.end for span in packed.spans], len(packed.ids_N)
+    num_keys_S[:s], num_keys_S[s:] = [span.num_keys for span in packed.spans], 0
 
 
 def following(ids_N: Tensor, follows_N: Tensor, last_S: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -411,8 +410,8 @@ class Engine:
                     action()
                 except Exception as error:  # a fault of the engine itself: nobody may wait for ever, and it goes on
                     logger.exception("the engine failed beside the model")
-                    self._land_nowhere()
                     self._fail(list(self._answers.values()), EngineError(f"the engine failed: {one_line(error)}"))
+                    self._land()  # for nobody: the next step may use its buffers
                     self._forget()
 
     def _begin(self, stream: Stream) -> None:
@@ -510,13 +509,6 @@ class Engine:
                 except Exception as error:  # of its text or its grammar: its own matter
                     logger.exception("an answer could not go on")
                     self._fail([answer], EngineError(f"the answer could not go on: {one_line(error)}"))
-
-    def _land_nowhere(self) -> None:
-        """Let the step in flight end, and forget it: the next one may use its buffers."""
-        step, self._launched = self._launched, None
-        if step is not None:
-            with suppress(Exception):
-                step.flight.land()
 
     def _fail_step(self, answers: Sequence[Answer], error: Exception) -> None:
         """Only this step's requests end."""

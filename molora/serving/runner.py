@@ -222,10 +222,12 @@ class Runner:
         def put(array: NDArray[Any], dtype: type = np.int64) -> Tensor:
             return torch.from_numpy(array.astype(dtype, copy=False)).to(device)
 
-        pages = Pages(self._pools, put(packed.places_N), put(packed.tables_SM, np.int32), packed.spans)
-        if self._captured is not None:
-            tables = self._captured.tables(packed)
-            pages.tables_SM, pages.cu_queries_S1, pages.num_keys_S = (put(table, np.int32) for table in tables)
+        places_N = put(packed.places_N)
+        if self._captured is None:
+            pages = Pages(self._pools, places_N, put(packed.tables_SM, np.int32), packed.spans)
+        else:
+            tables_SM, cu_queries_S1, num_keys_S = map(put, self._captured.tables(packed), [np.int32] * 3)
+            pages = Pages(self._pools, places_N, tables_SM, packed.spans, cu_queries_S1, num_keys_S)
         request, early = None, False
         if packed.routes is not None:
             request, early = _route_request(packed.routes, device), packed.routes.acts_early
