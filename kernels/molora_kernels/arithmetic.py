@@ -3,6 +3,9 @@
 Legend: T tokens, O out-features of all siblings.
 """
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
@@ -39,6 +42,12 @@ def let_next_start():
     """The next kernel may start beside this one once every program has said so; it must wait for what it reads."""
     if not INTERPRETED:
         gdc_launch_dependents()
+
+
+def overlapping(device: torch.device) -> dict[str, Any]:
+    """Arguments of a launch that may overlap the one before it: on CUDA, from compute capability 9.0 on."""
+    overlap = not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
 
 
 @triton.jit

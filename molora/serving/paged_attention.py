@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
-from molora_kernels.arithmetic import power_of_two
+from molora_kernels.arithmetic import overlapping, power_of_two
 from torch import Tensor
 
 from molora.serving import paged_attention_kernels as kernels
@@ -146,7 +146,9 @@ def choose_shape(
     )
     decode_splits = min(most_decode_splits, 2 * device.num_sms // num_heads, _MAX_PARTS_BYTES // parts_bytes)
     tile_tokens = rows // group
-    splits = min(most_splits, resident // (num_heads * triton.cdiv(num_tokens, tile_tokens)))
+    num_tiles = triton.cdiv(num_tokens, tile_tokens)
+    # Parts are written and read again: where no tile's keys are read twice, one program an SM asks for enough of them.
+    splits = min(most_splits, (resident if num_tiles > 1 else device.num_sms) // (num_heads * num_tiles))
     splits, decode_splits = max(1, splits), max(1, decode_splits)
     tiles = num_heads * (num_tokens // tile_tokens + num_sequences + 1)
     # Many items are better handed out by the hardware, as programs end; but one without an item takes time, too.
@@ -191,6 +193,7 @@ def write_kv(key_NHD: Tensor, value_NHV: Tensor, k_pool_PBHD: Tensor, v_pool_PBH
             BLOCK_H=triton.next_power_of_2(H),
             BLOCK_D=triton.next_power_of_2(D),
             BLOCK_V=triton.next_power_of_2(V),
+            **overlapping(key_NHD.device),
         )
 
 
@@ -279,6 +282,7 @@ def paged_attention(
         BLOCK_L=shape.keys,
         WINDOW=window,
         SOFTCAP=softcap is not None,
+        **overlapping(q_NHD.device),
         num_warps=shape.num_warps,
         num_stages=shape.num_stages,
     )
@@ -302,6 +306,7 @@ def paged_attention(
             BLOCK_P=_JOINED_AT_A_TIME,
             WINDOW=window,
             ROW_IS_TOKEN=shape.splits > 1,
+            **overlapping(q_NHD.device),
         )
     return out
 

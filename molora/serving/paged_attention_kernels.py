@@ -15,7 +15,7 @@ tokens.
 
 import triton
 import triton.language as tl
-from molora_kernels.arithmetic import dot, round_to
+from molora_kernels.arithmetic import dot, let_next_start, round_to, wait_for_previous
 
 # They vary: no kernel for each.
 _CAPACITIES = ["N", "S", "max_splits", "max_decode_splits", "keys_per_split", "keys_per_decode_split"]
@@ -42,7 +42,11 @@ def _write_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        wait_for_previous()
+        let_next_start()
     n = tl.program_id(0).to(tl.int64)
     place = tl.load(places_ptr + n).to(tl.int64)
     if place >= 0:
@@ -79,6 +83,18 @@ def _count_splits(
     most = tl.where(is_alone, max_decode_splits, max_splits)
     least = tl.where(is_alone, keys_per_decode_split, keys_per_split)
     return tl.maximum(1, tl.minimum(most, tl.cdiv(num_keys, least)))
+
+
+@triton.jit
+def _find_split(tiles_S, splits_S, place):
+    """The split that a place falls into and the place in it, where all sequences' first splits come first, then all
+    second ones."""
+    split, end = 0, tl.max(splits_S)
+    while end - split > 1:
+        middle = (split + end) // 2
+        is_behind = tl.sum(tiles_S * tl.minimum(splits_S, middle)) <= place
+        split, end = tl.where(is_behind, middle, split), tl.where(is_behind, end, middle)
+    return split, place - tl.sum(tiles_S * tl.minimum(splits_S, split))
 
 
 @triton.jit
@@ -306,71 +322,71 @@ def _attention_fwd_kernel(
     BLOCK_L: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys.
 
     All sequences' first splits come first, then all second ones: sequences that begin with the same blocks read them at
     about the same time, and all but one of them from the L2 cache.
     """
+    if OVERLAP:
+        wait_for_previous()
+        let_next_start()
     TILE_N: tl.constexpr = BLOCK_R // G
     _, num_queries_S, num_keys_S = _load_span(cu_queries_ptr, num_keys_ptr, tl.arange(0, BLOCK_S), N, S)
     splits_S = _count_splits(
         num_queries_S, num_keys_S, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
     )
     tiles_S = tl.cdiv(num_queries_S, TILE_N)
-    start = tl.program_id(0)  # of this program's items among those of a split
-    for split in range(0, tl.max(tl.where(tiles_S > 0, splits_S, 0))):
+    for item in range(tl.program_id(0), tl.sum(tiles_S * splits_S) * H, tl.num_programs(0)):
+        h, place = item % H, item // H
+        split, place = _find_split(tiles_S, splits_S, place)
         end_S = tl.cumsum(tl.where(splits_S > split, tiles_S, 0), 0)
-        num_items = tl.max(end_S) * H
-        for item in range(start, num_items, tl.num_programs(0)):
-            h, place = item % H, item // H
-            s = tl.sum((end_S <= place).to(tl.int32))
-            place -= tl.max(tl.where(end_S <= place, end_S, 0))
-            first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
-            splits = _count_splits(
-                num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
-            )
-            tile = tl.cdiv(num_queries, TILE_N) - 1 - place  # the one with most keys comes first
-            table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
-            for alone in tl.static_range(2):
-                if (num_queries == 1) == (alone == 1):
-                    _attend_tile(
-                        q_ptr,
-                        k_ptr,
-                        v_ptr,
-                        table_ptr,
-                        sinks_ptr,
-                        out_ptr,
-                        parts_ptr,
-                        logs_ptr,
-                        q_stride_n,
-                        q_stride_h,
-                        q_stride_d,
-                        inner_scale,
-                        scale,
-                        h,
-                        first,
-                        num_queries,
-                        num_keys,
-                        tile,
-                        split,
-                        splits,
-                        s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
-                        max_splits,
-                        B,
-                        H,
-                        G,
-                        D,
-                        V,
-                        BLOCK_D,
-                        BLOCK_V,
-                        DECODE_R if alone else BLOCK_R,
-                        BLOCK_L,
-                        WINDOW,
-                        SOFTCAP,
-                    )
-        num_taken = tl.cdiv(tl.maximum(num_items - start, 0), tl.num_programs(0))
-        start += num_taken * tl.num_programs(0) - num_items
+        s = tl.sum((end_S <= place).to(tl.int32))
+        place -= tl.max(tl.where(end_S <= place, end_S, 0))
+        first, num_queries, num_keys = _load_span(cu_queries_ptr, num_keys_ptr, s, N, S)
+        splits = _count_splits(
+            num_queries, num_keys, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, WINDOW
+        )
+        tile = tl.cdiv(num_queries, TILE_N) - 1 - place  # the one with most keys comes first
+        table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
+        for alone in tl.static_range(2):
+            if (num_queries == 1) == (alone == 1):
+                _attend_tile(
+                    q_ptr,
+                    k_ptr,
+                    v_ptr,
+                    table_ptr,
+                    sinks_ptr,
+                    out_ptr,
+                    parts_ptr,
+                    logs_ptr,
+                    q_stride_n,
+                    q_stride_h,
+                    q_stride_d,
+                    inner_scale,
+                    scale,
+                    h,
+                    first,
+                    num_queries,
+                    num_keys,
+                    tile,
+                    split,
+                    splits,
+                    s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
+                    max_splits,
+                    B,
+                    H,
+                    G,
+                    D,
+                    V,
+                    BLOCK_D,
+                    BLOCK_V,
+                    DECODE_R if alone else BLOCK_R,
+                    BLOCK_L,
+                    WINDOW,
+                    SOFTCAP,
+                )
 
 
 @triton.jit(do_not_specialize=_CAPACITIES)
@@ -393,8 +409,12 @@ def _join_fwd_kernel(
     BLOCK_P: tl.constexpr,  # parts that are summed at a time
     WINDOW: tl.constexpr,
     ROW_IS_TOKEN: tl.constexpr,  # else a sequence: then only those of one query are split
+    OVERLAP: tl.constexpr,
 ):
     """One token and head: the mean of its parts, weighted. Tokens of sequences that are not split are done already."""
+    if OVERLAP:
+        wait_for_previous()
+        let_next_start()
     row, head = tl.program_id(0), tl.program_id(1)
     if ROW_IS_TOKEN:
         end_S = tl.load(cu_queries_ptr + 1 + tl.arange(0, BLOCK_S), mask=tl.arange(0, BLOCK_S) < S, other=N)

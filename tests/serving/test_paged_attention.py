@@ -292,9 +292,9 @@ LLAMA = {"num_heads": 8, "group": 4, "head_sizes": (128, 128), "item_bytes": 2, 
 @pytest.mark.parametrize(
     ("num_tokens", "num_sequences", "rows", "splits", "decode_splits"),
     [
-        (1, 1, 16, 33, 33),
-        (8, 8, 32, 33, 33),
-        (16, 16, 64, 33, 33),  # 16 decoded tokens, or a conversation's 16 new ones
+        (1, 1, 16, 16, 33),
+        (8, 8, 32, 16, 33),
+        (16, 16, 64, 16, 33),  # 16 decoded tokens, or a conversation's 16 new ones
         (64, 64, 64, 8, 33),
         (256, 256, 64, 2, 32),
         (512, 64, 128, 1, 33),
