@@ -17,10 +17,10 @@ def invoke(bench: Bench, report: Report) -> None:
     """From token ids in to token out, with the base model's history in the cache, against reading it all again."""
     engine, adapter = bench.engine, bench.adapters[0]
     longest = bench.ids(max(bench.sizes.histories))
-    engine.generate(bench.request(longest, "base", 1))
     with over_http.served(engine) as connection:
         for length in bench.sizes.histories:
             history = longest[:length]
+            engine.generate(bench.request(history, "base", 1))
             check_reuse(bench, report, history)
 
             def invoked(route: str, history: list[int] = history) -> float:
