@@ -5,6 +5,7 @@ Legend: E slots, R padded rank, I in-features, O out-features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +19,9 @@ from molora.routing import Routes
 
 if TYPE_CHECKING:
     from molora.siblings import Siblings
+
+
+BaseLinear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class RoutedLinear(nn.Module):
@@ -46,6 +50,7 @@ class RoutedLinear(nn.Module):
         self.register_buffer("scaling_E", torch.zeros(num_slots, device=linear.weight.device), persistent=False)
         self.siblings: Siblings | None = None
         self.place = 0  # among them
+        self.base_linear: BaseLinear = F.linear
         self._views: AdapterViews | None = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ class RoutedLinear(nn.Module):
             return y
         routes = self.routes
         if routes.plan is None or routes.gates_TK is None:
-            return F.linear(x, self.weight, self.bias)
+            return self.base_linear(x, self.weight, self.bias)
         if routes.token is not None and act_at_once() and x.ndim == 3:
             # A decode step feels how long a module's attributes take to find.
             own: dict[str, Any] = self._parameters

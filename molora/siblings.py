@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from molora_kernels import routed_linears
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ class Siblings:
         biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
         if len(biases) not in (0, len(linears)):
             raise ValueError("either all siblings have a bias, or none.")
-        self.routes = first.routes
+        self.routes, self.base_linear = first.routes, first.base_linear
         self.out_features = [linear.out_features for linear in linears]
         self._input: Tensor | None = None
         self._outputs: list[Tensor | None] = [None] * len(linears)
@@ -78,7 +77,7 @@ class Siblings:
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         routes = self.routes
         if routes.plan is None or routes.gates_TK is None:
-            return tuple(F.linear(x, self.w_OI, self.bias_O).split_with_sizes(self.out_features, -1))
+            return tuple(self.base_linear(x, self.w_OI, self.bias_O).split_with_sizes(self.out_features, -1))
         ys = routed_linears(
             x.reshape(-1, x.shape[-1]),
             self.w_OI,

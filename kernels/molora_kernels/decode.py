@@ -10,12 +10,15 @@ start, so weights written by an earlier kernel are safe to read.
 At 1 to 64 tokens this is bound by the bytes of W, hence no split of the sum: every element is written once, nothing is
 atomic, and the order of each sum is fixed.
 
+`base` is the second launch alone, for a forward without adapters. There one token is multiplied without tensor cores,
+which would pad it to a tile of 16: two rows of W a program, and many programs an SM.
+
 Legend: T tokens, K top-k, E adapters, G sibling linears, R rank, I in-features, O out-features of all siblings,
 J = groups * R padded to a power of two: the columns of h.
 """
 # ruff: noqa: E741, SIM108 (I and O are the legend's; a ternary of two shapes is not Triton)
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -28,6 +31,7 @@ from molora_kernels.arithmetic import (
     dot,
     find_rows,
     let_next_start,
+    overlapping,
     power_of_two,
     round_to,
     wait_for_previous,
@@ -172,7 +176,7 @@ def _linear_fwd_kernel(
     J,
     MAX_GROUPS,
     WIDTHS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr,  # 1 without adapters, or enough for tensor cores
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -183,42 +187,21 @@ def _linear_fwd_kernel(
     ALIGNED: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    if OVERLAP:
-        let_next_start()
+    """Without adapters b_ptr and all that belongs to them is None."""
     sibling, first, end = find_rows(tl.program_id(0), WIDTHS, BLOCK_O)
     t_T = tl.arange(0, BLOCK_T)
     o_O = first + tl.arange(0, BLOCK_O)
-    num_columns = tl.load(num_groups_ptr) * BLOCK_J
-    # The first columns of B wait in registers: of what follows the base weight, only h is not there yet.
-    b_OC = _load_b(
-        b_ptr, groups_ptr, num_columns, 0, o_O, end, b_stride_e, b_stride_o, b_stride_r, R, BLOCK_C, BLOCK_J, ALIGNED
-    )
-    acc = tl.zeros((BLOCK_O, BLOCK_T) if TRANSPOSED else (BLOCK_T, BLOCK_O), tl.float32)
-    for start in range(0, I, BLOCK_I):
-        i_I = start + tl.arange(0, BLOCK_I)
-        x_TI_ptr = x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i
-        w_OI_ptr = w_ptr + o_O[:, None].to(tl.int64) * w_stride_o + i_I[None, :] * w_stride_i
-        if EVEN_I:
-            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None], other=0.0)
-        else:
-            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None] & (i_I < I)[None, :], other=0.0)
-        if EVEN_I and EVEN_O:
-            w_OI = tl.load(w_OI_ptr, eviction_policy="evict_first")
-        else:
-            w_OI = tl.load(w_OI_ptr, mask=(o_O < end)[:, None] & (i_I < I)[None, :], other=0.0)
-        acc = _accumulate(acc, x_TI, w_OI, TRANSPOSED)
-
-    if OVERLAP:
-        wait_for_previous()
-    h_ptr += sibling * MAX_GROUPS * BLOCK_J
-    acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
-    for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):
-        h_TC = _load_h(h_ptr, t_T, 0, start, num_columns, J, BLOCK_C)
+    w_ptr_O = w_ptr + o_O.to(tl.int64) * w_stride_o
+    if b_ptr is not None:
+        if OVERLAP:
+            let_next_start()
+        num_columns = tl.load(num_groups_ptr) * BLOCK_J
+        # The first columns of B wait in registers: of what follows the base weight, only h is not there yet.
         b_OC = _load_b(
             b_ptr,
             groups_ptr,
             num_columns,
-            start,
+            0,
             o_O,
             end,
             b_stride_e,
@@ -229,18 +212,88 @@ def _linear_fwd_kernel(
             BLOCK_J,
             ALIGNED,
         )
-        acc = _accumulate(acc, h_TC, b_OC, TRANSPOSED)
+    elif OVERLAP:
+        wait_for_previous()
+        let_next_start()
+
+    if BLOCK_T == 1:
+        acc_OI = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_O, BLOCK_T) if TRANSPOSED else (BLOCK_T, BLOCK_O), tl.float32)
+    for start in range(0, I, BLOCK_I):
+        i_I = start + tl.arange(0, BLOCK_I)
+        w_OI_ptr = w_ptr_O[:, None] + i_I[None, :] * w_stride_i
+        x_TI_ptr = x_ptr + t_T[:, None].to(tl.int64) * x_stride_t + i_I[None, :] * x_stride_i
+        if EVEN_I:
+            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None], other=0.0)
+        else:
+            x_TI = tl.load(x_TI_ptr, mask=(t_T < T)[:, None] & (i_I < I)[None, :], other=0.0)
+        if EVEN_I and EVEN_O:
+            w_OI = tl.load(w_OI_ptr, eviction_policy="evict_first")
+        else:
+            w_OI = tl.load(w_OI_ptr, mask=(o_O < end)[:, None] & (i_I < I)[None, :], other=0.0)
+        if BLOCK_T == 1:
+            acc_OI += w_OI.to(tl.float32) * x_TI.to(tl.float32)
+        else:
+            acc = _accumulate(acc, x_TI, w_OI, TRANSPOSED)
+    if BLOCK_T == 1:
+        acc = tl.sum(acc_OI, 1)
+
+    if b_ptr is not None:
+        if OVERLAP:
+            wait_for_previous()
+        h_ptr += sibling * MAX_GROUPS * BLOCK_J
+        acc = _accumulate(acc, _load_h(h_ptr, t_T, 0, 0, num_columns, J, BLOCK_C), b_OC, TRANSPOSED)
+        for start in tl.range(BLOCK_C, num_columns, BLOCK_C, num_stages=2):
+            h_TC = _load_h(h_ptr, t_T, 0, start, num_columns, J, BLOCK_C)
+            b_OC = _load_b(
+                b_ptr,
+                groups_ptr,
+                num_columns,
+                start,
+                o_O,
+                end,
+                b_stride_e,
+                b_stride_o,
+                b_stride_r,
+                R,
+                BLOCK_C,
+                BLOCK_J,
+                ALIGNED,
+            )
+            acc = _accumulate(acc, h_TC, b_OC, TRANSPOSED)
 
     if bias_ptr is not None:
         bias_O = tl.load(bias_ptr + o_O, mask=o_O < end, other=0.0).to(tl.float32)
-        acc += bias_O[:, None] if TRANSPOSED else bias_O[None, :]
-    if TRANSPOSED:
-        y_ptr += t_T[None, :].to(tl.int64) * y_stride_t + o_O[:, None]
-        mask = (t_T < T)[None, :] & (o_O < end)[:, None]
+        acc += bias_O[:, None] if TRANSPOSED else bias_O
+    if BLOCK_T == 1:
+        tl.store(y_ptr + o_O, round_to(acc, y_ptr.dtype.element_ty), mask=o_O < end)
     else:
-        y_ptr += t_T[:, None].to(tl.int64) * y_stride_t + o_O[None, :]
-        mask = (t_T < T)[:, None] & (o_O < end)[None, :]
-    tl.store(y_ptr, round_to(acc, y_ptr.dtype.element_ty), mask=mask)
+        if TRANSPOSED:
+            y_ptr += t_T[None, :].to(tl.int64) * y_stride_t + o_O[:, None]
+            mask = (t_T < T)[None, :] & (o_O < end)[:, None]
+        else:
+            y_ptr += t_T[:, None].to(tl.int64) * y_stride_t + o_O[None, :]
+            mask = (t_T < T)[:, None] & (o_O < end)[None, :]
+        tl.store(y_ptr, round_to(acc, y_ptr.dtype.element_ty), mask=mask)
+
+
+class Adapters(NamedTuple):
+    """What the second launch reads of adapters; `num_groups` of the groups are there."""
+
+    b_EOR: Tensor
+    h_TJ: Tensor
+    groups: Tensor
+    num_groups: Tensor
+
+
+def suits(x_TI: Tensor, w_OI: Tensor) -> bool:
+    """Whether the tokens are few, and rows are read 16 bytes at a time."""
+    return (
+        0 < len(x_TI) <= MAX_TOKENS
+        and x_TI.element_size() == 2
+        and all(of.stride(1) == 1 and of.stride(0) % 8 == 0 for of in (x_TI, w_OI))
+    )
 
 
 def decode(
@@ -257,14 +310,10 @@ def decode(
     widths: tuple[int, ...],
 ) -> Tensor:
     """`routed_linears` for 1 to MAX_TOKENS tokens; [T, O]. `groups` are the present adapters, `num_groups` how many."""
-    (T, I), O, (G, _, R, _), K = x_TI.shape, w_OI.shape[0], a_GERI.shape, ids_TK.shape[1]
+    (T, I), (G, _, R, _), K = x_TI.shape, a_GERI.shape, ids_TK.shape[1]
     device, max_groups = x_TI.device, groups.shape[0]
     block_t, block_j = power_of_two(T), power_of_two(R)
     block_r = min(block_j, 64)
-    tiles = _choose_tiles(block_t, block_j, max_groups, O, I, device)
-    overlap = _overlaps(device)
-    options: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-
     num_columns = G * max_groups * block_j
     h_TJ = torch.empty(block_t, num_columns, dtype=x_TI.dtype, device=device)
     shrink_i = power_of_two(I, at_most=256 if block_t * block_r < 4096 else 128)
@@ -290,51 +339,73 @@ def decode(
         BLOCK_R=block_r,
         BLOCK_I=shrink_i,
         EVEN_I=I % shrink_i == 0,
-        OVERLAP=overlap,
         num_warps=4,
         num_stages=4,
-        **options,
+        **overlapping(device),
     )
-    y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=device)
+    return _linear(x_TI, w_OI, bias_O, widths, Adapters(b_EOR, h_TJ, groups, num_groups))
+
+
+def base(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What `decode` gives without adapters, for 1 to MAX_TOKENS tokens; [T, O].
+
+    The weight must have been there before the kernel that was launched last.
+    """
+    return _linear(x_TI, w_OI, bias_O, (len(w_OI),))
+
+
+def _linear(
+    x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None, widths: tuple[int, ...], adapters: Adapters | None = None
+) -> Tensor:
+    (T, I), O = x_TI.shape, w_OI.shape[0]
+    b_strides: tuple[int, ...] = (0, 0, 0)
+    R, J, max_groups, is_aligned = 0, 0, 0, False
+    if adapters is not None:
+        b_EOR, h_TJ, groups, _ = adapters
+        b_strides, R, J, max_groups = b_EOR.stride(), b_EOR.shape[2], h_TJ.shape[1], len(groups)
+        is_aligned = R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0
+    block_j = power_of_two(R)
+    tiles = _choose_tiles(T, block_j, max_groups, O, I, x_TI.device)
+    y_TO = torch.empty(T, O, dtype=x_TI.dtype, device=x_TI.device)
     _linear_fwd_kernel[(count_row_tiles(widths, tiles["BLOCK_O"]),)](
         x_TI,
         w_OI,
         bias_O,
-        b_EOR,
-        h_TJ,
-        groups,
-        num_groups,
+        *(adapters or (None, None, None, None)),
         y_TO,
         *x_TI.stride(),
         *w_OI.stride(),
-        *b_EOR.stride(),
+        *b_strides,
         O,
         T,
         I,
         R,
-        num_columns,
+        J,
         max_groups,
         WIDTHS=widths,
-        BLOCK_T=block_t,
         BLOCK_J=block_j,
         EVEN_I=I % tiles["BLOCK_I"] == 0,
         EVEN_O=all(width % tiles["BLOCK_O"] == 0 for width in widths),
-        ALIGNED=R % 8 == 0 and b_EOR.stride(2) == 1 and b_EOR.stride(0) % 8 == 0,
-        OVERLAP=overlap,
+        ALIGNED=is_aligned,
         **tiles,
-        **options,
+        **overlapping(x_TI.device),
     )
     return y_TO
 
 
-def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device) -> dict[str, Any]:
+def _choose_tiles(
+    num_tokens: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device
+) -> dict[str, Any]:
     """Tiles of the base weight, from the sweeps in kernels/results: enough programs to occupy the GPU, and in each of
     them enough bytes of W under way to keep memory busy."""
+    is_alone = num_tokens == 1 and max_groups == 0
+    block_t, block_c, num_warps = 1 if is_alone else power_of_two(num_tokens), 128, 4
     if INTERPRETED:
-        block_o, block_i, block_c, num_stages = 32, power_of_two(I, at_most=64), 128, 1
+        block_o, block_i, num_stages = 32, power_of_two(I, at_most=64), 1
+    elif is_alone:
+        block_o, block_i, num_stages, num_warps = 2, power_of_two(I, at_most=2048), 2, 8
     else:
         num_sms, smem = _describe(device)
-        block_c = 128
         if 24 * num_sms > O:  # too narrow for 64 rows each
             block_o, block_i, depth = 32, 128, 5
             if block_j > 16:
@@ -348,26 +419,24 @@ def _choose_tiles(block_t: int, block_j: int, max_groups: int, O: int, I: int, d
             block_c = 256 if block_j > 16 else 128
         elif block_t < 64:  # two programs an SM
             block_o, block_i, depth = 64, 128, 4
+        elif max_groups == 0:
+            block_o, block_i, depth = 64, 128, 6
         else:
             block_o, block_i, depth = 128, 64, 6
         block_i = power_of_two(I, at_most=block_i)
         rest = 2 * (block_o + block_t) * max(block_j, 128)  # the columns of B and h
         num_stages = max(2, min(depth, (smem - rest) // (2 * (block_o + block_t) * block_i)))
     return {
+        "BLOCK_T": block_t,
         "BLOCK_O": block_o,
         "BLOCK_I": block_i,
         "BLOCK_C": power_of_two(max_groups * block_j, at_most=block_c),
         "TRANSPOSED": not INTERPRETED and block_o >= 64,
         "num_stages": num_stages,
-        "num_warps": 4,
+        "num_warps": num_warps,
     }
 
 
 def _describe(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, getattr(properties, "shared_memory_per_block_optin", _SMEM_WITHOUT_OPT_IN)
-
-
-def _overlaps(device: torch.device) -> bool:
-    """Whether launches may overlap: on CUDA from compute capability 9.0 on."""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)

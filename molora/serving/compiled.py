@@ -31,7 +31,9 @@ def compile_layers(model: nn.Module, backend: str) -> dict[nn.Module, Any]:
         backend: torch.compile's.
     """
     layers = [layer.layer if isinstance(layer, RoutingLayer) else layer for layer in find_layers(model)]
-    return {layer: torch.compile(layer._call_impl, backend=backend) for layer in layers}
+    # Launches overlap, as those of our own kernels: each waits for the one before it, and lets the next one start then.
+    options: dict[str, Any] | None = {"triton.enable_pdl": True} if backend == "inductor" else None
+    return {layer: torch.compile(layer._call_impl, backend=backend, options=options) for layer in layers}
 
 
 class CompiledLayers:

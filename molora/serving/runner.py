@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from molora_kernels import base_linear
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -128,7 +129,10 @@ class Runner:
         self._captured: CapturedSteps | None = None
         self._layers = CompiledLayers({}, {}, "")
         if captures:
-            merge_siblings(with_others(decoder.model, decoder.linears), self._ask_for_shapes)
+            linears = with_others(decoder.model, decoder.linears)
+            for linear in linears.values():
+                linear.base_linear = base_linear
+            merge_siblings(linears, self._ask_for_shapes)
             backend = "inductor" if decoder.device.type == "cuda" else "aot_eager"  # the latter shows that it can be
             pool_of = {module: self._pools[layer] for layer, module in shapes.modules.items()}
             self._layers = CompiledLayers(compile_layers(decoder.model, backend), pool_of, type(decoder.model).__name__)
