@@ -396,8 +396,8 @@ def _linear(
 def _choose_tiles(
     num_tokens: int, block_j: int, max_groups: int, O: int, I: int, device: torch.device
 ) -> dict[str, Any]:
-    """Tiles of the base weight, from the sweeps in kernels/results: enough programs to occupy the GPU, and in each of
-    them enough bytes of W under way to keep memory busy."""
+    """Tiles of the base weight, from sweeps, with adapters on an H200 and without on an H100: enough programs to occupy
+    the GPU, and in each of them enough bytes of W under way to keep memory busy."""
     is_alone = num_tokens == 1 and max_groups == 0
     block_t, block_c, num_warps = 1 if is_alone else power_of_two(num_tokens), 128, 4
     if INTERPRETED:
@@ -417,10 +417,10 @@ def _choose_tiles(
         elif 64 * num_sms > O:  # one program an SM: a deep pipeline
             block_o, block_i, depth = 64, 128, 6
             block_c = 256 if block_j > 16 else 128
+        elif max_groups == 0 and block_t >= 32:  # x is read by fewer programs
+            block_o, block_i, depth, num_warps = 128, 128, 3, 8
         elif block_t < 64:  # two programs an SM
             block_o, block_i, depth = 64, 128, 4
-        elif max_groups == 0:
-            block_o, block_i, depth = 64, 128, 6
         else:
             block_o, block_i, depth = 128, 64, 6
         block_i = power_of_two(I, at_most=block_i)
