@@ -417,7 +417,7 @@ class MoLoRA:
         """
         most = self.max_context if most is None else most
         num_tokens = len(prompt.token_ids)
-        self.check_token_ids("the prompt", np.frombuffer(prompt.packed, np.int64))
+        self.check_token_ids("the prompt", np.frombuffer(prompt.packed, np.int32))
         who = "the model reads" if most == self.max_context else "the cache holds"
         if num_tokens >= most:
             raise ValueError(

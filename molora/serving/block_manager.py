@@ -22,6 +22,7 @@ from array import array
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
 
 NEVER = 2**62  # the activation_start of a request that the base model answers
@@ -136,6 +137,7 @@ class BlockManager:
         self._by_base_key: Counter[bytes] = Counter()
         self._by_base_parent: defaultdict[bytes, dict[int, None]] = defaultdict(dict)
         self._coming: Counter[bytes] = Counter()
+        self._key = lru_cache(num_blocks)(_key)  # a history's are asked for again with each turn that follows it
 
     @property
     def num_free(self) -> int:
@@ -145,13 +147,13 @@ class BlockManager:
     def keys(self, token_ids: Sequence[int], source: Source) -> list[bytes]:
         """The keys of a sequence's full blocks, after the one that stands before the first. Any thread may ask."""
         size = self.block_size
-        keys = [_hash(b"molora-kv-1", struct.pack("<q", size), self._domain, source.salt)]
-        data = (token_ids if isinstance(token_ids, array) else array("q", token_ids)).tobytes()
+        keys = [_hash(b"molora-kv-2", struct.pack("<q", size), self._domain, source.salt)]
+        data = _packed(token_ids)
         num_blocks = len(token_ids) // size
         num_base = min(num_blocks, source.activation_start // size)
         for index in range(num_blocks):
             suffix = b"" if index < num_base else source.suffix(index * size, size)
-            keys.append(_key(keys[-1], data[8 * size * index : 8 * size * (index + 1)], suffix))
+            keys.append(self._key(keys[-1], data[4 * size * index : 4 * size * (index + 1)], suffix))
         return keys
 
     def open(self, token_ids: Sequence[int], source: Source, keys: Sequence[bytes] | None = None) -> BlockTable:
@@ -275,12 +277,12 @@ class BlockManager:
     def _complete(self, table: BlockTable, number: int, first: int, is_active: bool) -> None:
         """A block is full: register its key, and the one it would have as base."""
         block, size = self._blocks[number], self.block_size
-        data = array("q", block.token_ids).tobytes()
-        key = _key(table.keys[-1], data, table.source.suffix(first, size))
+        data = _packed(block.token_ids)
+        key = self._key(table.keys[-1], data, table.source.suffix(first, size))
         table.keys.append(key)
         base_key = key
         if is_active:
-            base_key = _key(table.base_keys[-1], data, b"")
+            base_key = self._key(table.base_keys[-1], data, b"")
             block.base_key = base_key
             self._by_base_key[base_key] += 1
         table.base_keys.append(base_key)
@@ -314,7 +316,7 @@ class BlockManager:
         num_base = min(len(table.blocks), table.source.activation_start // size)
         keys = table.keys[: num_base + 1]
         for first in range(num_base * size, len(table.blocks) * size, size):
-            keys.append(_key(keys[-1], array("q", token_ids[first : first + size]).tobytes(), b""))
+            keys.append(self._key(keys[-1], _packed(token_ids[first : first + size]), b""))
         return keys
 
     def _count_reencoded(self, table: BlockTable, token_ids: Sequence[int]) -> int:
@@ -325,7 +327,7 @@ class BlockManager:
         key = table.base_keys[-1]
         end = min(len(token_ids), table.source.activation_start)
         while first + size <= end:
-            following = _key(key, array("q", token_ids[first : first + size]).tobytes(), b"")
+            following = self._key(key, _packed(token_ids[first : first + size]), b"")
             if following not in self._by_base_key and following not in self._by_key:
                 break
             key, first = following, first + size
@@ -423,6 +425,10 @@ def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
     if first[:length] == second[:length]:
         return length
     return next(index for index in range(length) if first[index] != second[index])
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return (token_ids if isinstance(token_ids, array) else array("i", token_ids)).tobytes()
 
 
 def _key(parent: bytes, token_ids: bytes, suffix: bytes) -> bytes:

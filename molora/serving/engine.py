@@ -313,7 +313,7 @@ class Engine:
             salt = request.salt.encode()
         except UnicodeEncodeError as error:
             raise RequestError("salt", f"salt is no text: {error}.") from None
-        stream = Stream(list(prompt.token_ids), self._cancel, m.check_not_routing)
+        stream = Stream(prompt.token_ids, self._cancel, m.check_not_routing)
         with checking("route"):
             hold = None if route.is_base else m.slots.acquire(route)
         if hold is not None:
@@ -349,7 +349,7 @@ class Engine:
                 stream=stream,
                 index=index,
                 tokens=Tokens(
-                    list(stream.prompt_ids),
+                    prompt.packed[:],
                     source,
                     stream.num_prompt_tokens + max_new_tokens,
                     reads_cache=sampling.prompt_logprobs is None or index > 0,

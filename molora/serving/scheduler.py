@@ -12,6 +12,7 @@ the token that it draws as one that is there but not known: a sequence that ends
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import MutableSequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 
@@ -36,7 +37,7 @@ class Sequence:
         num_pending: tokens that steps which are not done draw.
     """
 
-    token_ids: list[int]
+    token_ids: MutableSequence[int]
     source: Source
     max_tokens: int
     reads_cache: bool = True

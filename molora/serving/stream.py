@@ -28,7 +28,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
     """
 
     def __init__(
-        self, prompt_ids: list[int], cancel: Callable[[Stream], None], check: Callable[[], None] = lambda: None
+        self, prompt_ids: Sequence[int], cancel: Callable[[Stream], None], check: Callable[[], None] = lambda: None
     ) -> None:
         """
         Args:
