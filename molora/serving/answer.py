@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
 from molora.generation import FinishReason, Generation, Sampling, Token, TokenLogprob, TokenRoute
@@ -40,6 +41,7 @@ class Answer:
         eos_ids: the model's end tokens, unless they are to be ignored.
         matcher: what it must match; None if anything goes.
         decode: the tokenizer's.
+        finish_reason: what ended it; None while it is written.
     """
 
     stream: Stream
@@ -53,7 +55,7 @@ class Answer:
     eos_ids: Collection[int]
     matcher: Matcher | None
     decode: Decode
-    result: Generation | None = field(default=None, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
     num_computed: int = field(default=0, init=False)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)
 
@@ -66,7 +68,7 @@ class Answer:
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
         self._submitted_s = time.monotonic()
-        self._begun_s = self._first_token_s = 0.0
+        self._begun_s = self._first_token_s = self._finished_s = 0.0
 
     @property
     def num_generated(self) -> int:
@@ -118,12 +120,18 @@ class Answer:
         return Token(token_id, piece, self._name(self.routes[-1]), self.index, drawn.candidates, drawn.logprob, reason)
 
     def finish(self, reason: FinishReason) -> None:
-        now_s = time.monotonic()
+        self._finished_s = time.monotonic()
+        self.finish_reason = reason
+
+    @cached_property
+    def result(self) -> Generation:
+        """What came of it, once it is finished. It is as long as the prompt, so whoever asks for it makes it."""
+        assert self.finish_reason is not None
         tokens, num_prompt = self.tokens, self.num_prompt_tokens
         asked = self.sampling.prompt_logprobs is not None and self.index == 0
-        self.result = Generation(
+        return Generation(
             text="".join(self._pieces),
-            token_ids=list(tokens.token_ids),
+            token_ids=[*self.stream.prompt_ids, *tokens.token_ids[num_prompt:]],
             routes=[*self._named(len(tokens.token_ids) - 1), ()],
             num_prompt_tokens=num_prompt,
             num_generated_tokens=self.num_generated,
@@ -132,14 +140,14 @@ class Answer:
             num_computed_tokens=self.num_computed,
             num_recomputed_tokens=tokens.num_recomputed,
             num_reencoded_tokens=tokens.num_reencoded,
-            finish_reason=reason,
+            finish_reason=self.finish_reason,
             num_replayed_tokens=tokens.num_replayed,
             choice=self.index,
             logprobs=None if self.sampling.logprobs is None else self._logprobs,
             prompt_logprobs=[None, *self.prompt_logprobs] if asked else None,
             queue_s=self._begun_s - self._submitted_s,
             first_token_s=self._first_token_s - self._submitted_s,
-            total_s=now_s - self._submitted_s,
+            total_s=self._finished_s - self._submitted_s,
         )
 
     def _name(self, route: TokenRoute) -> TokenRoute:

@@ -56,16 +56,19 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
         return self._is_over
 
     @property
+    def _is_finished(self) -> bool:
+        return all(answer.finish_reason is not None for answer in self.answers)
+
+    @property
     def results(self) -> list[Generation]:
         """The finished answers.
 
         Raises:
             RuntimeError: the stream has not come to its end.
         """
-        results = [answer.result for answer in self.answers]
-        if self._tokens or not all(results):
+        if self._tokens or not self._is_finished:
             raise RuntimeError("the stream has no result before its last token; iterate it to the end first.")
-        return [result for result in results if result is not None]
+        return [answer.result for answer in self.answers]
 
     @property
     def result(self) -> Generation:
@@ -144,7 +147,7 @@ class Stream(Iterator[Token], AsyncIterator[Token]):
             if self._is_over:
                 return
             self._tokens.append(token)
-            if all(answer.result is not None for answer in self.answers):
+            if self._is_finished:
                 self.release()
                 self._over()
             else:
