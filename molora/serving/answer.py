@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, cast
 
 from molora.generation import FinishReason, Generation, Sampling, Token, TokenLogprob, TokenRoute
+from molora.serving.notes import Notes
 from molora.serving.runner import Drawn
 from molora.serving.sampling import Draw, uniform
 from molora.serving.scheduler import Sequence
@@ -80,9 +81,9 @@ class Answer:
         return min(self.tokens.num_cached, self.num_prompt_tokens - 1)
 
     @property
-    def routes(self) -> list[TokenRoute]:
+    def routes(self) -> Notes[TokenRoute]:
         """Of each token that was found or computed, by digests."""
-        return cast("list[TokenRoute]", self.tokens.notes)
+        return cast("Notes[TokenRoute]", self.tokens.notes)
 
     def begun(self) -> None:
         """It is part of a step."""
@@ -117,7 +118,8 @@ class Answer:
         self._pieces.append(piece)
         if drawn.logprob is not None:
             self._logprobs.append(drawn.logprob)
-        return Token(token_id, piece, self._name(self.routes[-1]), self.index, drawn.candidates, drawn.logprob, reason)
+        route = self._name(self.routes.last)
+        return Token(token_id, piece, route, self.index, drawn.candidates, drawn.logprob, reason)
 
     def finish(self, reason: FinishReason) -> None:
         self._finished_s = time.monotonic()

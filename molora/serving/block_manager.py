@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
+from molora.serving.notes import Notes
+
 NEVER = 2**62  # the activation_start of a request that the base model answers
 
 
@@ -86,7 +88,7 @@ class BlockTable:
     num_asked: int = 0
     num_reencoded: int = 0
     num_recomputed: int = 0
-    notes: list[object] = field(default_factory=list)
+    notes: Notes[object] = field(default_factory=Notes)
     copies: list[Copy] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)  # of the full blocks, the key before the first one first
     base_keys: list[bytes] = field(default_factory=list)  # the keys that they would have as base, likewise
@@ -165,15 +167,15 @@ class BlockManager:
             keys: what `keys` gave for them, if the caller kept it.
         """
         keys = self.keys(token_ids, source) if keys is None else keys
-        table = BlockTable(source, num_asked=len(token_ids), keys=[keys[0]])
+        table = BlockTable(source, num_asked=len(token_ids))
         for key in keys[1:]:
             number = self._by_key.get(key)
             if number is None:
                 break
             self._take(number)
             table.blocks.append(number)
-            table.keys.append(key)
-            table.notes += self._blocks[number].notes
+        table.keys += keys[: len(table.blocks) + 1]
+        table.notes = self._notes(table)
         table.num_computed = len(table.blocks) * self.block_size
         table.base_keys = self._base_keys(table, token_ids)
         self._copy_what_agrees(table, token_ids)
@@ -209,7 +211,7 @@ class BlockManager:
             table.blocks.remove(copy.target)
             self._drop(copy.target)
             table.num_computed -= copy.num_tokens
-            del table.notes[len(table.notes) - copy.num_tokens :]
+        table.notes = self._notes(table)
         table.num_cached = table.num_computed
         self.copied(table)
 
@@ -224,7 +226,7 @@ class BlockManager:
         table: BlockTable,
         token_ids: Sequence[int],
         num_computed: int,
-        notes: Sequence[object] | None = None,
+        notes: Notes[object] | Sequence[object] | None = None,
         *,
         step: int | None = None,
     ) -> None:
@@ -304,6 +306,10 @@ class BlockManager:
             self._forget(other)
             self._empty.append(other)
             self._by_key[key] = number
+
+    def _notes(self, table: BlockTable) -> Notes[object]:
+        """On the tokens of whole blocks that were found."""
+        return Notes([self._blocks[number].notes for number in table.blocks])
 
     def _arrived(self, key: bytes) -> None:
         self._coming[key] -= 1

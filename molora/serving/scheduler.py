@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 
 from molora.serving.block_manager import BlockManager, BlockTable, Copy, Source
+from molora.serving.notes import Notes
 
 
 @dataclass(eq=False)
@@ -42,7 +43,7 @@ class Sequence:
     max_tokens: int
     reads_cache: bool = True
     keys: list[bytes] | None = None  # while it waits
-    notes: list[object] = field(default_factory=list, init=False)
+    notes: Notes[object] = field(default_factory=Notes, init=False)
     table: BlockTable | None = field(default=None, init=False)
     num_cached: int = field(default=-1, init=False)
     num_reencoded: int = field(default=0, init=False)
@@ -211,7 +212,10 @@ class Scheduler:
         self._blocks.announce(table, keys)
         if sequence.num_cached < 0:
             sequence.num_cached, sequence.num_reencoded = table.num_cached, table.num_reencoded
-        sequence.notes += table.notes[len(sequence.notes) :]
+        if sequence.notes:
+            sequence.notes += table.notes[len(sequence.notes) :]
+        else:
+            sequence.notes = table.notes
         work = replace(self._cut(sequence, room), copies=tuple(table.copies))
         self._waiting.remove(sequence)
         self._running.append(sequence)
