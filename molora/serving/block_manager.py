@@ -338,7 +338,7 @@ class BlockManager:
                 break
             key, first = following, first + size
         wanted = tuple(token_ids[first : min(first + size, end)])
-        holders = (*self._by_base_parent.get(key, ()), *self._by_parent.get(key, ()))
+        holders = (*self._by_base_parent.get(key, ()), *self._by_parent.get(key, ())) if wanted else ()
         agreed = max((_count_common(wanted, self._blocks[number].token_ids) for number in holders), default=0)
         return max(0, first + agreed - table.num_computed)
 
@@ -367,13 +367,10 @@ class BlockManager:
     def _count_agreed(block: _Block, wanted: tuple[int, ...], first: int, source: Source) -> int:
         """How many tokens at the start of a block are the wanted ones and were computed alike."""
         assert block.source is not None
-        agreed = _count_common(wanted, block.token_ids)
-        if block.source == source:
-            return agreed
         starts = (block.source.activation_start, source.activation_start)
-        if starts[0] == starts[1] and block.source.route_digest == source.route_digest:
-            return agreed
-        return min(agreed, max(0, min(starts) - first))
+        if starts[0] != starts[1] or block.source.route_digest != source.route_digest:
+            wanted = wanted[: max(0, min(starts) - first)]
+        return _count_common(wanted, block.token_ids)
 
     def _take(self, number: int) -> None:
         self._blocks[number].num_users += 1
