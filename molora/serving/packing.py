@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,13 +117,13 @@ def pack(rows: Sequence[Row], block_size: int, nobodys: int) -> Packed:
     ends = sizes.cumsum()
     firsts = np.array([row.first for row in rows])
     ids_N = np.array([token for row in rows for token in row.token_ids])
-    positions_N = np.arange(ends[-1]) + np.repeat(firsts - (ends - sizes), sizes)
+    positions_N = np.arange(len(ids_N)) + (firsts - (ends - sizes)).repeat(sizes)
     tables_SM = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int64)
     for table_M, row in zip(tables_SM, rows, strict=True):
         table_M[: len(row.blocks)] = row.blocks
-    owner_N = np.repeat(np.arange(len(rows)), sizes)
-    places_N = tables_SM[owner_N, positions_N // block_size] * block_size + positions_N % block_size
-    places_N[~np.repeat([row.writes for row in rows], sizes)] = nobodys
+    index_N, offset_N = np.divmod(positions_N, block_size)
+    places_N = tables_SM[np.arange(len(rows)).repeat(sizes), index_N] * block_size + offset_N
+    places_N[~_of_rows([row.writes for row in rows], sizes)] = nobodys
     spans = [
         Span(end - size, end, first + size)
         for end, size, first in zip(ends.tolist(), sizes.tolist(), firsts.tolist(), strict=True)
@@ -150,7 +150,7 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
             slots_SK[s, : len(row.hold.slots)] = row.hold.slots
             gates_SK[s, : len(row.hold.slots)] = row.route.weights
     slots_NK, gates_NK = slots_SK.repeat(sizes, 0), gates_SK.repeat(sizes, 0)
-    auto_N = np.repeat([row.route.auto for row in rows], sizes)
+    auto_N = _of_rows([row.route.auto for row in rows], sizes)
     for row, span in zip(rows, spans, strict=True):
         if row.hold is None or not row.route.auto or not row.known:
             continue
@@ -160,11 +160,16 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
             slots_NK[t, : len(route)] = [slot_of[digest] for digest, _ in route]
             gates_NK[t, : len(route)] = [gate for _, gate in route]
     return PackedRoutes(
-        np.repeat([row.activation_start for row in rows], sizes),
+        _of_rows([row.activation_start for row in rows], sizes),
         auto_N,
-        np.repeat([0 if row.hold is None else row.hold.version.number for row in rows], sizes),
+        _of_rows([0 if row.hold is None else row.hold.version.number for row in rows], sizes),
         slots_NK,
         gates_NK,
         any(row.route.auto and row.is_active for row in rows),
         any(row.hold is not None and row.hold.acts_early for row in rows),
     )
+
+
+def _of_rows(values: Sequence[int], sizes: Ints) -> NDArray[Any]:
+    """What is said of each row, for each of its tokens."""
+    return np.array(values).repeat(sizes)  # np.repeat takes ten times as long to find out what it was given
