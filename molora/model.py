@@ -90,10 +90,15 @@ class MoLoRA:
         )
         self.slots = AdapterSlots(self.decoder, self.bank, adapters)
 
-    @property
+    @cached_property
     def max_context(self) -> int:
         """The most tokens that the base model can read, prompt and answer together."""
         return int(text_config(self.model).max_position_embeddings)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+        return int(text_config(self.model).vocab_size)
 
     @cached_property
     def text_limit(self) -> TextLimit | None:
@@ -402,9 +407,8 @@ class MoLoRA:
         if len(ids) == 0:
             return
         least, most = (min(ids), max(ids)) if isinstance(ids, Sequence) else (ids.min(), ids.max())
-        vocab_size = int(text_config(self.model).vocab_size)
-        if not 0 <= least <= most < vocab_size:
-            raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {vocab_size - 1}.")
+        if not 0 <= least <= most < self.vocab_size:
+            raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {self.vocab_size - 1}.")
 
     def check_lengths(self, prompt: Prompt, max_new_tokens: int | None, most: int | None = None) -> int:
         """How many tokens may be generated.

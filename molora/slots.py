@@ -322,4 +322,4 @@ class AdapterSlots:
 
 def read_route(slots: Sequence[int], gates: Sequence[float], digests: Mapping[int, str]) -> TokenRoute:
     """The adapters that act on a token, by digest."""
-    return tuple((digests[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0)
+    return tuple([(digests[slot], gate) for slot, gate in zip(slots, gates, strict=True) if slot >= 0])

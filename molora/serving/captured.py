@@ -134,7 +134,8 @@ class Buffers:
             host["auto_N"][:n], host["auto_N"][n:] = routes.auto_N, False
             host["slots_NK"][:] = NO_ADAPTER
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
-        host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
+        if any(each.sampling.temperature for each in draws):  # else nobody looks
+            host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
         self._sent.copy_(staged, non_blocking=True)
         if any(each.bitmask is not None for each in draws):
             self.masks_SW.fill_(-1)
@@ -299,9 +300,9 @@ class Outcome:
         """Waits for them."""
         if self._sent is not None:
             self._sent.synchronize()
-        ids, routes = np.split(self._host.numpy(), [self._out.num_ids])
-        layout = self._out.layout
-        return ids[: self._num_drawn].tolist(), None if layout is None else read_report(routes, layout)
+        host, layout = self._host.numpy(), self._out.layout
+        report = None if layout is None else read_report(host[self._out.num_ids :], layout)
+        return host[: self._num_drawn].tolist(), report
 
 
 class _Output(NamedTuple):

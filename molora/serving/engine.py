@@ -290,8 +290,7 @@ class Engine:
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
-        vocab_size = int(text_config(self.m.model).vocab_size)
-        return GrammarCompiler(self.m.tokenizer, vocab_size, end_ids=self.m.eos_ids)
+        return GrammarCompiler(self.m.tokenizer, self.m.vocab_size, end_ids=self.m.eos_ids)
 
     def _stream(self, request: Request) -> Stream:
         """Check a request, and take hold of what it needs."""
@@ -471,8 +470,9 @@ class Engine:
             return None
         answers = [self._answers[work.sequence] for work in works]
         try:
-            with self.m.lock, torch.inference_mode():
-                self._runner.copy([copy for work in works for copy in work.copies])
+            with self.m.lock:
+                if copies := [copy for work in works for copy in work.copies]:
+                    self._runner.copy(copies)
                 rows = [self._row(work, answer) for work, answer in zip(works, answers, strict=True)]
                 drawing = [answer for work, answer in zip(works, answers, strict=True) if work.draws]
                 draws = [answer.draw(answer.tokens.num_pending - 1) for answer in drawing]

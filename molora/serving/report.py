@@ -60,12 +60,6 @@ def write_report(record: RouteRecord, drawing_D: Tensor, temperature: float) -> 
 def read_report(report: NDArray[np.int32], layout: Layout) -> Report:
     """`write_report`, read back on the host."""
     num_routes = layout.num_tokens * layout.num_adapters
-    num_columns = layout.num_drawing * layout.num_candidates
-    slots, gates, columns, probs = np.split(report, np.cumsum([num_routes, num_routes, num_columns]))
-    routes, candidates = (layout.num_tokens, layout.num_adapters), (layout.num_drawing, layout.num_candidates)
-    return Report(
-        slots.reshape(routes),
-        gates.view(np.float32).reshape(routes),
-        columns.reshape(candidates),
-        probs.view(np.float32).reshape(candidates),
-    )
+    routes = report[: 2 * num_routes].reshape(2, layout.num_tokens, layout.num_adapters)
+    candidates = report[2 * num_routes :].reshape(2, layout.num_drawing, layout.num_candidates)
+    return Report(routes[0], routes[1].view(np.float32), candidates[0], candidates[1].view(np.float32))
