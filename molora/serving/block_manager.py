@@ -102,8 +102,8 @@ class _Block:
     parent: bytes | None = None  # while it is found by it
     base_key: bytes | None = None  # of an active block, while it is found by it
     base_parent: bytes | None = None  # likewise
-    token_ids: tuple[int, ...] = ()
-    notes: tuple[object, ...] = ()
+    token_ids: list[int] = field(default_factory=list)
+    notes: list[object] = field(default_factory=list)
     source: Source | None = None
     begun: int = 0  # the step that computed its first token
     found_since: int = 0  # the step that registered its key
@@ -250,9 +250,10 @@ class BlockManager:
             first = index * size
             end = min(first + size, num_computed)
             number = table.blocks[index]
-            block = self._blocks[number]
-            block.token_ids, block.source = tuple(token_ids[first:end]), table.source
-            block.notes = (None,) * (end - first) if notes is None else tuple(notes[first:end])
+            block, fresh = self._blocks[number], slice(max(first, before), end)
+            block.source = table.source
+            block.token_ids += token_ids[fresh]
+            block.notes += [None] * (end - fresh.start) if notes is None else notes[fresh]
             if first >= before:
                 block.begun = self.step if step is None else step
             is_active = end > table.source.activation_start
@@ -337,14 +338,14 @@ class BlockManager:
             if following not in self._by_base_key and following not in self._by_key:
                 break
             key, first = following, first + size
-        wanted = tuple(token_ids[first : min(first + size, end)])
+        wanted = list(token_ids[first : min(first + size, end)])
         holders = (*self._by_base_parent.get(key, ()), *self._by_parent.get(key, ())) if wanted else ()
         agreed = max((_count_common(wanted, self._blocks[number].token_ids) for number in holders), default=0)
         return max(0, first + agreed - table.num_computed)
 
     def _copy_what_agrees(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         first = len(table.blocks) * self.block_size
-        wanted = tuple(token_ids[first : first + self.block_size])
+        wanted = list(token_ids[first : first + self.block_size])
         best, most = -1, 0
         for number in self._by_parent.get(table.keys[-1], ()):
             agreed = self._count_agreed(self._blocks[number], wanted, first, table.source)
@@ -353,18 +354,19 @@ class BlockManager:
         if not most:
             return
         self._take(best)
-        notes = self._blocks[best].notes[:most]
         if not self.num_free:
             self._drop(best)
             return
         target = self._new()
         table.copies.append(Copy(best, target, most))
         table.blocks.append(target)
-        table.notes += notes
+        copied = self._blocks[target]
+        copied.token_ids, copied.notes = wanted[:most], self._blocks[best].notes[:most]
+        table.notes += copied.notes
         table.num_computed += most
 
     @staticmethod
-    def _count_agreed(block: _Block, wanted: tuple[int, ...], first: int, source: Source) -> int:
+    def _count_agreed(block: _Block, wanted: list[int], first: int, source: Source) -> int:
         """How many tokens at the start of a block are the wanted ones and were computed alike."""
         assert block.source is not None
         starts = (block.source.activation_start, source.activation_start)
@@ -383,6 +385,7 @@ class BlockManager:
             if block.parent is not None:
                 self._idle[number] = None
             else:
+                self._blocks[number] = _Block()
                 self._empty.append(number)
 
     def _new(self) -> int:
