@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from molora import activation as policies
@@ -399,15 +398,15 @@ class MoLoRA:
             for hold, slots_TK, gates_TK in zip(holds, slots_BTK, gates_BTK, strict=True)
         ]
 
-    def check_token_ids(self, name: str, ids: Sequence[int] | NDArray[np.int64] | Tensor) -> None:
+    def check_token_ids(self, name: str, ids: Sequence[int] | Tensor) -> None:
         """
         Raises:
             ValueError: one is outside the model's vocabulary.
         """
         if len(ids) == 0:
             return
-        least, most = (min(ids), max(ids)) if isinstance(ids, Sequence) else (ids.min(), ids.max())
-        if not 0 <= least <= most < self.vocab_size:
+        all_ids = ids if isinstance(ids, Tensor) else np.asarray(ids)
+        if not 0 <= all_ids.min() <= all_ids.max() < self.vocab_size:
             raise ValueError(f"{name} has token ids outside the model's vocabulary of 0 to {self.vocab_size - 1}.")
 
     def check_lengths(self, prompt: Prompt, max_new_tokens: int | None, most: int | None = None) -> int:
@@ -417,11 +416,10 @@ class MoLoRA:
             most: of a sequence, if that is fewer than the model reads.
 
         Raises:
-            ValueError: an id is outside the vocabulary, or there is no room for the prompt and that many new tokens.
+            ValueError: there is no room for the prompt and that many new tokens.
         """
         most = self.max_context if most is None else most
         num_tokens = len(prompt.token_ids)
-        self.check_token_ids("the prompt", np.frombuffer(prompt.packed, np.int32))
         who = "the model reads" if most == self.max_context else "the cache holds"
         if num_tokens >= most:
             raise ValueError(

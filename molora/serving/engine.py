@@ -297,6 +297,7 @@ class Engine:
         m, sampling = self.m, request.sampling
         with checking("prompt"):
             prompt = m.render(request.prompt)
+            m.check_token_ids("the prompt", prompt.packed)
             m.check_lengths(prompt, None, self.capacity)
         with checking("max_new_tokens"):
             max_new_tokens = m.check_lengths(prompt, sampling.max_new_tokens, self.capacity)
