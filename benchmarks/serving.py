@@ -12,8 +12,8 @@ with 8 adapters of rank 16, so nothing is downloaded:
     invoke        time to the first token of an adapter on a long history in the cache, against reading it again
     conversation  five adapters on one long conversation, against plain LoRA
     counters      history tokens computed again: none
-    plain         adapters in all layers, one to a sequence, against base
     load          decode steps while an adapter is loaded
+    plain         adapters in all layers, one to a sequence, against base
 
 Sides that are compared take turns, and a figure is the median of the turns' ratios. On a machine that others use as
 well, give --repeats 9 or more.
@@ -55,7 +55,7 @@ WITH_ROUTER: dict[str, Suite] = {
     "conversation": conversation,
     "counters": counters,
 }
-IN_ALL_LAYERS: dict[str, Suite] = {"plain": plain, "load": load}
+IN_ALL_LAYERS: dict[str, Suite] = {"load": load, "plain": plain}
 RANDOM = {**WITH_ROUTER, **IN_ALL_LAYERS}
 
 
