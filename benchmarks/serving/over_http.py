@@ -49,6 +49,8 @@ def first_token_s(connection: HTTPConnection, model: str, ids: list[int], start:
         RuntimeError: the server refused.
     """
     body = {"model": model, "prompt": ids, "activation": start, "max_tokens": 1, "ignore_eos": True, "temperature": 0}
+    connection.close()  # the server has, if the last request is some seconds ago
+    connection.connect()
     start_s = time.perf_counter()
     connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     answer = connection.getresponse()
