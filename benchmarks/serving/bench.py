@@ -117,8 +117,6 @@ def random_bench(
             max_sequences=sizes.batches[-1],
         )
         engine = Engine(m, config)
-        if has_router:  # the other suites take few sizes of steps, which come in turns that do not count
-            engine.warm_up()
         try:
             yield Bench(m, engine, shape, folder, repeats, seed, forced=forced)
         finally:

@@ -287,6 +287,8 @@ class Engine:
         while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
             time.sleep(0.01)
         self._call(lambda: self._fail(list(self._answers.values()), EngineClosedError("the engine was closed.")))
+        if (thread := self._thread) is not None:
+            thread.join()  # it would keep the model's memory for a while
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -400,7 +402,7 @@ class Engine:
         while True:
             with self._wake:
                 while not self._inbox and not self._answers and self._launched is None:
-                    if not self._wake.wait(IDLE_S) and not self._inbox:
+                    if self._closed or (not self._wake.wait(IDLE_S) and not self._inbox):
                         self._thread = None
                         return
                 actions = list(self._inbox)

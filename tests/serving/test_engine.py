@@ -1,10 +1,12 @@
 """The engine on a tiny model: what it answers is what full forwards say, whatever else runs, is cached or makes way."""
 
 import asyncio
+import gc
 import itertools
 import json
 import re
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -499,6 +501,15 @@ class TestFaults:
         with pytest.raises(EngineError, match="was closed"):
             list(long)
         assert not engine.is_ready
+
+    def test_nothing_holds_on_to_a_closed_engine(self, m, random_ids):
+        engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 22, block_size=4))
+        engine.generate(ask(random_ids(9), "x"))
+        engine.close()
+        left = weakref.ref(engine)
+        del engine
+        gc.collect()
+        assert left() is None
 
     def test_inside_routing_it_says_so(self, m, random_ids):
         with m.routing([0], "x"), pytest.raises(RuntimeError, match=r"use m\.model\.generate"):
