@@ -52,3 +52,12 @@ def test_a_record_counts_how_tests_ended(monkeypatch: pytest.MonkeyPatch, tmp_pa
     ended = read_report(tmp_path / "report.xml")
     assert ended["outcomes"] == {"passed": 1, "skipped": 1, "failed": 2}
     assert ended["failed"] == ["tests.some::c", "tests.some::d"]
+
+
+def test_the_base_linear_is_as_fast_as_the_readme_says() -> None:
+    result = json.loads((KERNELS.parent / "benchmarks/results/linear-h100.json").read_text())
+    ratios = {row["num_tokens"]: row["ratio"]["median"] for row in result["rows"]}
+    words = " ".join((KERNELS / "README.md").read_text().split())
+    assert f"took {ratios.pop(1):.2f} of cuBLAS's time at one token on an H100" in words
+    assert {f"{ratios[num_tokens]:.2f}" for num_tokens in (2, 4, 8, 16)} == {"0.95"}
+    assert "and 0.95 at 2 to 16" in words

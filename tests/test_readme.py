@@ -109,6 +109,23 @@ def test_the_speed_of_the_engine_is_what_was_measured() -> None:
     assert f"writes its first token {invoked:.0f} times sooner" in words
 
 
+def test_the_speed_of_the_engine_on_a_gpu_is_what_was_measured() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/serving-h100.json").read_text())
+    assert "H100" in result["device"]
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    alone = values["base, batch 1, over the weights' floor"]
+    together = values["base, batch 64, of the floor of weights and cache"]
+    routed = [value for name, value in values.items() if name.startswith("routed")]
+    soon = [values[f"adapter after {length} tokens, times sooner"] for length in (8192, 32768, 65536)]
+    asked = values["5 adapters in parallel on 32768 tokens, times faster"]
+    words = " ".join(README.split())
+    assert f"decodes on the base in {alone:.2f} times what reading the weights takes" in words
+    assert f"at {together:.2f} of what the memory's bandwidth allows" in words
+    assert f"routed ones at {min(routed):.2f} to {max(routed):.2f} of the base's tokens per second" in words
+    assert f"first token {soon[0]:.1f}, {soon[1]:.0f} or {soon[2]:.0f} times sooner than plain LoRA" in words
+    assert f"asked at once about 32k tokens answer {asked:.0f} times sooner" in words
+
+
 def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     figures = json.loads((REPOSITORY / "banks/smollm2-demo/results/decode_cpu.json").read_text())
     assert figures["num_threads"] == 2
