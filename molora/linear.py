@@ -28,7 +28,7 @@ class RoutedLinear(nn.Module):
     """Stands where an `nn.Linear` stood: same weight, same bias, same names in the state dict.
 
     Adapter slots have fixed addresses and one padded rank, so loading and replacing an adapter moves no pointer.
-    With no plan in its routes it is the base linear, to the bit.
+    With no plan in its routes it is `base_linear`: torch's own, to the bit, unless an engine put another one there.
     """
 
     def __init__(
