@@ -42,6 +42,7 @@ class Case:
     num_heads: int = 8
     group: int = 4
     head_size: int = 128
+    num_shared: int = 0  # keys that all sequences begin with, in the same blocks
 
     def __str__(self) -> str:
         return f"{self.kind} {self.num_sequences} x {self.num_queries} at {self.num_keys - self.num_queries}"
@@ -53,18 +54,21 @@ class Case:
 
     def num_bytes(self, item_bytes: int) -> int:
         """Keys and values once, queries and outputs."""
-        rows = self.num_keys * self.num_heads + self.num_queries * self.num_heads * self.group
-        return 2 * self.num_sequences * rows * self.head_size * item_bytes
+        num_keys = self.num_sequences * (self.num_keys - self.num_shared) + self.num_shared
+        rows = num_keys * self.num_heads + self.num_sequences * self.num_queries * self.num_heads * self.group
+        return 2 * rows * self.head_size * item_bytes
 
 
 CASES = [
     *(Case("decode", S, 1, L) for S in (1, 8, 64) for L in (1024, 8192, 32768, 65536)),
     *(Case("extension", 1, 16, L + 16) for L in (8192, 32768, 65536)),
+    *(Case("shared", S, 1, L + 16, num_shared=L) for S in (5, 64) for L in (8192, 32768)),
     *(Case("chunk", 1, n, before + n) for n in (2048, 8192) for before in (0, 32768)),
 ]
 TINY = [
     Case("decode", 3, 1, 70, num_heads=2, head_size=16),
     Case("extension", 2, 5, 40, num_heads=2, head_size=16),
+    Case("shared", 5, 1, 200, num_heads=2, head_size=16, num_shared=160),
     Case("chunk", 1, 40, 60, num_heads=1, group=2, head_size=32),
 ]
 
@@ -82,7 +86,10 @@ class Problem:
         blocks = -(-L // block_size)
         tables_SM = torch.randperm(S * blocks, generator=rng, device=device).view(S, blocks)
         key_L = torch.arange(L, device=device)
-        places = (tables_SM[:, key_L // block_size] * block_size + key_L % block_size).flatten()
+        places_SL = tables_SM[:, key_L // block_size] * block_size + key_L % block_size
+        shared = case.num_shared // block_size * block_size
+        tables_SM[1:, : shared // block_size] = tables_SM[0, : shared // block_size]
+        places_SL[1:, :shared] = -1
         self.cu_queries_S1, self.cu_keys_S1 = (
             torch.arange(0, (S + 1) * step, step, dtype=torch.int32, device=device) for step in (n, L)
         )
@@ -91,10 +98,12 @@ class Problem:
         self.layers = []
         for _ in range(num_layers):
             k, v = (torch.randn(S * L, H, D, generator=rng, dtype=dtype, device=device) for _ in "kv")
+            for rows in (k.unflatten(0, (S, L)), v.unflatten(0, (S, L))):
+                rows[1:, :shared] = rows[0, :shared]
             k_pool, v_pool = (
                 torch.full((S * blocks, block_size, H, D), math.nan, dtype=dtype, device=device) for _ in "kv"
             )
-            pages.write_kv(k, v, k_pool, v_pool, places)
+            pages.write_kv(k, v, k_pool, v_pool, places_SL.flatten())
             self.layers.append((k, v, k_pool, v_pool))
 
     def solve(self) -> Tensor:

@@ -279,6 +279,7 @@ def paged_attention(
         BLOCK_V=power_of_two(V),
         BLOCK_R=shape.rows,
         DECODE_R=shape.decode_rows,
+        MATES=triton.next_power_of_2(shape.decode_rows // (num_heads // H) + 1) // 2,
         BLOCK_L=shape.keys,
         WINDOW=window,
         SOFTCAP=softcap is not None,

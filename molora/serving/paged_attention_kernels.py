@@ -98,6 +98,59 @@ def _find_split(tiles_S, splits_S, place):
 
 
 @triton.jit
+def _count_readers(
+    tables_ptr,
+    cu_queries_ptr,
+    num_keys_ptr,
+    tables_stride_s,
+    s,
+    split,
+    N,
+    S,
+    max_splits,
+    max_decode_splits,
+    keys_per_split,
+    keys_per_decode_split,
+    B: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    MATES: tl.constexpr,
+):
+    """How many sequences with one query, from s on, read the very same blocks in a split: their rows fit into one tile.
+    0 if the one before s does, which then reads them for s as well.
+
+    Tiles are of MATES sequences side by side, from a multiple of MATES on. Each sees all keys of such a split, so a
+    row's sum is the one that it would be alone.
+    """
+    SOME: tl.constexpr = 32  # blocks at a time
+    group = s // MATES * MATES
+    s_G = group + tl.arange(0, MATES)
+    _, num_queries_G, num_keys_G = _load_span(cu_queries_ptr, num_keys_ptr, s_G, N, S)
+    splits_G = _count_splits(
+        num_queries_G, num_keys_G, max_splits, max_decode_splits, keys_per_split, keys_per_decode_split, None
+    )
+    length_G = _length_of_splits(num_keys_G, splits_G, BLOCK_L)
+    length = tl.max(tl.where(s_G == s, length_G, 0))
+    begin, end = split * length, (split + 1) * length
+    agrees_G = (num_queries_G == 1) & (splits_G > 1) & (length_G == length) & (end <= num_keys_G)
+    reads = tl.max(tl.where(s_G == s, agrees_G, 0)) > 0
+    for first in range(begin // B, tl.where(reads, tl.cdiv(end, B), 0), SOME):
+        p_P = first + tl.arange(0, SOME)
+        is_read_P = p_P < tl.cdiv(end, B)
+        own_P = tl.load(tables_ptr + s.to(tl.int64) * tables_stride_s + p_P, mask=is_read_P, other=0)
+        table_ptr_GP = tables_ptr + s_G[:, None].to(tl.int64) * tables_stride_s + p_P[None, :]
+        p_GP = tl.load(table_ptr_GP, mask=agrees_G[:, None] & is_read_P[None, :], other=0)
+        agrees_G = agrees_G & (tl.sum((p_GP != own_P[None, :]).to(tl.int32), 1) == 0)
+    end_of_run = tl.min(tl.where((s_G > s) & (agrees_G == 0), s_G, group + MATES))
+    is_read_before = reads & (tl.max(tl.where(s_G == s - 1, agrees_G, 0)) > 0)
+    return tl.where(is_read_before, 0, tl.where(reads, end_of_run - s, 1))
+
+
+@triton.jit
+def _length_of_splits(num_keys, splits, BLOCK_L: tl.constexpr):
+    return tl.cdiv(tl.cdiv(num_keys, splits), BLOCK_L) * BLOCK_L
+
+
+@triton.jit
 def _attend(
     q_RD,
     position_R,
@@ -201,6 +254,7 @@ def _attend_tile(
     scale,
     h,
     first,
+    num_tokens,
     num_queries,
     num_keys,
     tile,
@@ -220,10 +274,11 @@ def _attend_tile(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
+    """num_tokens: that the tile's sequence, or those that share it, have from `first` on."""
     TILE_N: tl.constexpr = BLOCK_R // G
     r_R, d_D, v_V = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     query_R = tile * TILE_N + r_R // G
-    exists_R = (query_R < num_queries) & (r_R < TILE_N * G)
+    exists_R = (query_R < num_tokens) & (r_R < TILE_N * G)
     token_R = (first + query_R).to(tl.int64)
     head_R = h * G + r_R % G
     mask_RD = exists_R[:, None] & (d_D < D)[None, :]
@@ -236,7 +291,7 @@ def _attend_tile(
     if WINDOW is not None:
         first_key = tl.maximum(0, position - WINDOW + 1)
     begin = first_key // BLOCK_L * BLOCK_L
-    length = tl.cdiv(tl.cdiv(end - begin, splits), BLOCK_L) * BLOCK_L
+    length = _length_of_splits(end - begin, splits, BLOCK_L)
     begin += split * length
     end = tl.minimum(end, begin + length)
     full_end = begin + tl.maximum(0, tl.minimum(end, position + 1) - begin) // BLOCK_L * BLOCK_L
@@ -319,6 +374,7 @@ def _attention_fwd_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DECODE_R: tl.constexpr,  # rows of the tile of a sequence's only query
+    MATES: tl.constexpr,  # sequences of which such a tile has room for the queries
     BLOCK_L: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -327,7 +383,8 @@ def _attention_fwd_kernel(
     """An item of work is a tile of a sequence's queries, a head of the pool and a split of the keys.
 
     All sequences' first splits come first, then all second ones: sequences that begin with the same blocks read them at
-    about the same time, and all but one of them from the L2 cache.
+    about the same time, and all but one of them from the L2 cache. Where they decode side by side, some of them are one
+    tile and read them once.
     """
     if OVERLAP:
         wait_for_previous()
@@ -350,8 +407,28 @@ def _attention_fwd_kernel(
         )
         tile = tl.cdiv(num_queries, TILE_N) - 1 - place  # the one with most keys comes first
         table_ptr = tables_ptr + s.to(tl.int64) * tables_stride_s
+        num_tokens = num_queries
+        if WINDOW is None and MATES > 1:  # noqa: SIM102 (known when it is compiled, unlike the rest)
+            if (num_queries == 1) & (splits > 1) & (S > 1):
+                num_tokens = _count_readers(
+                    tables_ptr,
+                    cu_queries_ptr,
+                    num_keys_ptr,
+                    tables_stride_s,
+                    s,
+                    split,
+                    N,
+                    S,
+                    max_splits,
+                    max_decode_splits,
+                    keys_per_split,
+                    keys_per_decode_split,
+                    B,
+                    BLOCK_L,
+                    MATES,
+                )
         for alone in tl.static_range(2):
-            if (num_queries == 1) == (alone == 1):
+            if (num_tokens > 0) & ((num_queries == 1) == (alone == 1)):
                 _attend_tile(
                     q_ptr,
                     k_ptr,
@@ -368,13 +445,14 @@ def _attention_fwd_kernel(
                     scale,
                     h,
                     first,
+                    num_tokens,
                     num_queries,
                     num_keys,
                     tile,
                     split,
                     splits,
                     s * max_decode_splits if alone else S * max_decode_splits + first * max_splits,
-                    max_splits,
+                    max_decode_splits if alone else max_splits,
                     B,
                     H,
                     G,

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from molora_kernels.backend import triton_runs_on
 from torch import Tensor
 
 from molora.serving import attention
+from molora.serving import paged_attention_kernels as kernels
 from molora.serving.packing import Span
 from molora.serving.paged_attention import BatchTables, Device, LaunchShape, choose_shape, paged_attention, write_kv
 
@@ -236,6 +239,73 @@ def test_neighbours_change_no_bit(shape: LaunchShape | None) -> None:
     after = replace(batch, k_pool_PBHD=k_pool, v_pool_PBHV=v_pool, tables=tables).attend(shape)
     assert torch.equal(before[:7], after[:7])
     assert not torch.equal(before[7:], after[7:])
+
+
+def shared_batch(lengths: Sequence[int], num_shared: int, **options: Any) -> tuple[Batch, Batch]:
+    """Sequences that decode, whose first blocks are those of the first one; and the same with blocks of their own."""
+    apart = make_batch([(1, length - 1) for length in lengths], block_size=8, **options)
+    tables_SM = apart.tables.block_tables_SM.clone()
+    for s, length in enumerate(lengths):
+        here = slice(0, min(num_shared, length - 1) // 8)
+        for pool in (apart.k_pool_PBHD, apart.v_pool_PBHV):
+            pool[tables_SM[s, here].long()] = pool[tables_SM[0, here].long()]
+        tables_SM[s, here] = tables_SM[0, here]
+    return replace(apart, tables=apart.tables._replace(block_tables_SM=tables_SM)), apart
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_shared", "options"),
+    [
+        ([60, 61, 62, 63, 64], 48, {}),
+        ([64] * 9, 56, {}),
+        ([64, 64, 40, 80, 64, 17], 40, {}),  # one of them cuts its keys elsewhere
+        ([64] * 5, 64 - 8, {"group": 1}),
+        ([64] * 5, 64 - 8, {"group": 16}),  # no tile has room for two
+        ([64] * 6, 64 - 8, {"group": 5, "dtype": torch.bfloat16}),
+    ],
+)
+@pytest.mark.parametrize("sinks", [False, True])
+def test_who_reads_the_same_blocks_gets_the_bits_it_would_get_alone(
+    lengths: list[int], num_shared: int, options: dict[str, Any], sinks: bool
+) -> None:
+    shared, apart = shared_batch(lengths, num_shared, **options)
+    sinks_H = torch.randn(shared.q_NHD.shape[1], device=DEVICE) if sinks else None
+    assert torch.equal(shared.attend(sinks_H=sinks_H), apart.attend(sinks_H=sinks_H))
+
+
+@triton.jit
+def _count_all(tables_ptr, cu_queries_ptr, num_keys_ptr, out_ptr, tables_stride_s, N, S, SPLITS: tl.constexpr):
+    s, split = tl.program_id(0), tl.program_id(1)
+    counted = kernels._count_readers(
+        tables_ptr, cu_queries_ptr, num_keys_ptr, tables_stride_s, s, split, N, S, 1, SPLITS, 8, 8, 8, 16, 4
+    )
+    tl.store(out_ptr + s * SPLITS + split, counted)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_shared", "expected"),
+    [
+        ([64] * 5, 48, [[4, 4, 4, 1], [0, 0, 0, 1], [0, 0, 0, 1], [0, 0, 0, 1], [1, 1, 1, 1]]),
+        ([64] * 3, 40, [[3, 3, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1]]),  # a split that is shared in part is not
+        ([64, 64, 40, 64, 64], 40, [[4, 4, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 1, 1]]),
+        ([64, 64, 80, 64], 48, [[2, 2, 2, 1], [0, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]),  # in splits of 16, 16, 32, 16
+        ([64, 64], 0, [[1, 1, 1, 1], [1, 1, 1, 1]]),
+    ],
+)
+def test_sequences_side_by_side_read_their_shared_blocks_once(
+    lengths: list[int], num_shared: int, expected: list[list[int]]
+) -> None:
+    tables = shared_batch(lengths, num_shared)[0].tables
+    counted = torch.zeros(len(lengths), 4, dtype=torch.int32, device=DEVICE)
+    _count_all[(len(lengths), 4)](
+        *tables,
+        counted,
+        tables.block_tables_SM.stride(0),
+        int(tables.cu_queries_S1[-1]),
+        len(tables.num_keys_S),
+        SPLITS=4,
+    )
+    assert counted.tolist() == expected
 
 
 def test_what_is_not_to_be_kept_is_not_written() -> None:
