@@ -44,9 +44,14 @@ def let_next_start():
         gdc_launch_dependents()
 
 
+def may_overlap(device: torch.device) -> bool:
+    """Whether a launch may overlap the one before it: on CUDA, from compute capability 9.0 on."""
+    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def overlapping(device: torch.device) -> dict[str, Any]:
-    """Arguments of a launch that may overlap the one before it: on CUDA, from compute capability 9.0 on."""
-    overlap = not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Arguments of a launch that overlaps the one before it, where it may."""
+    overlap = may_overlap(device)
     return {"OVERLAP": overlap, **({"launch_pdl": True} if overlap else {})}
 
 

@@ -347,10 +347,7 @@ def decode(
 
 
 def base(x_TI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """What `decode` gives without adapters, for 1 to MAX_TOKENS tokens; [T, O].
-
-    The weight must have been there before the kernel that was launched last.
-    """
+    """What `decode` gives without adapters, for 1 to MAX_TOKENS tokens; [T, O]."""
     return _linear(x_TI, w_OI, bias_O, (len(w_OI),))
 
 
