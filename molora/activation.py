@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal, SupportsIndex, get_args
 
 from jinja2 import TemplateError
 
@@ -84,8 +84,11 @@ def render(
         prompt = Prompt(items if type(items[0]) is int else tuple(map(int, items)), {"system": 0})  # type: ignore[arg-type]
         try:
             _ = prompt.packed
-        except struct.error as error:
-            raise ValueError(f"a prompt of token ids holds something else: {error}.") from None
+        except struct.error:
+            for item in prompt.token_ids:
+                if not isinstance(item, SupportsIndex):
+                    raise ValueError(f"a prompt of token ids holds something else: {item!r}.") from None
+            raise ValueError("the prompt has token ids of more than 32 bits; no vocabulary is so large.") from None
         return prompt
     messages = [check_message(item, index) for index, item in enumerate(items)]
     return _render_messages(tokenizer, messages, limit)

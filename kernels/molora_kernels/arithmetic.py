@@ -46,7 +46,9 @@ def let_next_start():
 
 def may_overlap(device: torch.device) -> bool:
     """Whether a launch may overlap the one before it: on CUDA, from compute capability 9.0 on."""
-    return not INTERPRETED and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def overlapping(device: torch.device) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class BlockTable:
         num_reencoded: tokens that were found as active ones only, and are needed as base.
         num_asked: tokens that were looked for.
         num_recomputed: of those, base tokens that were computed while a block that held them could be found.
-        notes: on each token that was found.
+        notes: on each token that was found; the sequence that the table is for goes on with them.
         copies: to be done before the first step; `BlockManager.copied` lets go of their sources.
     """
 
@@ -434,7 +434,9 @@ def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:
-    return (token_ids if isinstance(token_ids, array) else array("i", token_ids)).tobytes()
+    if not isinstance(token_ids, array) or token_ids.typecode != "i":
+        token_ids = array("i", token_ids)
+    return token_ids.tobytes()
 
 
 def _key(parent: bytes, token_ids: bytes, suffix: bytes) -> bytes:

@@ -31,9 +31,21 @@ def compile_layers(model: nn.Module, backend: str) -> dict[nn.Module, Any]:
         backend: torch.compile's.
     """
     layers = [layer.layer if isinstance(layer, RoutingLayer) else layer for layer in find_layers(model)]
-    # Launches overlap, as those of our own kernels: each waits for the one before it, and lets the next one start then.
-    options: dict[str, Any] | None = {"triton.enable_pdl": True} if backend == "inductor" else None
-    return {layer: torch.compile(layer._call_impl, backend=backend, options=options) for layer in layers}
+
+    def options(layer: nn.Module) -> dict[str, Any] | None:
+        return {"triton.enable_pdl": True} if backend == "inductor" and _may_overlap(layer) else None
+
+    return {layer: torch.compile(layer._call_impl, backend=backend, options=options(layer)) for layer in layers}
+
+
+def _may_overlap(layer: nn.Module) -> bool:
+    """Whether launches may, as those of our own kernels do: each waits for the one before it and lets the next one
+    start then.
+
+    A compiled kernel that reads nothing does not wait, and what comes next would read too early. There are none in
+    dense layers; where experts add to zeros there are.
+    """
+    return not any("expert" in name for name, _ in layer.named_modules())
 
 
 class CompiledLayers:

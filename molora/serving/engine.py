@@ -286,9 +286,9 @@ class Engine:
         deadline = time.monotonic() + drain_s
         while time.monotonic() < deadline and (self._answers or self._inbox or self._num_submitted):
             time.sleep(0.01)
-        self._call(lambda: self._fail(list(self._answers.values()), EngineClosedError("the engine was closed.")))
-        if (thread := self._thread) is not None:
-            thread.join()  # it would keep the model's memory for a while
+        closed = EngineClosedError("the engine was closed.")
+        thread = self._call(lambda: self._fail(list(self._answers.values()), closed))
+        thread.join()  # it would keep the model's memory for a while
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
@@ -371,8 +371,8 @@ class Engine:
 
     # What follows runs on the engine's thread, but for _call, _send and _cancel.
 
-    def _call(self, action: Callable[[], None]) -> None:
-        """Do something on the engine's thread, between steps, and wait for it."""
+    def _call(self, action: Callable[[], None]) -> threading.Thread:
+        """Do something on the engine's thread, between steps, and wait for it; that thread."""
         self.m.check_not_routing()
         done: Future[None] = Future()
 
@@ -384,16 +384,18 @@ class Engine:
             else:
                 done.set_result(None)
 
-        self._send(act)
+        thread = self._send(act)
         done.result()
+        return thread
 
-    def _send(self, action: Callable[[], None]) -> None:
+    def _send(self, action: Callable[[], None]) -> threading.Thread:
         with self._wake:
             self._inbox.append(action)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="molora-engine", daemon=True)
                 self._thread.start()
             self._wake.notify()
+            return self._thread
 
     def _cancel(self, stream: Stream) -> None:
         self._send(lambda: self._end(stream))

@@ -32,7 +32,8 @@ class Notes(Generic[T]):
 
     def __getitem__(self, tokens: slice) -> list[T]:
         num_in_blocks = self._num_in_blocks
-        first, end, _ = tokens.indices(num_in_blocks + len(self._others))
+        first, end, step = tokens.indices(num_in_blocks + len(self._others))
+        assert step == 1
         if end <= first:
             return []
         if first >= num_in_blocks:

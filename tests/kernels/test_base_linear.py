@@ -58,6 +58,15 @@ def test_strides_that_the_kernel_does_not_take_are_no_matter(device: torch.devic
         assert relative_error(base_linear(apart, w, bias), x, w, bias) < LIMITS[torch.bfloat16]
 
 
+@pytest.mark.parametrize("num_tokens", [0, 1, 65])
+@pytest.mark.parametrize("bias", [False, True])
+def test_compilers_may_look_at_it(device: torch.device, num_tokens: int, bias: bool) -> None:
+    if not backend.HAS_TRITON:
+        pytest.skip("no Triton")
+    given = operands(num_tokens, 72, 40, torch.bfloat16, device, bias=bias)
+    torch.library.opcheck(torch.ops.molora.base_linear.default, given)
+
+
 def test_with_gradients_it_is_torchs_own(device: torch.device) -> None:
     x, w, bias = operands(3, 72, 40, torch.float32, device)
     x.requires_grad_()

@@ -66,10 +66,10 @@ async def at_once(position: int) -> None:
 
 
 class FakeStream:
-    def __init__(self, engine: "FakeEngine", request: Request, prompt_ids: list[int]) -> None:
+    def __init__(self, engine: "FakeEngine", request: Request, prompt_ids: Sequence[int]) -> None:
         self.engine = engine
         self.request = request
-        self.prompt_ids = prompt_ids
+        self.prompt_ids = tuple(prompt_ids)
         self.num_prompt_tokens = len(prompt_ids)
         self.is_over = False
         self._tokens = self._make()

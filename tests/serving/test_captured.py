@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import molora
 from molora import MoLoRA, RouterConfig, Sampling
@@ -12,6 +13,7 @@ from molora.generation import Grammar
 from molora.serving import captured as captured_module
 from molora.serving import engine as engine_module
 from molora.serving.captured import BUCKETS, Buffers, Capacity
+from molora.serving.compiled import compile_layers
 from molora.serving.engine import Engine, EngineConfig
 from molora.serving.packing import Row, pack
 from molora.serving.request import EngineError, Request
@@ -196,3 +198,15 @@ def test_what_does_not_fit_is_run_as_it_is(m, captured):
     assert steps.fits(pack([row(100, 0), row(1, 9)], 8, 800))
     assert not steps.fits(pack([row(520, 0)], 8, 800))
     assert not steps.fits(pack([row(1, 9)] * 5, 8, 800))
+
+
+@pytest.mark.parametrize(("config", "may"), [("LlamaConfig", True), ("Qwen3MoeConfig", False)])
+def test_launches_overlap_where_every_compiled_kernel_waits(monkeypatch, config, may):
+    """Torch's own kernels for experts begin with one that reads nothing, and waits for nobody."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    made = getattr(transformers, config)(num_hidden_layers=2, vocab_size=64, head_dim=16, **sizes)
+    asked: list[Any] = []
+    monkeypatch.setattr(torch, "compile", lambda call, backend, options: asked.append(options) or call)
+    layers = compile_layers(transformers.AutoModelForCausalLM.from_config(made), "inductor")
+    assert len(layers) == len(asked) == 2
+    assert asked == [{"triton.enable_pdl": True} if may else None] * 2

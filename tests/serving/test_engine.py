@@ -511,6 +511,31 @@ class TestFaults:
         gc.collect()
         assert left() is None
 
+    def test_it_may_be_closed_by_several_at_once_while_others_ask(self, m, random_ids):
+        errors: list[BaseException] = []
+
+        def guarded(action: Callable[[], Any]) -> threading.Thread:
+            def run() -> None:
+                try:
+                    action()
+                except EngineError:
+                    pass  # it is closed
+                except BaseException as error:
+                    errors.append(error)
+
+            return threading.Thread(target=run)
+
+        for _ in range(20):
+            engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 22, block_size=4))
+            asks = [ask(random_ids(9), "x", num_new=2) for _ in range(3)]
+            threads = [guarded(engine.close) for _ in range(3)]
+            threads += [guarded(lambda one=one, engine=engine: engine.submit(one).close()) for one in asks]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        assert errors == []
+
     def test_inside_routing_it_says_so(self, m, random_ids):
         with m.routing([0], "x"), pytest.raises(RuntimeError, match=r"use m\.model\.generate"):
             m.generate(random_ids(5), route="x", activation=0)
