@@ -95,6 +95,8 @@ def _encode_text(record: Mapping[str, Any], tokenizer: Any) -> Example:
 
 def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     messages = record["messages"]
+    if not isinstance(messages, list):
+        raise ValueError(f"a record's messages must be a list, not {messages!r}.")
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise ValueError("a record's messages must end with a user message and the assistant's answer.")
     plain = [check_message(message, index) for index, message in enumerate(messages)]

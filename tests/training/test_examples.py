@@ -115,6 +115,7 @@ def test_plain_text_records() -> None:
         ({"text": "x"}, "needs 'messages'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with"),
         ({"messages": []}, "must end with"),
+        ({"messages": 3}, "must be a list, not 3"),
     ],
 )
 def test_malformed_records_say_which_and_why(record: dict[str, object], message: str) -> None:
