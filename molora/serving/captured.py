@@ -111,7 +111,7 @@ class Buffers:
             for name, (shape, dtype) in shapes.items()
         }
 
-    def fill(self, packed: Packed, draws: Sequence[Draw], nobodys: int) -> None:
+    def fill(self, packed: Packed, draws: Sequence[Draw], parts: Parts, nobodys: int) -> None:
         """Write a step and what pads it, and send it."""
         staged, host = next(self._turns)
         n = len(packed.ids_N)
@@ -134,10 +134,10 @@ class Buffers:
             host["auto_N"][:n], host["auto_N"][n:] = routes.auto_N, False
             host["slots_NK"][:] = NO_ADAPTER
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
-        if any(each.sampling.temperature for each in draws):  # else nobody looks
+        if parts.draws:  # else nobody looks
             host["table_S5"][: len(draws)], host["table_S5"][len(draws) :] = table_of(draws), 0
         self._sent.copy_(staged, non_blocking=True)
-        if any(each.bitmask is not None for each in draws):
+        if parts.masks:
             self.masks_SW.fill_(-1)
             for s, each in enumerate(draws):
                 if each.bitmask is not None:
@@ -227,9 +227,9 @@ class CapturedSteps:
                 bucket, min(bucket, self._max_sequences), self._max_blocks, self._num_adapters, self._num_ids
             )
             buffers = self._buffers[bucket] = Buffers(capacity, self._decoder.device)
-        buffers.fill(packed, draws, self._nobodys)
-        asked = packed.routes
-        kind = Kind(asked is not None, asked is not None and asked.acts_early, parts_of(draws))
+        asked, parts = packed.routes, parts_of(draws)
+        buffers.fill(packed, draws, parts, self._nobodys)
+        kind = Kind(asked is not None, asked is not None and asked.acts_early, parts)
         step = self._steps.get((bucket, kind))
         if step is None:
             last_S = self.last_S.clone()  # capturing runs the step a few times, and this once it is to read them yet

@@ -18,7 +18,7 @@ from molora.serving.engine import Engine, EngineConfig
 from molora.serving.packing import Row, pack
 from molora.serving.request import EngineError, Request
 from molora.serving.runner import Flight, Runner
-from molora.serving.sampling import Draw
+from molora.serving.sampling import Draw, parts_of
 from molora.slots import ResolvedRoute
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -178,7 +178,7 @@ def test_buffers_hold_a_step_and_harmless_padding():
     ):  # the second leaves nothing of the first
         packed = pack(rows, 8, nobodys=800)
         draws = [Draw(Sampling(temperature=0.5, top_k=7), (), (), 0.25, torch.tensor([1, 2, 3, 4], dtype=torch.int32))]
-        buffers.fill(packed, draws, 800)
+        buffers.fill(packed, draws, parts_of(draws), 800)
         assert buffers.masks_SW.tolist() == [[1, 2, 3, 4], *[[-1] * 4] * 3]
         assert on_table(buffers) == [0.5, 7, 1, 0, 0.25]
         on, n = buffers.device, len(packed.ids_N)
