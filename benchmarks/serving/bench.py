@@ -118,6 +118,7 @@ def random_bench(
         )
         engine = Engine(m, config)
         try:
+            engine.warm_up()
             yield Bench(m, engine, shape, folder, repeats, seed, forced=forced)
         finally:
             engine.close()

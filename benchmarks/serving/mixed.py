@@ -13,7 +13,6 @@ LEAST = 0.95
 
 def mixed(bench: Bench, report: Report) -> None:
     """All requests come at once and as many run as the engine lets; each prompt's last quarter is active."""
-    bench.engine.warm_up()  # steps are of any size, and which ones varies from turn to turn
     sizes = bench.sizes
     lengths = random.Random(bench.seed)
     prompts = [bench.ids(lengths.randint(*sizes.prompt)) for _ in range(sizes.num_requests)]

@@ -9,24 +9,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
-from fastapi import FastAPI, Response
+from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
 import molora
-from molora.serving.chat import chat_router
-from molora.serving.completions import completions_router
+from molora.serving import chat, completions, models, tokenizing
 from molora.serving.config import ServeConfig
 from molora.serving.errors import UnavailableError, add_error_handlers
-from molora.serving.models import models_router
 from molora.serving.page import add_page
 from molora.serving.protocol import ErrorBody
 from molora.serving.security import AnswerCancelled, AnswerHead, LimitBody, RequireKey, SafeHeaders
-from molora.serving.service import Service
-from molora.serving.tokenizing import tokenizing_router
+from molora.serving.service import Service, TheService
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
+
+router = APIRouter(tags=["operation"])
 
 
 class Health(BaseModel):
@@ -60,35 +59,40 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
         redoc_url=None,
         lifespan=lifespan,
     )
+    app.state.service = service
     add_error_handlers(app)
     app.add_middleware(LimitBody, max_body_bytes=config.limits.max_body_bytes, max_body_s=config.limits.max_body_s)
     app.add_middleware(AnswerCancelled)
     app.add_middleware(RequireKey, keys=config.api_keys)
     app.add_middleware(SafeHeaders)
     app.add_middleware(AnswerHead)
-    for router in (chat_router, completions_router, models_router, tokenizing_router):
-        app.include_router(router(service))
-
-    @app.get("/health", tags=["operation"])
-    async def health() -> Health:
-        """The process answers."""
-        return Health()
-
-    @app.get("/ready", tags=["operation"])
-    async def ready() -> Health:
-        """Requests are served at full speed; 503 while the engine warms up, and once it stops."""
-        if not engine.is_ready:
-            raise UnavailableError("the engine is not ready")
-        return Health()
-
-    @app.get("/metrics", tags=["operation"], response_class=Response)
-    async def metrics() -> Response:
-        """For Prometheus."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    @app.get("/version", tags=["operation"])
-    async def version() -> Version:
-        return Version(version=molora.__version__)
-
+    for module in (chat, completions, models, tokenizing):
+        app.include_router(module.router)
+    app.include_router(router)
     add_page(app)
     return app
+
+
+@router.get("/health")
+async def health() -> Health:
+    """The process answers."""
+    return Health()
+
+
+@router.get("/ready")
+async def ready(service: TheService) -> Health:
+    """Requests are served at full speed; 503 while the engine warms up, and once it stops."""
+    if not service.engine.is_ready:
+        raise UnavailableError("the engine is not ready")
+    return Health()
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(service: TheService) -> Response:
+    """For Prometheus."""
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+
+@router.get("/version")
+async def version() -> Version:
+    return Version(version=molora.__version__)

@@ -16,8 +16,10 @@ from molora.serving import request as engine
 from molora.serving.fields import Message, Neutral, conflict
 from molora.serving.logprobs import ChatLogprobs, chat_entry, prompt_entries
 from molora.serving.protocol import GenerationRequest, PromptLogprobs, Report, Usage
-from molora.serving.service import Service
+from molora.serving.service import Service, TheService
 from molora.serving.sse import DONE, respond, to_event
+
+router = APIRouter(tags=["generation"])
 
 
 class ChatRequest(GenerationRequest):
@@ -91,21 +93,16 @@ class ChatCompletion(BaseModel):
     molora: Report
 
 
-def chat_router(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generation"])
-
-    @router.post("/v1/chat/completions", response_model=ChatCompletion)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        """Answer a conversation. `model` says who answers: the base, the bank's router, or `<bank>:<adapter>`."""
-        wanted = to_engine(service, body)
-        return await respond(
-            request,
-            whole=lambda: complete(service, body, wanted),
-            events=lambda: stream(service, body, wanted),
-            stream=body.stream,
-        )
-
-    return router
+@router.post("/v1/chat/completions", response_model=ChatCompletion)
+async def chat_completions(body: ChatRequest, request: Request, service: TheService) -> Response:
+    """Answer a conversation. `model` says who answers: the base, the bank's router, or `<bank>:<adapter>`."""
+    wanted = to_engine(service, body)
+    return await respond(
+        request,
+        whole=lambda: complete(service, body, wanted),
+        events=lambda: stream(service, body, wanted),
+        stream=body.stream,
+    )
 
 
 def to_engine(service: Service, body: ChatRequest) -> engine.Request:

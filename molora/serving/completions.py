@@ -19,10 +19,11 @@ from molora.serving.fields import Neutral, Text, TokenId, conflict
 from molora.serving.logprobs import TextLogprobs, TokenReport, prompt_entries, text_logprobs, token_report
 from molora.serving.protocol import GenerationRequest, PromptLogprobs, Report, Usage
 from molora.serving.running import Running
-from molora.serving.service import Service
+from molora.serving.service import Service, TheService
 from molora.serving.sse import DONE, respond, to_event
 from molora.serving.token_text import Offsets
 
+router = APIRouter(tags=["generation"])
 NEED_MESSAGES = frozenset({"turn", "response"})
 
 
@@ -95,21 +96,16 @@ class TextCompletion(BaseModel):
     molora: Report
 
 
-def completions_router(service: Service) -> APIRouter:
-    router = APIRouter(tags=["generation"])
-
-    @router.post("/v1/completions", response_model=TextCompletion)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue text or token ids. With `echo`, `logprobs` and `max_tokens` 0 or 1 it scores the prompt."""
-        wanted = to_engine(service, body)
-        return await respond(
-            request,
-            whole=lambda: complete(service, body, wanted),
-            events=lambda: stream(service, body, wanted),
-            stream=body.stream,
-        )
-
-    return router
+@router.post("/v1/completions", response_model=TextCompletion)
+async def completions(body: CompletionRequest, request: Request, service: TheService) -> Response:
+    """Continue text or token ids. With `echo`, `logprobs` and `max_tokens` 0 or 1 it scores the prompt."""
+    wanted = to_engine(service, body)
+    return await respond(
+        request,
+        whole=lambda: complete(service, body, wanted),
+        events=lambda: stream(service, body, wanted),
+        stream=body.stream,
+    )
 
 
 def to_engine(service: Service, body: CompletionRequest) -> list[engine.Request]:

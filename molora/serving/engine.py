@@ -7,6 +7,7 @@ nothing of HTTP.
 
 from __future__ import annotations
 
+import gc
 import logging
 import secrets
 import threading
@@ -165,7 +166,7 @@ class Engine:
         self._wake = threading.Condition()
         self._inbox: deque[Callable[[], None]] = deque()
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._has_frozen = False
         self._answers: dict[Tokens, Answer] = {}
         self._launched: _Launched | None = None  # the step in flight
         self._num_submitted = 0  # that the thread has not seen yet
@@ -180,9 +181,18 @@ class Engine:
         return min(self.m.max_context, self._runner.num_blocks * self._block_size)
 
     def warm_up(self) -> None:
-        """On a GPU, compile and capture what most steps need, so that no request waits for it; this takes a minute."""
-        if not self.captures:
-            return
+        """What would hold up requests later: on a GPU, compile and capture what most steps need, which takes a minute.
+
+        What the process holds by then is kept from Python's garbage collector (`gc.freeze`) until the engine is closed:
+        to look through a model's and a compiler's objects stops all threads, for up to half a second.
+        """
+        if self.captures:
+            self._capture_steps()
+        gc.collect()
+        gc.freeze()
+        self._has_frozen = True
+
+    def _capture_steps(self) -> None:
         slots, hold, route = self.m.slots, None, BASE
         names = ["auto"] if self.m.bank.has_router else list(slots.current.adapters)[:1]
         if names:
@@ -289,6 +299,8 @@ class Engine:
         closed = EngineClosedError("the engine was closed.")
         thread = self._call(lambda: self._fail(list(self._answers.values()), closed))
         thread.join()  # it would keep the model's memory for a while
+        if self._has_frozen:
+            gc.unfreeze()
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:

@@ -9,7 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends
+from fastapi import Request as HttpRequest
 
 from molora.generation import Sampling
 from molora.serving.config import Limits, ServeConfig
@@ -64,13 +67,17 @@ class Service:
     def texts(self) -> TokenTexts:
         return TokenTexts(self.engine.m.tokenizer)
 
+    def name_of(self, adapter: str) -> str:
+        """What requests call an adapter."""
+        return f"{self.engine.m.bank.name}:{adapter}"
+
     def models(self) -> dict[str, Model]:
         """By name: the router, if there is one, the base, and each adapter that can be named now."""
         bank, base = self.engine.m.bank, self.base_name
         models = [Model(bank.name, "auto", bank.name, base)] if bank.has_router else []
         models.append(Model(base, "base", base, None))
         models += [
-            Model(f"{bank.name}:{info.name}", info.name, str(info.path), base, info) for info in self.engine.adapters()
+            Model(self.name_of(info.name), info.name, str(info.path), base, info) for info in self.engine.adapters()
         ]
         return {model.name: model for model in models}
 
@@ -170,6 +177,14 @@ class Service:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+async def _of_app(request: HttpRequest) -> Service:  # not in a thread of its own
+    return request.app.state.service  # type: ignore[no-any-return]
+
+
+TheService = Annotated[Service, Depends(_of_app)]
+"""For endpoints, which are functions of their modules: FastAPI keeps them for good, and would keep what they hold."""
 
 
 def _at_most(field: str, value: int | None, limit: int | None, unit: str = "") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fastapi import APIRouter
 from jinja2 import TemplateError
@@ -12,7 +12,12 @@ from pydantic_core import PydanticCustomError
 
 from molora.serving.errors import InvalidRequestError
 from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId, conflict
-from molora.serving.service import Service
+from molora.serving.service import TheService
+
+if TYPE_CHECKING:
+    from molora.model import MoLoRA
+
+router = APIRouter(tags=["tokens"])
 
 
 class TokenizeRequest(RequestPart):
@@ -61,47 +66,53 @@ class Detokenized(BaseModel):
     prompt: str
 
 
-def tokenizing_router(service: Service) -> APIRouter:
-    router = APIRouter(tags=["tokens"])
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, service: TheService) -> Tokens:
     m = service.engine.m
+    if body.model is not None:
+        service.model(body.model)
+    ids = await asyncio.to_thread(to_ids, m, body)
+    strings = list(m.tokenizer.convert_ids_to_tokens(ids)) if body.return_token_strs else None
+    return Tokens(count=len(ids), max_model_len=m.max_context, tokens=ids, token_strs=strings)
 
-    def tokenize(body: TokenizeRequest) -> list[int]:
-        try:
-            if body.messages is None:
-                text, add_special = body.prompt or "", body.add_special_tokens is not False
-            else:
-                messages, add_prompt = [message.plain for message in body.messages], body.add_generation_prompt
-                add_special = body.add_special_tokens is True
-                if add_prompt is not False and not add_special:
-                    return list(m.render(messages).token_ids)  # as a request to answer them is read
-                text = _apply_template(m.tokenizer, messages, add_prompt is not False)
-            if m.text_limit is not None:
-                m.text_limit.check(text)
-        except ValueError as error:
-            raise InvalidRequestError(str(error), param="prompt" if body.messages is None else "messages") from error
-        return list(m.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
-    def detokenize(ids: list[int]) -> str:
-        num_ids = len(m.tokenizer)
-        if any(token_id >= num_ids for token_id in ids):
-            raise InvalidRequestError(f"tokens: expected token ids from 0 to {num_ids - 1}", param="tokens")
-        return str(m.tokenizer.decode(ids))
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, service: TheService) -> Detokenized:
+    if body.model is not None:
+        service.model(body.model)
+    return Detokenized(prompt=await asyncio.to_thread(to_text, service.engine.m, body.tokens))
 
-    @router.post("/tokenize")
-    async def tokenize_text(body: TokenizeRequest) -> Tokens:
-        if body.model is not None:
-            service.model(body.model)
-        ids = await asyncio.to_thread(tokenize, body)
-        strings = list(m.tokenizer.convert_ids_to_tokens(ids)) if body.return_token_strs else None
-        return Tokens(count=len(ids), max_model_len=m.max_context, tokens=ids, token_strs=strings)
 
-    @router.post("/detokenize")
-    async def detokenize_ids(body: DetokenizeRequest) -> Detokenized:
-        if body.model is not None:
-            service.model(body.model)
-        return Detokenized(prompt=await asyncio.to_thread(detokenize, body.tokens))
+def to_ids(m: MoLoRA, body: TokenizeRequest) -> list[int]:
+    """
+    Raises:
+        InvalidRequestError: the text is too long, or the chat template refuses the messages.
+    """
+    try:
+        if body.messages is None:
+            text, add_special = body.prompt or "", body.add_special_tokens is not False
+        else:
+            messages, add_prompt = [message.plain for message in body.messages], body.add_generation_prompt
+            add_special = body.add_special_tokens is True
+            if add_prompt is not False and not add_special:
+                return list(m.render(messages).token_ids)  # as a request to answer them is read
+            text = _apply_template(m.tokenizer, messages, add_prompt is not False)
+        if m.text_limit is not None:
+            m.text_limit.check(text)
+    except ValueError as error:
+        raise InvalidRequestError(str(error), param="prompt" if body.messages is None else "messages") from error
+    return list(m.tokenizer(text, add_special_tokens=add_special)["input_ids"])
 
-    return router
+
+def to_text(m: MoLoRA, ids: list[int]) -> str:
+    """
+    Raises:
+        InvalidRequestError: an id is not one of the tokenizer's.
+    """
+    num_ids = len(m.tokenizer)
+    if any(token_id >= num_ids for token_id in ids):
+        raise InvalidRequestError(f"tokens: expected token ids from 0 to {num_ids - 1}", param="tokens")
+    return str(m.tokenizer.decode(ids))
 
 
 def _apply_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:

@@ -262,6 +262,11 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.sent).decode()
 
 
+@pytest.fixture(scope="session")
+def engine_class() -> type[FakeEngine]:
+    return FakeEngine
+
+
 @pytest.fixture
 def engine() -> FakeEngine:
     return FakeEngine()

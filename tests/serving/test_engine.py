@@ -511,6 +511,14 @@ class TestFaults:
         gc.collect()
         assert left() is None
 
+    def test_the_garbage_collector_passes_over_what_a_warm_engine_needs(self, m):
+        engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 22, block_size=4))
+        gc.unfreeze()  # what another test has left
+        engine.warm_up()
+        assert gc.get_freeze_count() > 1000
+        engine.close()
+        assert not gc.get_freeze_count()
+
     def test_it_may_be_closed_by_several_at_once_while_others_ask(self, m, random_ids):
         errors: list[BaseException] = []
 

@@ -1,11 +1,15 @@
 """What an operator sees: probes, the version, the schema, errors that no request can cause, and hostile bodies."""
 
 import asyncio
+import gc
 import json
+import weakref
 
 import pytest
 
 import molora
+from molora.serving.app import create_app
+from molora.serving.config import ServeConfig
 from molora.serving.request import EngineError
 
 URL = "/v1/chat/completions"
@@ -125,6 +129,19 @@ def test_an_error_before_the_first_token_has_a_status(app, call, engine, stream)
     response = call(app, "POST", URL, json=BODY | {"stream": stream})
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "the step failed: out of memory"
+
+
+def test_nothing_holds_on_to_an_app_that_has_answered(call, engine_class):
+    engine = engine_class()
+    app = create_app(engine, ServeConfig(bank="demo"))
+    for path in ("/ready", "/v1/models", "/metrics", "/", "/docs"):
+        assert call(app, "GET", path).status_code == 200
+    for path, body in ((URL, BODY), ("/v1/completions", COMPLETION), ("/tokenize", {"prompt": "x"})):
+        assert call(app, "POST", path, json=body).status_code == 200
+    left = weakref.ref(engine)
+    del app, engine
+    gc.collect()
+    assert left() is None
 
 
 def test_the_schema_documents_errors_as_they_are(app, call):
