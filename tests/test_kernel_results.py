@@ -59,5 +59,4 @@ def test_the_base_linear_is_as_fast_as_the_readme_says() -> None:
     ratios = {row["num_tokens"]: row["ratio"]["median"] for row in result["rows"]}
     words = " ".join((KERNELS / "README.md").read_text().split())
     assert f"took {ratios.pop(1):.2f} of cuBLAS's time at one token on an H100" in words
-    assert {f"{ratios[num_tokens]:.2f}" for num_tokens in (2, 4, 8, 16)} == {"0.95"}
-    assert "and 0.95 at 2 to 16" in words
+    assert f"and {min(ratios.values()):.2f} to {max(ratios.values()):.2f} at 2 to 64" in words
