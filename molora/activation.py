@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex, get_args
@@ -77,6 +77,11 @@ def render(
         if limit is not None:
             limit.check(messages_or_text)
         return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
+    if not isinstance(messages_or_text, Iterable) or isinstance(messages_or_text, Mapping):
+        raise ValueError(
+            f"the prompt is {messages_or_text!r}; expected messages such as [{{'role': 'user', 'content': ...}}], text "
+            "or token ids."
+        )
     items = tuple(messages_or_text)
     if not items:
         raise ValueError("the message list is empty; pass at least one {'role': ..., 'content': ...}.")
@@ -117,8 +122,9 @@ def resolve(
         return last_occurrence(prompt.token_ids, invocation_tokens, of=of)
     if activation not in prompt.starts:
         raise ValueError(
-            f"activation {activation!r} needs chat messages, with a user message for 'turn', and a chat template that "
-            "shows where its messages begin; here, pass an integer token index (0 activates everything)."
+            f"activation {activation!r} needs chat messages such as [{{'role': 'user', 'content': ...}}], one of role "
+            "'user' among them for 'turn', and a chat template that shows where they begin; or pass a token index as "
+            "activation (0 activates everything)."
         )
     return prompt.starts[activation]
 

@@ -168,7 +168,9 @@ class Bank:
         path = Path(path)
         file = path / BANK_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist; {path} is not a bank. Make one with Bank.create.")
+            raise FileNotFoundError(
+                f"{file} does not exist; {path} is not a bank. Training makes one, and molora.Bank.create."
+            )
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:

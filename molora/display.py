@@ -152,6 +152,8 @@ def write_text(console: Console, margin: str, margin_style: str, text: str, *, i
 
 
 def one_line(error: BaseException | Warning | str) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        error = f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 FinishReason = Literal["stop", "length"]
@@ -97,6 +98,9 @@ class Sampling:
             value = getattr(self, name)
             if value is not None and not 0 <= value <= MAX_TOP_LOGPROBS:
                 raise ValueError(f"{name} is {value}; expected 0 to {MAX_TOP_LOGPROBS}.")
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            if not isinstance(value := getattr(self, name), Real):
+                raise ValueError(f"{name} is {value!r}; expected a number.")
         for name, low, high in (
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -MAX_CHANGE, MAX_CHANGE),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,11 @@ class MoLoRA:
             impl=impl,
         )
         self.slots = AdapterSlots(self.decoder, self.bank, adapters)
+
+    def __repr__(self) -> str:
+        names = ", ".join(self.slots.current.adapters)
+        who = f"a router over {names}" if self.bank.has_router else names or "no adapters"
+        return f"MoLoRA({self.bank.name!r}: {who}, on {self.bank.config.base.name}, {self.decoder.device})"
 
     @cached_property
     def max_context(self) -> int:
@@ -311,8 +317,8 @@ class MoLoRA:
         if isinstance(route, str):
             return ResolvedRoute(False, (version[route].name,), (1.0,))
         if isinstance(route, Mapping) and route:
-            if not all(abs(weight) <= MAX_WEIGHT for weight in route.values()):
-                raise ValueError(f"route {dict(route)!r} has a weight beyond {MAX_WEIGHT:g}, or not a number.")
+            if not all(isinstance(weight, Real) and abs(weight) <= MAX_WEIGHT for weight in route.values()):
+                raise ValueError(f"route {dict(route)!r} has a weight beyond {MAX_WEIGHT:g}, or one that is no number.")
             weights = tuple(float(weight) for weight in route.values())
             return ResolvedRoute(False, tuple(version[name].name for name in route), weights)
         raise ValueError(
@@ -452,6 +458,8 @@ def _whole_number(value: Any, name: str) -> int:
 
 
 def _check_starts(activation_start: Sequence[int]) -> list[int]:
+    if not isinstance(activation_start, Iterable) or isinstance(activation_start, str):
+        raise ValueError(f"activation_start is {activation_start!r}; expected a token index for each sequence.")
     starts = [_whole_number(start, "activation_start") for start in activation_start]
     if not all(0 <= start < 1 << 63 for start in starts):
         raise ValueError(f"activation_start is {starts}; expected token indices of 0 or more.")

@@ -252,7 +252,8 @@ class AdapterSlots:
         with self._lock:
             if self.current[name].routable:
                 raise ValueError(
-                    f"adapter {name!r} has a column of the router; take it out of the bank's folder and start again."
+                    f"adapter {name!r} has a column of the router; take it out of the bank by `molora bank remove` and "
+                    "start again."
                 )
             self._publish({other: info for other, info in self.current.adapters.items() if other != name})
 

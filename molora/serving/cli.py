@@ -18,6 +18,8 @@ from molora.display import one_line
 from molora.serving.config import ServeConfig, read_config
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from fastapi import FastAPI
 
     from molora.serving.engine import Engine
@@ -134,7 +136,10 @@ def parser() -> argparse.ArgumentParser:
         "--num-extra-slots", type=int, metavar="N", help="adapters that fit beside the bank's own (default: 0)"
     )
     parser.add_argument(
-        "--drain-s", type=int, metavar="SECONDS", help="time to finish running requests after SIGTERM (default: 30)"
+        "--drain-s",
+        type=int,
+        metavar="SECONDS",
+        help="time to finish running requests after Ctrl-C or SIGTERM (default: 30)",
     )
     engine = parser.add_argument_group("engine")
     for name, description in ENGINE_FLAGS.items():
@@ -186,6 +191,7 @@ class Server(uvicorn.Server):
         )
         self._engine = engine
         self._drain_s = config.drain_s
+        self._is_told = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -194,10 +200,26 @@ class Server(uvicorn.Server):
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """At the second Ctrl-C clients are told that the server stops, at the third one it does."""
+        is_impatient, is_told = self.should_exit and sig == signal.SIGINT, self._is_told
+        super().handle_exit(sig, frame)
+        if is_impatient and not is_told:
+            self.force_exit = False
+            self._end_requests()
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Requests that are not done in time fail in the engine, so that each client is still told."""
-        ending = threading.Timer(self._drain_s, self._engine.close)
+        stats = self._engine.stats()
+        if num_left := stats.num_running + stats.num_waiting:
+            what = "an answer" if num_left == 1 else f"{num_left} answers"
+            print(f"Finishing {what}, for up to {self._drain_s} s. Ctrl-C again stops now.", flush=True)
+        ending = threading.Timer(self._drain_s, self._end_requests)
         ending.daemon = True
         ending.start()
         await super().shutdown(sockets)
         ending.cancel()
+
+    def _end_requests(self) -> None:
+        self._is_told = True
+        threading.Thread(target=self._engine.close, daemon=True).start()

@@ -13,6 +13,8 @@ from molora.slots import NoFreeSlotError
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
 
+STOPPING = Error(message="the server is stopping; ask another one, or again in a while", type="server_error")
+
 
 class InvalidRequestError(ValueError):
     """The request is refused; the message is for the one who sent it."""
@@ -49,8 +51,11 @@ def add_error_handlers(app: FastAPI) -> None:
         return refusal(409, str(error), code="no_free_slot")
 
     @app.exception_handler(EngineClosedError)
+    async def stopping(request: Request, error: EngineClosedError) -> Response:
+        return error_response(503, STOPPING)
+
     @app.exception_handler(UnavailableError)
-    async def unavailable(request: Request, error: Exception) -> Response:
+    async def unavailable(request: Request, error: UnavailableError) -> Response:
         return error_response(503, Error(message=str(error), type="server_error"))
 
     @app.exception_handler(EngineError)
@@ -70,6 +75,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def describe(error: Exception) -> Error:
     """What a client is told of a failure: the engine's own words, and of anything else only that it happened."""
+    if isinstance(error, EngineClosedError):
+        return STOPPING
     return Error(message=str(error), type="server_error") if isinstance(error, EngineError) else SERVER_ERROR
 
 

@@ -394,5 +394,8 @@ def test_an_engine_that_has_stopped(chat, engine):
     response = chat()
     assert response.status_code == 503
     assert response.json()["error"] == {
-        "message": "the engine was closed.", "type": "server_error", "param": None, "code": None
-    }  # fmt: skip
+        "message": "the server is stopping; ask another one, or again in a while",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }

@@ -233,7 +233,7 @@ def test_sigterm_lets_running_requests_finish(monkeypatch, engine, port, drain_s
         assert cli.main(["--bank", "demo", "--port", str(port), "--drain-s", str(drain_s)]) == 0
     assert signal.getsignal(signal.SIGTERM) is before
     assert ("data: [DONE]" in answers) == is_finished
-    assert ("the engine was closed." in answers[-2]) != is_finished
+    assert ("the server is stopping; ask another one, or again in a while" in answers[-2]) != is_finished
     assert engine.running == []
     assert engine.log[:1] + engine.log[-1:] == ["submit", "close"]
     assert engine.log.index("close") == (2 if is_finished else 1)
@@ -260,10 +260,48 @@ def test_what_is_not_done_in_time_is_told_so(m, monkeypatch, port):
     with in_another_thread(ask):
         assert cli.main(["--bank", "tiny", "--port", str(port), "--drain-s", "1"]) == 0
     assert 1 <= time.monotonic() - answers["told_s"] < 1 + cli.GRACE_S
-    expected = {"message": "the engine was closed.", "type": "server_error", "param": None, "code": None}
+    expected = {
+        "message": "the server is stopping; ask another one, or again in a while",
+        "type": "server_error",
+        "param": None,
+        "code": None,
+    }
     assert (answers["whole"].status_code, answers["whole"].json()) == (503, {"error": expected})
     *_, last, _ = answers["streamed"].text.split("\n\n")
     assert json.loads(last.removeprefix("data: ")) == {"error": expected}
+
+
+def test_a_second_ctrl_c_ends_answers_at_once_and_says_so(m, monkeypatch, port, capfd):
+    engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24))
+    monkeypatch.setattr(cli, "load", lambda config: (engine, cli_app(engine, config)))
+    monkeypatch.setattr(engine._runner, "launch", slowed(engine._runner.launch))
+    answers = []
+
+    def ask():
+        url = f"{wait_until_served(port)}/chat/completions"
+        with ThreadPoolExecutor(1) as pool:
+            endless = CHAT | {"model": "tiny", "max_tokens": 700, "ignore_eos": True}
+            streamed = pool.submit(httpx.post, url, json=endless, timeout=20)
+            while engine.stats().num_generated_tokens < 4:
+                time.sleep(0.01)
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+            answers.append(streamed.result())
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background may ignore it
+    began_s = time.monotonic()
+    try:
+        with in_another_thread(ask):
+            assert cli.main(["--bank", "tiny", "--port", str(port), "--drain-s", "60"]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - began_s < 20
+    *_, last, _ = answers[0].text.split("\n\n")
+    assert json.loads(last.removeprefix("data: "))["error"]["message"].startswith("the server is stopping")
+    out, err = capfd.readouterr()
+    assert "Finishing an answer, for up to 60 s. Ctrl-C again stops now." in out.splitlines()
+    assert err == ""
 
 
 def test_a_body_that_does_not_arrive_does_not_keep_the_server(monkeypatch, engine, port):

@@ -106,7 +106,7 @@ def test_errors(client, engine):
         client.chat.completions.create(model="demo", messages=MESSAGES)
     assert caught.value.response.headers["retry-after"] == "2"
     engine.stopped = True
-    with pytest.raises(openai.InternalServerError, match="the engine was closed"):
+    with pytest.raises(openai.InternalServerError, match="the server is stopping"):
         client.chat.completions.create(model="demo", messages=MESSAGES)
 
 
