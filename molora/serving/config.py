@@ -74,7 +74,7 @@ class ServeConfig:
         api_key_file: a file with one more key on each line; empty lines and those that begin with # hold none.
         adapter_folders: clients may load adapters that lie in these; without any, loading is off.
         num_extra_slots: adapters that fit beside the bank's own; without any, only these can be replaced.
-        drain_s: after SIGTERM, how long running requests may take to finish; what is left is answered by 503, or by an
+        drain_s: told to stop, how long running requests may take to finish; what is left is answered by 503, or by an
             error as the last event of its stream.
         keep_alive_s: how long a client may leave a connection idle; longer than load balancers do, which use 60 s, so
             that none of them sends a request into a connection that is being closed.

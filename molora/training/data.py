@@ -19,8 +19,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from molora.display import joined
+from molora.progress import say
 from molora.training.examples import IGNORE, Example, examples, read_records
 
 NEVER = 1 << 30  # an activation start that no position reaches
@@ -248,6 +251,8 @@ class ChatData(L.LightningDataModule):
     def _loader(self, split: str, first_batch: Callable[[], int], num_batches: int | None) -> PackedLoader:
         if split not in self.encoded:
             limit = self.max_records if split == "train" else None
+            if not (self.trainer and self.trainer.global_rank):
+                say(Console(stderr=True), "•", f"Reading and tokenizing {joined(self.sources[split])} ...")
             records = (record for source in self.sources[split] for record in islice(read_records(source), limit))
             self.encoded[split] = examples(records, self.tokenizer, max_length=self.row_length)
             self._check_domains(split)
