@@ -43,6 +43,7 @@ class Batch:
             where none is known.
         rest: bool, whether an adapter that is trained alone rests on the token.
         rows: int64 [B], numbers of the rows, the same in every epoch.
+        adapter: int64 [B], index of the adapter that learns the row, where several are trained side by side.
     """
 
     input_ids: Tensor
@@ -52,6 +53,11 @@ class Batch:
     domains: Tensor
     rest: Tensor
     rows: Tensor
+    adapter: Tensor
+
+    @classmethod
+    def cat(cls, batches: Sequence[Batch]) -> Batch:
+        return cls(**{name: torch.cat([vars(batch)[name] for batch in batches]) for name in vars(batches[0])})
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device, non_blocking=True) for name, value in vars(self).items()})
@@ -117,6 +123,7 @@ class PackedLoader:
         pad_id: int,
         mix: ActivationMix,
         seed: int,
+        adapter: int = 0,
         rank: int = 0,
         world_size: int = 1,
         first_batch: Callable[[], int] = lambda: 0,
@@ -125,7 +132,7 @@ class PackedLoader:
         self.data = data
         self.domains = {name: index for index, name in enumerate(domains)}
         self.row_length, self.rows, self.pad_id = row_length, rows, pad_id
-        self.mix, self.seed, self.rank, self.world_size = mix, seed, rank, world_size
+        self.mix, self.seed, self.adapter, self.rank, self.world_size = mix, seed, adapter, rank, world_size
         self.first_batch, self.num_batches = first_batch, num_batches
         self.packed = self._pack()
 
@@ -189,17 +196,32 @@ class PackedLoader:
         for name, value in padding.items():
             out[name] += [value] * free
         out["position_ids"] += range(free)
-        out["rows"] = row
+        out["rows"], out["adapter"] = row, self.adapter
         return out
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """Batches of several loaders at once, one's rows after the other's: what each gives is what it gives alone."""
+
+    loaders: Sequence[PackedLoader]
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batches in zip(*self.loaders, strict=True):
+            yield Batch.cat(batches)
+
+
+Sources = str | list[str]
 
 
 class ChatData(L.LightningDataModule):
     """Conversations from JSONL files or any `datasets` source, packed.
 
     Args:
-        train, val: a source or a list of them: a `.jsonl` file, or what `datasets.load_dataset` takes.
+        train, val: a source or a list of them: a `.jsonl` file, or what `datasets.load_dataset` takes. Where several
+            adapters are trained side by side, they may also be given by the adapter's name.
         row_length: tokens in a row; longer conversations are left out.
-        rows: rows in a batch (of each device).
+        rows: rows in a batch (of each device), of each adapter that is trained.
         max_records: of each training source, only the first so many records; None takes all.
         val_batches: batches of a validation run.
         activation: shares of activation points.
@@ -208,8 +230,8 @@ class ChatData(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | list[str],
-        val: str | list[str] | None = None,
+        train: Sources | dict[str, Sources],
+        val: Sources | dict[str, Sources] | None = None,
         row_length: int = 1024,
         rows: int = 16,
         max_records: int | None = None,
@@ -218,20 +240,36 @@ class ChatData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.sources = {"train": _as_list(train), "val": _as_list(val)}
+        self.sources = {"train": train, "val": val}
         self.row_length, self.rows, self.val_batches = row_length, rows, val_batches
         self.max_records = max_records
         self.activation, self.seed = activation, seed
-        self.encoded: dict[str, list[Example]] = {}
+        self.encoded: dict[tuple[str, ...], list[Example]] = {}
         self.tokenizer: Any = None
         self.domains: tuple[str, ...] = ()
-        self.labels_needed = False
+        self.labels_needed, self.apart = False, False
 
-    def prepare(self, tokenizer: Any, domains: Sequence[str], *, labels_needed: bool) -> None:
-        """Called by the training module, which knows the tokenizer and what the domains' indices mean."""
-        self.tokenizer, self.domains, self.labels_needed = tokenizer, tuple(domains), labels_needed
+    def prepare(
+        self, tokenizer: Any, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False
+    ) -> None:
+        """Called by the training module, which knows the tokenizer and what the domains' indices mean.
 
-    def train_dataloader(self) -> PackedLoader:
+        Args:
+            apart: each domain is learned by itself, from rows of its own; else all are, from the same ones.
+
+        Raises:
+            ValueError: sources are given by other names than the domains'.
+        """
+        self.tokenizer, self.domains, self.labels_needed, self.apart = tokenizer, tuple(domains), labels_needed, apart
+        for split, sources in self.sources.items():
+            if isinstance(sources, dict) and not (apart and set(sources) == set(domains)):
+                raise ValueError(
+                    f"data.{split} has sources by name, for {list(sources)}; expected them for each of {list(domains)}."
+                    if apart
+                    else f"data.{split} has sources by name; expected one source or a list of them."
+                )
+
+    def train_dataloader(self) -> PackedLoader | SideBySide:
         trainer = self.trainer
         if trainer and trainer.max_steps == -1 and not isinstance(trainer.limit_train_batches, int):
             raise ValueError("training batches have no end: set trainer.max_steps, or an integer limit_train_batches.")
@@ -242,53 +280,64 @@ class ChatData(L.LightningDataModule):
 
         return self._loader("train", done, None)
 
-    def val_dataloader(self) -> PackedLoader | list[Any]:
+    def val_dataloader(self) -> PackedLoader | SideBySide | list[Any]:
         return self._loader("val", lambda: 0, self.val_batches) if self.sources["val"] else []
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
 
-    def _loader(self, split: str, first_batch: Callable[[], int], num_batches: int | None) -> PackedLoader:
-        if split not in self.encoded:
+    def _loader(self, split: str, first_batch: Callable[[], int], num_batches: int | None) -> PackedLoader | SideBySide:
+        groups = [(name,) for name in self.domains] if self.apart else [self.domains]
+        trainer = self.trainer
+        loaders = [
+            PackedLoader(
+                self._examples(split, domains),
+                domains,
+                row_length=self.row_length,
+                rows=self.rows,
+                pad_id=self.tokenizer.pad_token_id or 0,
+                mix=self.activation,
+                seed=self.seed,
+                adapter=index,
+                rank=trainer.global_rank if trainer else 0,
+                world_size=trainer.world_size if trainer else 1,
+                first_batch=first_batch,
+                num_batches=num_batches,
+            )
+            for index, domains in enumerate(groups)
+        ]
+        return loaders[0] if len(loaders) == 1 else SideBySide(loaders)
+
+    def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
+        given = self.sources[split]
+        sources = _as_list(given[domains[0]] if isinstance(given, dict) else given)
+        key = (split, *sources)
+        if key not in self.encoded:
             limit = self.max_records if split == "train" else None
             if not (self.trainer and self.trainer.global_rank):
-                say(Console(stderr=True), "•", f"Reading and tokenizing {joined(self.sources[split])} ...")
-            records = (record for source in self.sources[split] for record in islice(read_records(source), limit))
-            self.encoded[split] = examples(records, self.tokenizer, max_length=self.row_length)
-            self._check_domains(split)
-        trainer = self.trainer
-        return PackedLoader(
-            self.encoded[split],
-            self.domains,
-            row_length=self.row_length,
-            rows=self.rows,
-            pad_id=self.tokenizer.pad_token_id or 0,
-            mix=self.activation,
-            seed=self.seed,
-            rank=trainer.global_rank if trainer else 0,
-            world_size=trainer.world_size if trainer else 1,
-            first_batch=first_batch,
-            num_batches=num_batches,
+                say(Console(stderr=True), "•", f"Reading and tokenizing {joined(sources)} ...")
+            records = (record for source in sources for record in islice(read_records(source), limit))
+            self.encoded[key] = examples(records, self.tokenizer, max_length=self.row_length)
+        _check_domains(self.encoded[key], sources, domains, labels_needed=self.labels_needed)
+        return self.encoded[key]
+
+
+def _check_domains(
+    data: Sequence[Example], sources: Sequence[str], domains: Sequence[str], *, labels_needed: bool
+) -> None:
+    """Raise ValueError if nothing in the data is for those that are trained."""
+    found = {
+        domain for example in data for domain, learned in zip(example.domains, example.learned, strict=True) if learned
+    }
+    if found.isdisjoint({*domains, *([] if labels_needed else [None])}):
+        named = sorted(domain for domain in found if domain is not None)
+        raise ValueError(
+            f"no record of {list(sources)} has a domain among {list(domains)}; the data's domains are "
+            f"{named or 'not given'}. Name the adapters after their domains."
         )
 
-    def _check_domains(self, split: str) -> None:
-        """Raise ValueError if nothing in the data is for those that are trained."""
-        found = {
-            domain
-            for example in self.encoded[split]
-            for domain, learned in zip(example.domains, example.learned, strict=True)
-            if learned
-        }
-        wanted = {*self.domains, *([] if self.labels_needed else [None])}
-        if found.isdisjoint(wanted):
-            named = sorted(domain for domain in found if domain is not None)
-            raise ValueError(
-                f"no record of {self.sources[split]} has a domain among {list(self.domains)}; the data's domains are "
-                f"{named or 'not given'}. Name the adapters after their domains."
-            )
 
-
-def _as_list(sources: str | list[str] | None) -> list[str]:
+def _as_list(sources: Sources | None) -> list[str]:
     if sources is None:
         return []
     return [sources] if isinstance(sources, (str, Path)) else list(sources)

@@ -58,10 +58,10 @@ class FrozenBase(L.LightningModule):
         model, self.tokenizer = load_base(self.base_dir, device=self.device, dtype=self.dtype_name)
         self.model = model
 
-    def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool) -> None:
+    def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ChatData):
-            data.prepare(self.tokenizer, domains, labels_needed=labels_needed)
+            data.prepare(self.tokenizer, domains, labels_needed=labels_needed, apart=apart)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -69,7 +69,11 @@ class FrozenBase(L.LightningModule):
     def configure_optimizers(self) -> Any:
         schedule = self.schedule
         optimizer = torch.optim.AdamW(
-            self.trained().values(), lr=schedule.lr, weight_decay=schedule.weight_decay, betas=(0.9, 0.99)
+            self.trained().values(),
+            lr=schedule.lr,
+            weight_decay=schedule.weight_decay,
+            betas=(0.9, 0.99),
+            fused=self.device.type == "cuda",
         )
         num_steps = int(self.trainer.estimated_stepping_batches)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.factor(step, num_steps))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,36 @@ def test_gradient_checkpointing_changes_nothing() -> None:
         torch.testing.assert_close(tensor, weights(Path("less/letters"))[key])
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_adapters_that_are_trained_side_by_side_become_what_each_becomes_alone(by_name: bool) -> None:
+    names = ("letters", "digits")
+    short = ("--trainer.max_steps", "8", "--trainer.gradient_clip_val", "0.1", "--trainer.val_check_interval", "4")
+    for name in names:
+        fit(*short, "--model.init_args.output_dir", "alone", "--model.init_args.name", name)
+    source = "configs/tiny.jsonl"
+    sources = json.dumps({name: source for name in names}) if by_name else source
+    fit(
+        *short,
+        "--model.init_args.output_dir",
+        "together",
+        "--model.init_args.name",
+        json.dumps(names),
+        "--data.train",
+        sources,
+        "--data.val",
+        sources,
+    )
+    for name in names:
+        alone, together = weights(Path("alone") / name), weights(Path("together") / name)
+        assert any(tensor.any() for key, tensor in alone.items() if "lora_B" in key)
+        for key, tensor in alone.items():
+            torch.testing.assert_close(together[key], tensor, rtol=1e-2, atol=1e-4)
+    digits, letters = (weights(Path("together") / name) for name in names)
+    assert any((digits[key] - letters[key]).abs().max() > 1e-2 for key in digits)
+    (metrics,) = [path for path in Path("runs/tiny").rglob("metrics.csv") if "digits" in path.read_text()]
+    assert column(metrics, "val/digits/loss")
+
+
 def test_the_router_learns_the_domains_and_writes_a_bank() -> None:
     fit(config=router_config())
     (metrics,) = Path("runs/tiny").rglob("metrics.csv")
@@ -222,6 +253,20 @@ def test_every_config_begins_with_its_command() -> None:
         command = "serve.py" if path.name == "serve.yaml" else "train.py fit"
         assert path.read_text().splitlines()[0] == f"# python {command} --config configs/{path.name}"
         assert json.dumps(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("name", "train", "words"),
+    [
+        ('["letters", "digits"]', {"letters": "configs/tiny.jsonl"}, "data.train has sources by name, for ['letters']"),
+        ("letters", {"words": "configs/tiny.jsonl"}, "for ['words']; expected them for each of ['letters']"),
+        ('["letters", "letters"]', "configs/tiny.jsonl", "expected one name, or several different ones"),
+        ("[]", "configs/tiny.jsonl", "expected one name, or several different ones"),
+    ],
+)
+def test_names_that_do_not_fit_the_data_are_errors(name: str, train: Any, words: str) -> None:
+    with pytest.raises((ValueError, SystemExit), match=re.escape(words)):
+        fit("--model.init_args.name", name, "--data.train", json.dumps(train))
 
 
 def test_data_without_the_trained_domain_is_an_error() -> None:

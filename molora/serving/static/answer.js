@@ -19,6 +19,7 @@ export class Answer {
   #palette;
   #run = null;
   #writer = null;
+  #room = 0; // characters of its mark that the run is not yet long enough to hold
   #unshown = [];
   #counts = new Map();
 
@@ -51,6 +52,8 @@ export class Answer {
       this.#startRun(name);
     }
     this.#run.append(this.#span(text));
+    this.#room -= text.length;
+    this.#run.classList.toggle("narrow", this.#room >= 0);
   }
 
   #startRun(name) {
@@ -62,6 +65,7 @@ export class Answer {
     this.#run.dataset.mark = mark;
     this.#element.append(this.#run);
     this.#writer = name;
+    this.#room = mark.length;
   }
 
   #span(text) {

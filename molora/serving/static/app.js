@@ -134,7 +134,8 @@ async function ask(prompt) {
   } catch (error) {
     if (!turns.includes(turn)) return; // another conversation has begun
     if (signal.aborted) {
-      view.finish("You stopped this answer.");
+      const size = view.numTokens === 1 ? "1 token" : `${view.numTokens} tokens`;
+      view.finish(`You stopped this answer ${view.numTokens > 0 ? `after ${size}` : "before its first token"}.`);
       turn.isOver = view.text !== "";
       announcer.finish("Stopped.");
     } else {
@@ -208,7 +209,7 @@ let isFollowing = true;
 function follow({ always = false } = {}) {
   isFollowing ||= always;
   const main = find("main");
-  if (isFollowing) main.scrollTop = main.scrollHeight;
+  if (isFollowing && turns.length > 0) main.scrollTop = main.scrollHeight;
 }
 
 function askForKey() {
@@ -278,5 +279,7 @@ find("main").addEventListener("scroll", () => {
   const { scrollHeight, scrollTop, clientHeight } = find("main");
   isFollowing = scrollHeight - scrollTop - clientHeight < NEAR_END;
 });
+// What takes room from the conversation, as the options and a long message do, leaves its end in sight.
+new ResizeObserver(() => follow()).observe(find("main"));
 
 loadModels();
