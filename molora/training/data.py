@@ -13,12 +13,15 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
@@ -95,11 +98,11 @@ class ActivationMix:
             return example.response
         return rng.randint(example.turn, example.response)
 
-    def draw_rest(self, example: Example, foreign: Sequence[bool], rng: random.Random) -> list[bool]:
+    def draw_rest(self, example: Example, foreign: NDArray[np.bool_], rng: random.Random) -> NDArray[np.bool_]:
         """For each token, whether the adapter rests on it; `foreign` marks the parts of other domains."""
         others_rest = rng.random() < self.others_rest
         chance = rng.uniform(0, MAX_STRAY_CHANCE) if rng.random() < self.strays else 0.0
-        rest = [others_rest and other for other in foreign]
+        rest = foreign & others_rest
         if chance:
             for i in range(example.turn, example.response):
                 rest[i] = rest[i] or rng.random() < chance
@@ -135,6 +138,7 @@ class PackedLoader:
         self.mix, self.seed, self.adapter, self.rank, self.world_size = mix, seed, adapter, rank, world_size
         self.first_batch, self.num_batches = first_batch, num_batches
         self.packed = self._pack()
+        self._read = cache(self._read_row)  # each row is served once an epoch
 
     def __iter__(self) -> Iterator[Batch]:
         begin = self.first_batch()
@@ -148,7 +152,7 @@ class PackedLoader:
                 if wanted != epoch:
                     epoch, order = wanted, self._order(wanted)
                 rows.append(self._row(order[place], index))
-            yield Batch(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+            yield Batch(**{name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]})
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self.packed)))
@@ -178,25 +182,33 @@ class PackedLoader:
     def _row(self, row: int, index: int) -> dict[str, Any]:
         """Row `row` of the packed ones, as number `index` of all that are served."""
         rng = random.Random(f"{self.seed}/row/{index}")
-        out: dict[str, Any] = {name: [] for name in Batch.__dataclass_fields__}
+        own = self._read(row)
+        start, rest = np.full(self.row_length, NEVER), np.zeros(self.row_length, bool)
+        foreign, begin = own["domains"] == OTHER, 0
         for example in self.packed[row]:
-            length = len(example.token_ids)
-            learned = [*example.learned[1:], False]
-            following = [*example.token_ids[1:], IGNORE]
-            out["input_ids"] += example.token_ids
-            out["position_ids"] += range(length)
-            out["targets"] += [i if yes else IGNORE for i, yes in zip(following, learned, strict=True)]
-            out["start"] += [self.mix.draw(example, rng)] * length
-            domains = [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
-            out["domains"] += domains
-            out["rest"] += self.mix.draw_rest(example, [domain == OTHER for domain in domains], rng)
-        # Padding is one more conversation, of which nothing is learned.
-        free = self.row_length - len(out["input_ids"])
-        padding = {"input_ids": self.pad_id, "targets": IGNORE, "start": NEVER, "domains": IGNORE, "rest": False}
-        for name, value in padding.items():
-            out[name] += [value] * free
-        out["position_ids"] += range(free)
-        out["rows"], out["adapter"] = row, self.adapter
+            end = begin + len(example.token_ids)
+            start[begin:end] = self.mix.draw(example, rng)
+            rest[begin:end] = self.mix.draw_rest(example, foreign[begin:end], rng)
+            begin = end
+        return own | {"start": start, "rest": rest, "rows": np.int64(row), "adapter": np.int64(self.adapter)}
+
+    def _read_row(self, row: int) -> dict[str, NDArray[np.int64]]:
+        """What is the same whenever a row is served. Padding is one more conversation, of which nothing is learned."""
+        out = {
+            "input_ids": np.full(self.row_length, self.pad_id),
+            "position_ids": np.zeros(self.row_length, np.int64),
+            "targets": np.full(self.row_length, IGNORE),
+            "domains": np.full(self.row_length, IGNORE),
+        }
+        begin = 0
+        for example in self.packed[row]:
+            end = begin + len(example.token_ids)
+            ids = out["input_ids"][begin:end] = np.array(example.token_ids)
+            out["position_ids"][begin:end] = np.arange(end - begin)
+            out["targets"][begin : end - 1] = np.where(example.learned[1:], ids[1:], IGNORE)
+            out["domains"][begin:end] = [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
+            begin = end
+        out["position_ids"][begin:] = np.arange(self.row_length - begin)
         return out
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -346,6 +347,38 @@ def test_each_adapter_looks_different_and_not_by_colour_alone(page: Page, server
     assert len({line for _, line, _ in looks}) == 4
 
 
+MARKS = """
+  return [...document.querySelectorAll(".run[data-mark]:not(.base)")].map((run) => {
+    const [box] = run.getClientRects();
+    const mark = getComputedStyle(run, "::before");
+    const [left, top] = [box.left + parseFloat(mark.left), box.top + parseFloat(mark.top)];
+    return { left, top, right: left + parseFloat(mark.width), bottom: top + parseFloat(mark.height), text: box.top };
+  });
+"""
+
+
+@pytest.mark.parametrize("width", [1000, 360])
+def test_the_letters_over_short_tokens_keep_apart(page: Page, server: FakeServer, width: int) -> None:
+    """Forty adapters, so that some of the marks are numbers of two digits."""
+    page.resize(width, 740)
+    texts = [".", "i", ",", "l", "'", "1", ":", "|", "W", "ll"]
+    adapters = [f"{letter}{number}" for number in range(10) for letter in "wmxo"]
+    server.replies = [
+        Reply([(texts[n % len(texts)], [(adapter, 1.0)], ()) for n, adapter in enumerate(3 * adapters)]),
+        Reply([("Four", [("w0", 1.0)], ()), (".", [("m0", 1.0)], ()), ("00", [("m0", 1.0)], ())]),
+    ]
+    page.ask("Everyone, please.")
+    marks = page.script(MARKS)
+    assert len(marks) == 3 * len(adapters)
+    lines = [(here, after) for here, after in pairwise(marks) if here["top"] == after["top"]]
+    assert len(lines) > len(adapters)
+    assert [(here, after) for here, after in lines if here["right"] + 0.5 > after["left"]] == []
+    assert [mark for mark in marks if mark["bottom"] > mark["text"] + 3] == []
+
+    turn = page.ask("And of tokens that are not short?")
+    assert parts(turn, ".run.narrow") == []
+
+
 def test_without_logprobs_the_chunks_own_route_colours(page: Page, server: FakeServer) -> None:
     server.replies = [Reply(has_logprobs=False)]
     turn = page.ask("What is two plus two?")
@@ -446,10 +479,31 @@ def test_stop_ends_the_request_and_keeps_what_was_written(page: Page, server: Fa
         page.press(Keys.ESCAPE)
     assert server.client_left.wait(10)
     page.wait(lambda: page.one("#send").text == "Send")
-    assert page.one(".note").text == "You stopped this answer."
+    assert page.one(".note").text == "You stopped this answer after 3 tokens."
     assert page.focused().get_attribute("id") == "message"
     page.ask("Go on.")
     assert server.questions[1]["messages"][1] == {"role": "assistant", "content": "Two plus two"}
+
+
+def test_a_stopped_answer_shows_what_is_known_of_it(page: Page, server: FakeServer) -> None:
+    server.replies = [Reply(holds_after=5), Reply(holds_after=0)]
+    page.send("What is two plus two?")
+    page.wait(lambda: texts(page.all(".legend .count")) == ["1", "3", "1"])
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: page.one("#send").text == "Send")
+    turn = page.one(".turn")
+    assert part(turn, ".note").text == "You stopped this answer after 5 tokens."
+    assert texts(parts(turn, ".legend li")) == ["base1", "Ssums3", "Wwords1"]
+    shown = [figure.text for figure in parts(turn, "dt") if figure.is_displayed()]
+    assert shown == ["Prompt tokens", "First token", "Speed"]
+    assert part(turn, ".cache").text == "reported only at the end"
+    assert not part(turn, ".meter").is_displayed()
+
+    page.send("And now?")
+    page.wait(lambda: len(server.questions) == 2)
+    page.press(Keys.ESCAPE)
+    page.wait(lambda: page.one("#send").text == "Send")
+    assert part(page.all(".turn")[-1], ".note").text == "You stopped this answer before its first token."
 
 
 @pytest.mark.parametrize(
@@ -678,7 +732,7 @@ def test_the_tab_key_goes_through_the_page_in_order(page: Page) -> None:
         )
         assert outline == "solid", seen[-1]
         page.press(Keys.TAB)
-    assert seen == ["skip", "new", "theme", "token", "quiet", "message", "model", "options-toggle", "send"]
+    assert seen == ["skip", "docs", "new", "theme", "token", "quiet", "message", "model", "options-toggle", "send"]
 
 
 def test_nothing_moves_where_motion_is_unwanted(page: Page, server: FakeServer) -> None:
@@ -706,6 +760,40 @@ def test_the_answer_is_followed_until_the_reader_scrolls_away(page: Page, server
     page.press(Keys.ESCAPE)
     page.wait(lambda: page.one("#send").text == "Send")
     assert not page.script(at_end)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1000, 800), (390, 844)])
+def test_what_opens_below_the_conversation_leaves_its_end_in_sight(
+    page: Page, server: FakeServer, width: int, height: int
+) -> None:
+    page.resize(width, height)
+
+    def is_in_sight(selector: str) -> bool:
+        return page.script(
+            """const [e, main] = [document.querySelector(arguments[0]), document.querySelector("main")];
+               const [box, room] = [e.getBoundingClientRect(), main.getBoundingClientRect()];
+               return room.top <= box.top && box.bottom <= room.bottom;""",
+            selector,
+        )
+
+    page.one("#options-toggle").click()  # nothing to follow yet: the page stays at its top
+    page.wait(page.one("#options").is_displayed)
+    assert is_in_sight("#empty h2")
+    page.one("#options-toggle").click()
+
+    server.replies = [Reply([(f"line {number}\n", [("sums", 1.0)], ()) for number in range(30)])]
+    page.ask("Many lines, please.")
+    assert is_in_sight(".turn .figures")
+    page.one("#options-toggle").click()
+    page.wait(lambda: is_in_sight(".turn .figures"))
+    page.one("#options-toggle").click()
+    page.one("#message").send_keys(*["line", Keys.SHIFT, Keys.ENTER, Keys.NULL] * 6)
+    page.wait(lambda: is_in_sight(".turn .figures"))
+
+    page.script('document.querySelector("main").scrollTop = 0')
+    page.one("#options-toggle").click()  # a reader elsewhere stays there
+    page.wait(page.one("#options").is_displayed)
+    assert is_in_sight(".turn .prompt")
 
 
 def has_scrollbar(page: Page, selector: str) -> bool:
@@ -752,6 +840,33 @@ def test_the_docs_describe_every_endpoint(docs: Callable[..., AbstractContextMan
         for selector in ("html", "body"):
             assert not has_scrollbar(page, selector)
         assert page.script("return document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.mark.parametrize("width", [1000, 360])
+def test_the_chat_leads_to_the_docs_and_stays(
+    browser: webdriver.Chrome, docs: Callable[..., AbstractContextManager[Page]], width: int
+) -> None:
+    with docs(api_keys=("secret",)) as page:
+        page.expected.add("401")
+        page.resize(width, 740)
+        page.script("sessionStorage.setItem('molora-api-key', 'secret')")
+        page.open()
+        link = page.one(".bar a")
+        assert link.accessible_name == "API docs (opens a new tab)"
+        page.all("#examples button")[0].click()
+        chat = browser.current_window_handle
+        link.click()
+        page.wait(lambda: len(browser.window_handles) == 2)
+        browser.switch_to.window(next(handle for handle in browser.window_handles if handle != chat))
+        try:
+            page.wait(lambda: page.all("#schemas article"))  # with the chat's key
+            assert browser.current_url == f"{page.url}docs"
+            page.one(".bar a").click()
+            page.wait(lambda: browser.current_url == page.url)
+        finally:
+            browser.close()
+            browser.switch_to.window(chat)
+        assert len(page.all(".turn")) == 1
 
 
 def test_the_docs_ask_for_a_key(docs: Callable[..., AbstractContextManager[Page]]) -> None:

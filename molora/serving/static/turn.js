@@ -66,7 +66,7 @@ export class Turn {
   /** The answer is over; `note` says why where that is not plain. */
   finish(note = "") {
     this.#find(".answer").ariaBusy = "false";
-    if (this.#find(".meter").hidden) this.#figure(".cache", "reported only at an answer’s end");
+    if (this.#find(".meter").hidden) this.#figure(".cache", "reported only at the end");
     this.#find(".note").textContent = note;
     this.#find(".note").hidden = !note;
   }

@@ -1,0 +1,366 @@
+"""Check that training gives PEFT's gradients, then time it beside PEFT with transformers' Trainer.
+
+    python benchmarks/training.py --out benchmarks/results/training.json       # on a GPU
+    python benchmarks/training.py --shape tiny --steps 2 --device cpu
+
+Both sides train LoRA on all linears from the router layer on, in a model of random weights made on the device: the same
+packed rows of 512 tokens from a loader, bfloat16 base and float32 adapters, AdamW, clipping, no checkpointing. On each
+side a run is one `fit` or `train`; a step's time is the median between ends of steps, with the device waited for.
+
+    one      one adapter, against one PEFT run
+    eight    eight adapters side by side, against eight runs of PEFT's, of which one is run
+"""
+
+import argparse
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import torch
+from peft import LoraConfig, get_peft_model
+from serving.figures import Report
+from serving.machine import describe_machine
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from molora.checkpoint import DTYPES
+from molora.tiny import byte_tokenizer
+from molora.training import AdapterTraining
+from molora.training.data import ActivationMix, Batch, ChatData
+from molora.training.examples import IGNORE, Example
+
+LEAST_ONE, LEAST_EIGHT = 1.2, 4.0
+NUM_WARM = 5  # steps before the clock counts
+MOST_DIFFERENT = {torch.float32: 1e-3, torch.bfloat16: 0.05}
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama of random weights; rows of `row_length` tokens, so many a batch."""
+
+    name: str
+    config: dict[str, Any]
+    router_layer: int
+    row_length: int = 512
+    rows: int = 16
+    has_targets: bool = False
+
+
+SHAPES = {
+    shape.name: shape
+    for shape in (
+        Shape(
+            "smollm2-135m",
+            {
+                "vocab_size": 49152,
+                "hidden_size": 576,
+                "intermediate_size": 1536,
+                "num_hidden_layers": 30,
+                "num_attention_heads": 9,
+                "num_key_value_heads": 3,
+                "head_dim": 64,
+                "tie_word_embeddings": True,
+            },
+            router_layer=8,
+            has_targets=True,
+        ),
+        Shape(
+            "1b",
+            {
+                "vocab_size": 128256,
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 16,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "tie_word_embeddings": True,
+            },
+            router_layer=4,
+        ),
+        Shape(
+            "tiny",
+            {
+                "vocab_size": 512,
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+            },
+            router_layer=1,
+            row_length=128,
+            rows=2,
+        ),
+    )
+}
+
+
+class Setting:
+    """What both sides are given."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype, num_steps: int, seed: int) -> None:
+        self.shape, self.device, self.dtype, self.num_steps, self.seed = shape, device, dtype, num_steps, seed
+
+    def model(self) -> Any:
+        torch.manual_seed(self.seed)
+        config = AutoConfig.for_model("llama", **self.shape.config, max_position_embeddings=2048, use_cache=False)
+        with torch.device(self.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+        return model.requires_grad_(False)
+
+    def data(self, names: list[str]) -> "RandomData":
+        data = RandomData(self.shape, self.seed)
+        data.prepare(byte_tokenizer(), names, apart=True)
+        return data
+
+    def training(self, names: list[str], folder: str) -> "RandomTraining":
+        return RandomTraining(self, name=names, output_dir=folder, router_layer=self.shape.router_layer)
+
+
+class RandomData(ChatData):
+    """Conversations of random tokens, 40 to 90 each, whose second half is learned."""
+
+    def __init__(self, shape: Shape, seed: int) -> None:
+        # Adapters act everywhere and on everything, as PEFT's do.
+        super().__init__("", None, shape.row_length, shape.rows, activation=ActivationMix(1, 0, 0, others_rest=0))
+        self.vocab_size, self.random = shape.config["vocab_size"], random.Random(seed)
+
+    def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
+        return [self._example(domains[0]) for _ in range(64 * self.rows)]
+
+    def _example(self, domain: str) -> Example:
+        length = self.random.randint(40, 90)
+        ids = tuple(self.random.randrange(3, self.vocab_size) for _ in range(length))
+        learned = tuple(index >= length // 2 for index in range(length))
+        return Example(ids, learned, (domain,) * length, 0, length // 2)
+
+
+class RandomTraining(AdapterTraining):
+    def __init__(self, setting: Setting, **arguments: Any) -> None:
+        super().__init__(base="random", **arguments)
+        self.setting = setting
+
+    def load_base(self) -> None:
+        self.model, self.tokenizer = self.setting.model(), byte_tokenizer()
+
+    def on_train_end(self) -> None:
+        """Nothing is kept."""
+
+
+class Stopwatch:
+    """Notes the ends of steps."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ends: list[float] = []
+
+    def lap(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.ends.append(time.perf_counter())
+
+    @property
+    def step_s(self) -> float:
+        return statistics.median(end - begin for begin, end in pairwise(self.ends[NUM_WARM:]))
+
+
+class LightningLaps(L.Callback):
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.watch.lap()
+
+
+class TrainerLaps(TrainerCallback):
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.watch.lap()
+
+
+def ours(setting: Setting, num_adapters: int) -> tuple[float, float]:
+    """Seconds a step, and the most memory in bytes, of `num_adapters` side by side."""
+    names = [f"adapter-{index}" for index in range(num_adapters)]
+    watch = Stopwatch(setting.device)
+    with TemporaryDirectory() as folder:
+        trainer = L.Trainer(
+            accelerator="gpu" if setting.device.type == "cuda" else "cpu",
+            devices=1,
+            max_steps=NUM_WARM + 1 + setting.num_steps,
+            gradient_clip_val=1.0,
+            callbacks=[LightningLaps(watch)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=folder,
+        )
+        memory = measured(setting, lambda: trainer.fit(setting.training(names, folder), setting.data(names)))
+    return watch.step_s, memory
+
+
+def peft(setting: Setting) -> tuple[float, float]:
+    """The same of one adapter, by PEFT and transformers' Trainer."""
+    watch = Stopwatch(setting.device)
+    with TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=setting.shape.rows,
+            max_steps=NUM_WARM + 1 + setting.num_steps,
+            bf16=setting.dtype == torch.bfloat16,
+            optim="adamw_torch_fused" if setting.device.type == "cuda" else "adamw_torch",
+            max_grad_norm=1.0,
+            logging_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            use_cpu=setting.device.type == "cpu",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+        model = peft_model(setting)
+        trainer = Trainer(model, arguments, train_dataset=Rows(setting), callbacks=[TrainerLaps(watch)])
+        memory = measured(setting, trainer.train)
+    return watch.step_s, memory
+
+
+def peft_model(setting: Setting) -> Any:
+    shape = setting.shape
+    layers = list(range(shape.router_layer, shape.config["num_hidden_layers"]))
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(TARGETS), layers_to_transform=layers, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(setting.model(), config)
+
+
+class Rows(IterableDataset[dict[str, Tensor]]):
+    """The rows of our loader, one after the other, as transformers' models read them."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for batch in self.setting.data(["adapter-0"]).train_dataloader():
+            yield from rows_of(batch)
+
+
+def rows_of(batch: Batch) -> list[dict[str, Tensor]]:
+    labels = batch.targets.roll(1, 1)  # transformers shifts them back
+    labels[:, 0] = IGNORE
+    return [
+        {"input_ids": ids, "position_ids": positions, "labels": own}
+        for ids, positions, own in zip(batch.input_ids, batch.position_ids, labels, strict=True)
+    ]
+
+
+def measured(setting: Setting, run: Callable[[], object]) -> float:
+    """The most memory in bytes that a run takes on a GPU; 0 elsewhere."""
+    gc.collect()
+    if setting.device.type != "cuda":
+        run()
+        return 0.0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return float(torch.cuda.max_memory_allocated())
+
+
+def check_gradients(setting: Setting, report: Report) -> None:
+    """Loss and gradients of one batch, by both sides, with adapters that act.
+
+    Raises:
+        SystemExit: they differ by more than rounding.
+    """
+    theirs = peft_model(setting)
+    training = setting.training(["adapter-0"], "nowhere")
+    training.configure_model()
+    batch = next(iter(setting.data(["adapter-0"]).train_dataloader())).to(setting.device)
+    pairs = []
+    generator = torch.Generator().manual_seed(setting.seed)
+    for path, linear in training.decoder.linears.items():
+        module = theirs.get_submodule(f"base_model.model.{path}")
+        for mine, other in (
+            (linear.lora_a_ERI, module.lora_A["default"].weight),
+            (linear.lora_b_EOR, module.lora_B["default"].weight),
+        ):
+            values = torch.randn(other.shape, generator=generator) * 0.02
+            mine.data[0].copy_(values)
+            other.data.copy_(values)
+            pairs.append((mine, other))
+    loss = training.training_step(batch, 0)
+    loss.backward()
+    rows = rows_of(batch)
+    with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
+        other_loss = theirs(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss
+    other_loss.backward()
+    mine = torch.cat([a.grad[0].flatten().float() for a, _ in pairs])  # type: ignore[index]
+    other = torch.cat([b.grad.flatten().float() for _, b in pairs])
+    difference = ((mine - other).norm() / other.norm()).item()
+    if not (difference <= MOST_DIFFERENT[setting.dtype] and abs(loss.item() / other_loss.item() - 1) < 1e-2):
+        raise SystemExit(f"wrong: gradients differ by {difference:.3g}, losses are {loss.item()}, {other_loss.item()}")
+    report.checked("gradients are PEFT's", difference=difference, loss=loss.item(), peft_loss=other_loss.item())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", action="append", choices=list(SHAPES), help="may be given several times")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16" if on_gpu else "float32")
+    parser.add_argument("--steps", type=int, default=20, help="that are clocked")
+    parser.add_argument("--turns", type=int, default=2, help="of both sides, of which the faster one counts")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file to write; a table in Markdown comes beside it")
+    args = parser.parse_args()
+    shapes = [SHAPES[name] for name in args.shape or ("smollm2-135m", "1b")]
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    head = describe_machine(device) | {"dtype": args.dtype, "shape": ", ".join(shape.name for shape in shapes)}
+    report = Report(head | {"steps": args.steps, "turns": args.turns, "seed": args.seed}, args.out)
+    for shape in shapes:
+        report.suite, report.has_targets = shape.name, shape.has_targets
+        setting = Setting(shape, device, dtype, args.steps, args.seed)
+        check_gradients(setting, report)
+        sides: dict[str, Callable[[], tuple[float, float]]] = {
+            "peft": lambda setting=setting: peft(setting),
+            "one": lambda setting=setting: ours(setting, 1),
+            "eight": lambda setting=setting: ours(setting, 8),
+        }
+        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for _ in range(args.turns):
+            for name, side in sides.items():
+                found[name].append(side())
+        step_s = {name: min(seconds for seconds, _ in turns) for name, turns in found.items()}
+        memory = {name: turns[0][1] for name, turns in found.items()}
+        tokens = shape.rows * shape.row_length
+        for name, num_adapters, least in (("one", 1, LEAST_ONE), ("eight", 8, LEAST_EIGHT)):
+            report.add(
+                f"{name}: PEFT's time over ours",
+                num_adapters * step_s["peft"] / step_s[name],
+                "x",
+                at_least=least,
+                step_ms=1e3 * step_s[name],
+                peft_step_ms=1e3 * step_s["peft"],
+                tokens_per_s=num_adapters * tokens / step_s[name],
+                memory_gb=memory[name] / 1e9,
+                peft_memory_gb=memory["peft"] / 1e9,
+            )
+            if memory["peft"]:
+                report.add(f"{name}: memory over one PEFT run's", memory[name] / memory["peft"], "x")
+    print(f"\n{head['device']}, {head['commit']}\n\n{report.table()}")
+
+
+if __name__ == "__main__":
+    main()
