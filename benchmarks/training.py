@@ -87,6 +87,7 @@ SHAPES = {
                 "tie_word_embeddings": True,
             },
             router_layer=4,
+            rows=4,
         ),
         Shape(
             "tiny",
@@ -125,8 +126,8 @@ class Setting:
         data.prepare(byte_tokenizer(), names, apart=True)
         return data
 
-    def training(self, names: list[str], folder: str) -> "RandomTraining":
-        return RandomTraining(self, name=names, output_dir=folder, router_layer=self.shape.router_layer)
+    def training(self, names: list[str], folder: str, **settings: Any) -> "RandomTraining":
+        return RandomTraining(self, name=names, output_dir=folder, router_layer=self.shape.router_layer, **settings)
 
 
 class RandomData(ChatData):
@@ -288,27 +289,24 @@ def check_gradients(setting: Setting, report: Report) -> None:
     training = setting.training(["adapter-0"], "nowhere")
     training.configure_model()
     batch = next(iter(setting.data(["adapter-0"]).train_dataloader())).to(setting.device)
-    pairs = []
+    theirs_too = []
     generator = torch.Generator().manual_seed(setting.seed)
-    for path, linear in training.decoder.linears.items():
+    for path, (a_ERI, b_EOR) in zip(training.stack.linears, training.stack.pairs(), strict=True):
         module = theirs.get_submodule(f"base_model.model.{path}")
-        for mine, other in (
-            (linear.lora_a_ERI, module.lora_A["default"].weight),
-            (linear.lora_b_EOR, module.lora_B["default"].weight),
-        ):
+        for mine, other in ((a_ERI, module.lora_A["default"].weight), (b_EOR, module.lora_B["default"].weight)):
             values = torch.randn(other.shape, generator=generator) * 0.02
-            mine.data[0].copy_(values)
+            mine[0].copy_(values)
             other.data.copy_(values)
-            pairs.append((mine, other))
+            theirs_too.append(other)
     loss = training.training_step(batch, 0)
     loss.backward()
     rows = rows_of(batch)
     with torch.autocast(setting.device.type, dtype=torch.bfloat16, enabled=setting.dtype == torch.bfloat16):
         other_loss = theirs(**{name: torch.stack([row[name] for row in rows]) for name in rows[0]}).loss
     other_loss.backward()
-    mine = torch.cat([a.grad[0].flatten().float() for a, _ in pairs])  # type: ignore[index]
-    other = torch.cat([b.grad.flatten().float() for _, b in pairs])
-    difference = ((mine - other).norm() / other.norm()).item()
+    assert training.stack.values.grad is not None
+    other = torch.cat([parameter.grad.flatten().float() for parameter in theirs_too])
+    difference = ((training.stack.values.grad[0] - other).norm() / other.norm()).item()
     if not (difference <= MOST_DIFFERENT[setting.dtype] and abs(loss.item() / other_loss.item() - 1) < 1e-2):
         raise SystemExit(f"wrong: gradients differ by {difference:.3g}, losses are {loss.item()}, {other_loss.item()}")
     report.checked("gradients are PEFT's", difference=difference, loss=loss.item(), peft_loss=other_loss.item())

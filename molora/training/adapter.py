@@ -5,23 +5,21 @@ Legend: B rows, L tokens a row, H hidden size, E adapters, R rank, I in-features
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 from molora.activation import render
 from molora.adapter import Adapter, AdapterConfig, layer_index, target_suffixes
 from molora.bank import check_name
-from molora.injection import RoutedDecoder
-from molora.routing import NO_ADAPTER, RouteRequest
+from molora.injection import find_layers
 from molora.training.data import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
+from molora.training.stack import LoraStack, linears_named
 
 
 class AdapterTraining(FrozenBase):
@@ -44,6 +42,7 @@ class AdapterTraining(FrozenBase):
         schedule: of the learning rate.
         dtype: of the frozen base; the adapter itself is trained in float32.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
+        compile: run the decoder layers through torch.compile, which takes a minute at first; None does on a GPU.
         seed: of the adapter's initial weights.
     """
 
@@ -59,6 +58,7 @@ class AdapterTraining(FrozenBase):
         schedule: Schedule = Schedule(),
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
+        compile: bool | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(base, dtype, schedule)
@@ -68,44 +68,30 @@ class AdapterTraining(FrozenBase):
         self.output_dir = Path(output_dir)
         self.rank, self.alpha, self.target_modules = rank, alpha, tuple(target_modules)
         self.router_layer = router_layer
-        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
+        self.gradient_checkpointing, self.compile_layers, self.seed = gradient_checkpointing, compile, seed
 
     def configure_model(self) -> None:
-        if hasattr(self, "decoder"):
+        if hasattr(self, "stack"):
             return
         self.load_base()
         paths = [
-            path
-            for path, module in self.model.named_modules()
-            if isinstance(module, nn.Linear)
-            and path.rsplit(".", 1)[-1] in self.target_modules
-            and layer_index(path) >= self.router_layer
+            path for path in linears_named(self.model, self.target_modules) if layer_index(path) >= self.router_layer
         ]
         if not paths:
             raise ValueError(f"no linear from layer {self.router_layer} on is named one of {self.target_modules}.")
-        self.decoder = RoutedDecoder(
-            self.model,
-            paths,
-            num_slots=len(self.names),
-            max_rank=self.rank,
-            router_layer=self.router_layer,
-            dtype=torch.float32,
-        )
-        generator = torch.Generator().manual_seed(self.seed)
-        for linear in self.decoder.linears.values():
-            bound = 1 / math.sqrt(linear.in_features)  # PEFT's: Kaiming uniform with a = sqrt(5)
-            a_RI = torch.empty(linear.lora_a_ERI.shape[1:]).uniform_(-bound, bound, generator=generator)
-            linear.lora_a_ERI.data.copy_(a_RI)  # to all of them
-            linear.scaling_E.fill_(self.alpha / self.rank)
-            linear.lora_a_ERI.requires_grad_(True)
-            linear.lora_b_EOR.requires_grad_(True)
+        self.stack = LoraStack(self.model, paths, num_adapters=len(self.names), rank=self.rank, alpha=self.alpha)
+        self.stack.reset(self.seed)
         if self.gradient_checkpointing:
-            self.model.train()  # layers recompute only while training; there is no dropout to switch on
-            self.decoder.enable_gradient_checkpointing()
+            self.stack.enable_gradient_checkpointing(self.model)
 
     def setup(self, stage: str) -> None:
         self.configure_model()
         self.prepare_data_module(self.names, apart=True)
+
+    def on_fit_start(self) -> None:
+        if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
+            for layer in find_layers(self.model):
+                layer.compile(dynamic=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss_E, accuracy_E = self._losses(batch)
@@ -125,14 +111,10 @@ class AdapterTraining(FrozenBase):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By norm, which is each adapter's own."""
-        if not gradient_clip_val or len(self.names) == 1 or gradient_clip_algorithm == "value":
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            self.stack.clip_gradients(gradient_clip_val)
+        else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-            return
-        gradients = [parameter.grad for parameter in self.trained().values() if parameter.grad is not None]
-        norms_E = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients]).norm(dim=0)
-        factors_E = (gradient_clip_val / (norms_E + 1e-6)).clamp(max=1.0)  # torch's clip_grad_norm_
-        for gradient in gradients:
-            gradient.mul_(factors_E[:, None, None])
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
@@ -142,7 +124,7 @@ class AdapterTraining(FrozenBase):
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapters as they stand, in PEFT's terms, with weights in bfloat16 to halve the files."""
-        paths = self.decoder.linears
+        paths = self.stack.linears
         config = AdapterConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -152,10 +134,9 @@ class AdapterTraining(FrozenBase):
             alora_invocation_tokens=self._invocation_tokens(),
         )
         adapters = {}
-        for slot, name in enumerate(self.names):
+        for index, name in enumerate(self.names):
             tensors = {}
-            for path, linear in paths.items():
-                weights = linear.get_slot(slot, self.rank)
+            for path, weights in self.stack.weights(index).items():
                 tensors[f"base_model.model.{path}.lora_A.weight"] = weights.a_RI.bfloat16()
                 tensors[f"base_model.model.{path}.lora_B.weight"] = weights.b_OR.bfloat16()
             adapters[name] = Adapter.from_tensors(config, tensors)
@@ -174,21 +155,10 @@ class AdapterTraining(FrozenBase):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss [E] and accuracy [E] of each adapter on its own rows."""
-        slots = torch.where(batch.rest, NO_ADAPTER, batch.adapter[:, None]).to(torch.int32)[..., None]
-        request = RouteRequest(batch.start, slots=slots, gates=torch.ones_like(slots, dtype=torch.float32))
-        with self.decoder.requested(request):
-            hidden = self.forward_hidden(batch)
+        self.stack.act((batch.position_ids >= batch.start) & ~batch.rest)
+        hidden = self.forward_hidden(batch)
         targets = torch.where(batch.domains == OTHER, IGNORE, batch.targets)
-        if len(self.names) == 1:
-            loss, accuracy = self.lm_loss(hidden, targets)
-            return loss[None], accuracy[None]
-        # One adapter's logits at a time: they take more memory than all else.
-        hidden_EBLH, targets_EBL = (each.reshape(len(self.names), -1, *each.shape[1:]) for each in (hidden, targets))
-        found = [
-            checkpoint(self.lm_loss, *own, use_reentrant=False) for own in zip(hidden_EBLH, targets_EBL, strict=True)
-        ]
-        losses, accuracies = zip(*found, strict=True)
-        return torch.stack(losses), torch.stack(accuracies)
+        return self.lm_losses(hidden, targets, num_groups=len(self.names))
 
     def _log_each(self, split: str, loss_E: Tensor) -> None:
         if len(self.names) > 1:

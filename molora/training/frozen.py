@@ -10,13 +10,12 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from molora.checkpoint import load_base, resolve_base
-from molora.injection import RoutedDecoder
 from molora.training.data import Batch, ChatData
 from molora.training.examples import IGNORE
+from molora.training.loss import Head, frozen_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,11 @@ class Schedule:
 class FrozenBase(L.LightningModule):
     """What both modules share: a frozen base, packed batches, a schedule, and small checkpoints."""
 
-    decoder: RoutedDecoder
-
     def __init__(self, base: str, dtype: str, schedule: Schedule) -> None:
         super().__init__()
         self.base, self.dtype_name, self.schedule = base, dtype, schedule
         self.strict_loading = False
-        self.model: nn.Module
+        self.model: Any = None
         self.tokenizer: Any = None
         self.base_dir = Path()
 
@@ -85,17 +82,23 @@ class FrozenBase(L.LightningModule):
 
     def forward_hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, L, H] of packed rows."""
-        decoder: Any = self.decoder.model.get_decoder()
-        hidden: Tensor = decoder(
+        hidden: Tensor = self.model.get_decoder()(
             input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
         ).last_hidden_state
         return hidden
 
     def lm_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross entropy over the learned tokens, which alone reach the head, and the share predicted right."""
+        loss_1, accuracy_1 = self.lm_losses(hidden, targets, num_groups=1)
+        return loss_1[0], accuracy_1[0]
+
+    def lm_losses(self, hidden: Tensor, targets: Tensor, *, num_groups: int) -> tuple[Tensor, Tensor]:
+        """Those of each of `num_groups` equal parts of the rows, [num_groups] both."""
         learned = targets != IGNORE
-        logits_NV = self.decoder.model.get_output_embeddings()(hidden[learned]).float()
-        targets_N = targets[learned]
-        loss = F.cross_entropy(logits_NV, targets_N, reduction="sum") / max(1, targets_N.numel())
-        accuracy = (logits_NV.argmax(-1) == targets_N).float().mean()
-        return loss, accuracy
+        loss_N, is_right_N = frozen_cross_entropy(hidden[learned], Head.of(self.model), targets[learned])
+        counts_G = learned.reshape(num_groups, -1).sum(1)
+        group_N = torch.repeat_interleave(counts_G, output_size=len(loss_N))
+        sums_2G = torch.zeros(2, num_groups, device=hidden.device)
+        sums_2G = sums_2G.index_add(1, group_N, torch.stack([loss_N, is_right_N]))
+        loss_G, accuracy_G = sums_2G / counts_G.clamp(min=1)
+        return loss_G, accuracy_G.detach()

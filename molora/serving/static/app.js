@@ -275,11 +275,16 @@ find("key-form").addEventListener("submit", (event) => {
 find("options-toggle").addEventListener("click", () => toggleOptions());
 find("new").addEventListener("click", startOver);
 find("models-failed").querySelector("button").addEventListener("click", loadModels);
+let height = 0; // of the conversation's window, as last followed
 find("main").addEventListener("scroll", () => {
   const { scrollHeight, scrollTop, clientHeight } = find("main");
+  if (clientHeight !== height) return; // the browser made up for the new height: not the reader's doing
   isFollowing = scrollHeight - scrollTop - clientHeight < NEAR_END;
 });
-// What takes room from the conversation, as the options and a long message do, leaves its end in sight.
-new ResizeObserver(() => follow()).observe(find("main"));
+// The options and a long message take room from the conversation; its end stays in sight.
+new ResizeObserver(() => {
+  height = find("main").clientHeight;
+  follow();
+}).observe(find("main"));
 
 loadModels();

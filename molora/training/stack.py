@@ -1,0 +1,159 @@
+"""Adapters that are trained side by side in one frozen model, each on rows of its own.
+
+Every adapter has as many rows of a batch as any other, one's after the other's, so that its products are one of a
+batched GEMM's. All that is trained is one matrix, a row for each adapter: it is cast, clipped and stepped at once.
+
+Legend: E adapters, B rows of a batch, L tokens a row, N = B * L / E tokens an adapter, P values an adapter, R rank,
+I in-features, O out-features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from molora.adapter import LoraWeights
+
+
+class LoraStack(nn.Module):
+    """The adapters' weights, and the linears of a model that they act on.
+
+    Attributes:
+        values: float32 [E, P], for each linear by path A and then B, flattened.
+        linears: by module path.
+    """
+
+    def __init__(self, model: nn.Module, paths: Collection[str], *, num_adapters: int, rank: int, alpha: float) -> None:
+        """Put `StackedLinear`s into the model; no adapter acts until `act`."""
+        super().__init__()
+        self.rank, self.scaling = rank, alpha / rank
+        self.linears: dict[str, StackedLinear] = {}
+        for path in sorted(paths):
+            linear = model.get_submodule(path)
+            assert isinstance(linear, nn.Linear)
+            self.linears[path] = StackedLinear(linear)
+            model.set_submodule(path, self.linears[path])
+        self._sizes = [size for linear in self.linears.values() for size in self._shapes(linear)]
+        device = next(iter(self.linears.values())).weight.device
+        self.values = nn.Parameter(torch.zeros(num_adapters, sum(map(math.prod, self._sizes)), device=device))
+
+    @torch.no_grad()
+    def reset(self, seed: int) -> None:
+        """As PEFT begins: A uniform (Kaiming, a = sqrt(5)), B zero; the same values in each adapter."""
+        generator = torch.Generator().manual_seed(seed)
+        for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self.pairs(), strict=True):
+            bound = 1 / math.sqrt(linear.in_features)
+            a_ERI.copy_(torch.empty(a_ERI.shape[1:]).uniform_(-bound, bound, generator=generator))
+            b_EOR.zero_()
+
+    def act(self, active_BL: Tensor) -> None:
+        """In the forwards from now on, the adapters act on these tokens, the first one on the first B / E rows."""
+        dtype = next(iter(self.linears.values())).weight.dtype
+        gates_EN1 = (active_BL.to(dtype) * self.scaling).reshape(len(self.values), -1, 1)
+        for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
+            linear.lora = a_ERI, b_EOR, gates_EN1
+
+    def enable_gradient_checkpointing(self, model: Any) -> None:
+        """Recompute layers in the backward pass, which must come before the next `act`."""
+        model.train()  # layers recompute only while training; there is no dropout to switch on
+        # The public call goes by another name in each release, and makes the embeddings require gradients.
+        model._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
+        )
+
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """A [E, R, I] and B [E, O, R] of each linear, as views of what is trained."""
+        return self._pairs(self.values.detach())
+
+    def weights(self, adapter: int) -> dict[str, LoraWeights]:
+        """An adapter's pairs by module path, on the CPU."""
+        pairs = self._pairs(self.values.detach()[adapter : adapter + 1].cpu())
+        return {
+            path: LoraWeights(a_ERI[0].clone(), b_EOR[0].clone(), self.scaling)
+            for path, (a_ERI, b_EOR) in zip(self.linears, pairs, strict=True)
+        }
+
+    def clip_gradients(self, most: float) -> None:
+        """Each adapter's gradient is scaled down to a norm of at most `most`, as it would be if it were alone."""
+        gradient = self.values.grad
+        if gradient is not None:
+            norms_E1 = gradient.norm(dim=1, keepdim=True)
+            gradient.mul_((most / (norms_E1 + 1e-6)).clamp(max=1.0))  # torch's clip_grad_norm_
+
+    def _shapes(self, linear: StackedLinear) -> list[tuple[int, int]]:
+        return [(self.rank, linear.in_features), (linear.out_features, self.rank)]
+
+    def _pairs(self, values_EP: Tensor) -> list[tuple[Tensor, Tensor]]:
+        pieces = values_EP.split_with_sizes([math.prod(size) for size in self._sizes], dim=1)
+        views = [piece.view(-1, *size) for piece, size in zip(pieces, self._sizes, strict=True)]
+        return list(zip(views[::2], views[1::2], strict=True))
+
+
+class StackedLinear(nn.Module):
+    """Stands where an `nn.Linear` stood.
+
+    Attributes:
+        lora: A [E, R, I], B [E, O, R] and gates [E, N, 1], the scaling included; None is the base linear.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.lora: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.lora is None:
+            return F.linear(x, self.weight, self.bias)
+        y: Tensor = _StackedLora.apply(x, self.weight, self.bias, *self.lora)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _StackedLora(torch.autograd.Function):
+    """y = W x + b + gate B (A x), for each adapter on its own tokens; gradients to x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, gates_EN1: Tensor
+    ) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            x_ENI = x.reshape(len(a_ERI), -1, x.shape[-1])
+            h_ENR = torch.bmm(x_ENI, a_ERI.mT).mul_(gates_EN1)
+            y = _add_product(F.linear(x, weight, bias), h_ENR, b_EOR.mT)
+        ctx.save_for_backward(x_ENI, weight, a_ERI, b_EOR, gates_EN1, h_ENR)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,), (x_ENI, weight, a_ERI, b_EOR, gates_EN1, h_ENR) = gradients, ctx.saved_tensors
+        with torch.autocast(dy.device.type, enabled=False):
+            dy_ENO = dy.reshape(len(a_ERI), -1, dy.shape[-1])
+            g_ENR = torch.bmm(dy_ENO, b_EOR).mul_(gates_EN1)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = _add_product(dy @ weight, g_ENR, a_ERI)
+            return dx, None, None, torch.bmm(g_ENR.mT, x_ENI), torch.bmm(dy_ENO.mT, h_ENR), None
+
+
+def _add_product(y: Tensor, left_EMK: Tensor, right_EKN: Tensor) -> Tensor:
+    """A new y plus the product of each adapter, by its rows."""
+    if torch.compiler.is_compiling():  # then the sum is taken by whoever reads it next
+        return y + torch.bmm(left_EMK, right_EKN).view_as(y)
+    y.view(*left_EMK.shape[:2], y.shape[-1]).baddbmm_(left_EMK, right_EKN)
+    return y
+
+
+def linears_named(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Paths of the linears whose last component is one of these."""
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path.rsplit(".", 1)[-1] in names
+    ]
