@@ -1,0 +1,43 @@
+"""The benchmark of training: both sides on a tiny model, and what the README says of a GPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_both_sides_have_the_same_gradients_and_are_timed(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    out = tmp_path / "training.json"
+    command = [sys.executable, str(REPOSITORY / "benchmarks/training.py"), "--shape", "tiny", "--device", "cpu"]
+    done = subprocess.run(
+        [*command, "--steps", "2", "--turns", "1", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    (check,) = result["checks"]
+    assert check["difference"] < 1e-4
+    assert {figure["name"] for figure in result["figures"]} == {
+        "one: PEFT's time over ours",
+        "eight: PEFT's time over ours",
+    }
+    assert all(figure["value"] > 0 and figure["reached"] is None for figure in result["figures"])
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/training-h100.json").read_text())
+    figures = {(figure["suite"], figure["name"]): figure["value"] for figure in result["figures"]}
+    one, eight = (figures["smollm2-135m", f"{name}: PEFT's time over ours"] for name in ("one", "eight"))
+    memory = figures["smollm2-135m", "one: memory over one PEFT run's"]
+    words = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"One adapter is trained {one:.1f} times faster than by PEFT with transformers' Trainer" in words
+    assert f"in {memory:.2f} of its memory; eight side by side, {eight:.1f} times faster" in words
