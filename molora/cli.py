@@ -1,4 +1,4 @@
-"""The command line: `molora demo`, `generate`, `bench` and `bank`.
+"""The command line: `molora demo`, `generate`, `bench`, `bank` and `train`.
 
 Nothing heavy is imported before a command runs, so that `molora --help` answers at once. What a user can get wrong
 ends in one line on standard error and exit status 2.
@@ -51,6 +51,8 @@ app = typer.Typer(
 )
 bank_app = typer.Typer(help="Look into a bank, and add or remove its adapters.", no_args_is_help=True)
 app.add_typer(bank_app, name="bank")
+train_app = typer.Typer(help="Train what a bank holds.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
 
 
 class Dtype(StrEnum):
@@ -297,6 +299,16 @@ def _load(bank: Path | None, base: str | None, device: str | None, dtype: Dtype)
     for warning in caught:
         _complain("warning", "bold yellow", warning.message)
     return model
+
+
+@train_app.command("bank")
+def train_bank(
+    config: Annotated[Path, typer.Option("--config", help="A YAML file such as configs/bank.yaml.")],
+) -> None:
+    """Train a whole bank: its adapters side by side, then the router. What was broken off goes on where it was."""
+    from molora.training.bank import BankSettings, train_bank
+
+    train_bank(BankSettings.read(config))
 
 
 def _open(folder: Path) -> Bank:

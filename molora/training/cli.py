@@ -5,6 +5,7 @@ import sys
 from lightning.pytorch.cli import LightningCLI
 
 from molora.display import one_line
+from molora.training.callbacks import Watch
 from molora.training.data import ChatData
 
 
@@ -20,7 +21,7 @@ def main() -> None:
             subclass_mode_model=True,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"use_distributed_sampler": False},
+            trainer_defaults={"use_distributed_sampler": False, "callbacks": [Watch()]},
         )
     except (FileNotFoundError, ConnectionError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)

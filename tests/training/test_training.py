@@ -249,8 +249,9 @@ def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_config_begins_with_its_command() -> None:
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
-        command = "serve.py" if path.name == "serve.yaml" else "train.py fit"
-        assert path.read_text().splitlines()[0] == f"# python {command} --config configs/{path.name}"
+        others = {"serve.yaml": "python serve.py", "bank.yaml": "molora train bank"}
+        command = others.get(path.name, "python train.py fit")
+        assert path.read_text().splitlines()[0] == f"# {command} --config configs/{path.name}"
         assert json.dumps(yaml.safe_load(path.read_text()))
 
 

@@ -1,0 +1,194 @@
+"""A whole bank from one file: what is broken off goes on to the same result, and what is done is not done again."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+import molora
+from molora.adapter import Adapter
+from molora.bank import Bank
+from molora.training import bank as stages
+from molora.training.bank import BankSettings, train_bank
+
+REPOSITORY = Path(__file__).parents[2]
+TINY: dict[str, Any] = {
+    "base": "tiny-random/llama",
+    "output": "bank",
+    "work": "work",
+    "router_layer": 1,
+    "checkpoint_every": 5,
+    "adapters": {
+        "domains": {name: {"train": "tiny.jsonl", "val": "tiny.jsonl"} for name in ("letters", "digits")},
+        "model": {"rank": 4, "alpha": 8, "schedule": {"lr": 0.01, "warmup_steps": 5}},
+        "data": {"row_length": 256, "rows": 2, "val_batches": 1},
+        "trainer": {"accelerator": "cpu", "max_steps": 12, "enable_progress_bar": False, "gradient_clip_val": 1.0},
+    },
+    "router": {
+        "model": {"router": {"hidden_dim": 16, "key_dim": 8}, "schedule": {"lr": 0.01, "warmup_steps": 5}},
+        "data": {"train": "tiny.jsonl", "row_length": 256, "rows": 2},
+        "trainer": {"accelerator": "cpu", "max_steps": 12, "enable_progress_bar": False},
+    },
+}
+pytestmark = pytest.mark.filterwarnings("default")  # Lightning and jsonargparse warn of their own deprecations
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copy(REPOSITORY / "configs" / "tiny.jsonl", "tiny.jsonl")
+
+
+def settings(changes: dict[tuple[str, ...], Any] | None = None) -> BankSettings:
+    values = yaml.safe_load(yaml.safe_dump(TINY))
+    for (*path, last), value in (changes or {}).items():
+        inner = values
+        for key in path:
+            inner = inner[key]
+        inner[last] = value
+    file = Path("bank.yaml")
+    file.write_text(yaml.safe_dump(values))
+    return BankSettings.read(file)
+
+
+def digests(folder: str = "bank") -> dict[str, str]:
+    bank = Bank.open(folder)
+    assert bank.config.router is not None
+    return {"router": bank.config.router.digest} | {entry.name: entry.digest for entry in bank.adapters}
+
+
+def test_a_bank_is_trained_once_and_routes() -> None:
+    assert train_bank(settings()) == Path("bank")
+    m = molora.load("bank", device="cpu")
+    assert m.generate([{"role": "user", "content": "3 times a"}], max_new_tokens=3).num_generated_tokens
+    first, checkpoints = digests(), {path: path.stat().st_mtime_ns for path in Path("work").rglob("last.ckpt")}
+    assert len(checkpoints) == 2
+    train_bank(settings())
+    assert digests() == first
+    assert {path: path.stat().st_mtime_ns for path in Path("work").rglob("last.ckpt")} == checkpoints
+
+
+def test_a_bank_that_has_gone_is_written_again_and_other_settings_are_another_stage() -> None:
+    train_bank(settings())
+    first = digests()
+    shutil.rmtree("bank")
+    train_bank(settings())
+    assert digests() == first
+    train_bank(settings({("router", "trainer", "max_steps"): 6}))
+    other = digests()
+    assert other["router"] != first["router"]
+    assert other["letters"] == first["letters"]
+    assert sorted(path.name.split("-")[0] for path in Path("work").iterdir()) == ["adapters", "router", "router"]
+    Path("tiny.jsonl").write_text("".join(Path("tiny.jsonl").read_text().splitlines(keepends=True)[::-1]))
+    train_bank(settings())
+    assert digests()["letters"] != first["letters"]
+
+
+@pytest.mark.parametrize("kind", ["adapters", "router"])
+def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str) -> None:
+    long = {(stage, "trainer", "max_steps"): 40 for stage in ("adapters", "router")}
+    train_bank(settings(long | {("output",): "whole", ("work",): "elsewhere"}))
+    settings(long)
+    code = "from molora.cli import app; app()"
+    command = [sys.executable, "-c", code, "train", "bank", "--config", "bank.yaml"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path("work").glob(f"{kind}-*/last.ckpt")):
+            assert running.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        running.send_signal(signal.SIGKILL)
+        running.wait()
+    assert not list(Path("work").glob(f"{kind}-*/done.json"))
+    train_bank(settings(long))
+    assert digests() == digests("whole")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+    save, saved = L.Trainer.save_checkpoint, []
+
+    def save_until_full(trainer: L.Trainer, path: Path) -> None:
+        if saved:
+            path.write_bytes(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        saved.append(path)
+        save(trainer, path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(L.Trainer, "save_checkpoint", save_until_full)
+        with pytest.raises(OSError, match="No space left"):
+            train_bank(settings())
+    assert torch.load(saved[0].with_name("last.ckpt"), weights_only=False)["global_step"] == 5
+    train_bank(settings())
+    assert digests() == digests("whole")
+
+
+def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+    run, sizes = stages._run, []
+
+    def limited(folder: Path, config: dict[str, Any], checkpoint_every: int) -> None:
+        names: Sequence[str] = config["model"]["init_args"].get("name", ())
+        sizes.append(len(names))
+        if len(names) > 1:
+            raise torch.cuda.OutOfMemoryError("out of memory")
+        run(folder, config, checkpoint_every)
+
+    monkeypatch.setattr(stages, "_run", limited)
+    train_bank(settings())
+    assert sizes == [2, 1, 1, 0]
+    for name in ("letters", "digits"):
+        ours, theirs = (Adapter.read(Path(bank) / "adapters" / name).tensors() for bank in ("bank", "whole"))
+        for key, tensor in ours.items():
+            torch.testing.assert_close(tensor, theirs[key], rtol=1e-2, atol=1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing() -> None:
+    with pytest.raises(ValueError, match="the loss is infinite or not a number"):
+        train_bank(settings({("adapters", "model", "schedule", "lr"): 1e30}))
+    assert not list(Path("work").rglob("last.ckpt"))
+    assert not list(Path("work").rglob("adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({("adapters", "domains"): {}}, "bank.yaml: adapters.domains names none"),
+        ({("outputs",): "x"}, "outputs"),
+        ({("router_layer",): "one"}, "router_layer"),
+        ({("adapters", "domains", "letters"): {"val": "tiny.jsonl"}}, "train"),
+        ({("adapters", "trainers"): {"max_steps": 3}}, "trainers"),
+        ({("router",): None}, "router"),
+    ],
+)
+def test_settings_that_are_wrong_are_named(changes: dict[tuple[str, ...], Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words) as caught:
+        settings(changes)
+    assert "bank.yaml" in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml does not exist"):
+        BankSettings.read(Path("nowhere.yaml"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere.jsonl does not exist"):
+        train_bank(settings({("router", "data", "train"): "nowhere.jsonl"}))
+
+
+def test_the_shipped_settings_are_right() -> None:
+    shipped = BankSettings.read(REPOSITORY / "configs" / "bank.yaml")
+    assert list(shipped.adapters.domains) == ["arithmetic", "words", "family", "sorting", "legs"]
