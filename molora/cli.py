@@ -301,6 +301,34 @@ def _load(bank: Path | None, base: str | None, device: str | None, dtype: Dtype)
     return model
 
 
+@app.command("eval")
+def evaluate(
+    bank: BankArgument,
+    data: Annotated[Path, typer.Option(help="Held-out items, a .jsonl file of `python -m molora.training.recipes`.")],
+    out: Annotated[Path, typer.Option(help="Where the figures are written, as JSON.")],
+    way: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="base, auto, given, sequence, uniform or an adapter's name; repeatable. All if none is given."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most, in tokens.")] = 96,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many items.")] = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Measure a bank by verified answers, each way to route on the same items."""
+    import shlex
+    import sys
+
+    model = _load(bank, base, device, dtype)
+    from molora.training.evaluate import measure_bank
+
+    command = shlex.join(["molora", *sys.argv[1:]])
+    measure_bank(model, str(data), out, ways=way, max_new_tokens=max_new_tokens, limit=limit, command=command)
+
+
 @train_app.command("bank")
 def train_bank(
     config: Annotated[Path, typer.Option("--config", help="A YAML file such as configs/bank.yaml.")],

@@ -1,46 +1,64 @@
-"""Measuring a bank by verified answers: python -m molora.training.evaluate --bank DIR --data FILE --out FILE
+"""Measuring a bank by verified answers: molora eval BANK --data FILE --out FILE
 
-Each row of the result is one way to route the same items: base, each adapter for everything, routes given by hand
-(each item's own adapter), and the learned router. Answers are decoded greedily in batches and checked by the
-recipe's verifiers.
+Each row of the result is one way to route the same items: base, each adapter for everything, all of them at once, the
+right ones given, and the learned router. Answers are greedy, and checked by the recipe's verifiers.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
+import re
+import statistics
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 import molora
 from molora.activation import check_message
 from molora.benchmark import source_commit
 from molora.files import write_atomic
+from molora.injection import cache_argument
 from molora.model import MoLoRA, Route
-from molora.training.examples import read_records
+from molora.router import KeyRouter
+from molora.routing import NO_ADAPTER, RouteRequest
+from molora.training.examples import encode, read_records
 from molora.training.recipes import verify, verify_composite
+
+AT_ONCE = 256  # questions that the engine has; it refuses more
+_ENDED = re.compile(r"Answer:.*\n")
 
 
 @dataclass(frozen=True)
 class Question:
-    """One held-out item: the messages to answer, its domains and reference answers in order."""
+    """One held-out item: the messages to answer, its domains and reference answers in order.
+
+    Attributes:
+        labels: the domain of each token of the prompt, as training has them; None where nothing is known.
+    """
 
     messages: list[dict[str, str]]
     domains: tuple[str, ...]
     answers: tuple[str, ...]
+    labels: tuple[str | None, ...] = ()
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Question:
+    def from_record(cls, record: Mapping[str, Any], tokenizer: Any = None) -> Question:
         messages = [check_message(message, index) for index, message in enumerate(record["messages"][:-1])]
         single = isinstance(record["domain"], str)
         domains = (record["domain"],) if single else tuple(record["domain"])
-        return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]))
+        labels: tuple[str | None, ...] = ()
+        if tokenizer is not None:
+            example = encode(record, tokenizer)
+            labels = example.domains[: example.learned.index(True)]
+        return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]), labels)
 
     def is_right(self, text: str) -> bool:
         if len(self.domains) == 1:
@@ -48,95 +66,230 @@ class Question:
         return all(verify_composite(self.domains, self.answers, text))
 
 
-@torch.inference_mode()
-def answer(
-    m: MoLoRA, questions: Sequence[Question], routes: Sequence[Route], *, max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """Greedy answers in left-padded batches, each question activated by its route's own policy."""
-    prompts = [m.render(question.messages) for question in questions]
-    starts = [m.activation_start(prompt, route) for prompt, route in zip(prompts, routes, strict=True)]
-    texts = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: len(prompts[i].token_ids))
-    for batch in _chunks(order, batch_size):
-        width = max(len(prompts[i].token_ids) for i in batch)
-        input_ids = torch.full((len(batch), width), m.tokenizer.pad_token_id, device=m.decoder.device)
-        mask = torch.zeros_like(input_ids)
-        for row, i in enumerate(batch):
-            ids = torch.tensor(prompts[i].token_ids, device=input_ids.device)
-            input_ids[row, width - len(ids) :] = ids
-            mask[row, width - len(ids) :] = 1
-        with m.routing([starts[i] for i in batch], [routes[i] for i in batch]):
-            out = m.model.generate(
-                input_ids,
-                attention_mask=mask,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=m.tokenizer.pad_token_id,
-            )
-        for row, i in enumerate(batch):
-            texts[i] = m.tokenizer.decode(out[row, width:], skip_special_tokens=True)
+def answer(m: MoLoRA, questions: Sequence[Question], routes: Sequence[Route], *, max_new_tokens: int) -> list[str]:
+    """Greedy answers on the model's engine, each question activated by its route's own policy."""
+    texts: list[str] = []
+    for first in range(0, len(questions), AT_ONCE):
+        pairs = zip(questions[first : first + AT_ONCE], routes[first : first + AT_ONCE], strict=True)
+        streams = [m.stream(question.messages, route=route, max_new_tokens=max_new_tokens) for question, route in pairs]
+        for stream in streams:
+            for _ in stream:
+                pass
+            texts.append(stream.result.text)
     return texts
 
 
+@torch.inference_mode()
+def answer_as_given(
+    m: MoLoRA, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int = 500
+) -> list[str]:
+    """Greedy answers with the right adapter on every token, as the oracle has it.
+
+    The tokens of the user's turn get the adapters of their labels, template tokens between two parts that of the one
+    which follows. An answer begins with its first part's adapter; a line break behind "Answer: ..." already belongs to
+    the next part, as in training.
+    """
+    texts = [""] * len(questions)
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i].labels))
+    with m.lock, ExitStack() as stack:
+        holds = {}
+        for name in m.slots.current.adapters:
+            holds[name] = m.slots.acquire(m.resolve_route(name))
+            stack.callback(m.slots.release, holds[name])
+        slots = {name: hold.slots[0] for name, hold in holds.items()}
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            for i, text in zip(
+                batch, _decode_as_given(m, [questions[i] for i in batch], slots, max_new_tokens), strict=True
+            ):
+                texts[i] = text
+    return texts
+
+
+def _decode_as_given(
+    m: MoLoRA, questions: Sequence[Question], slots: Mapping[str, int], max_new_tokens: int
+) -> list[str]:
+    device, tokenizer = m.decoder.device, m.tokenizer
+    prompts = [m.render(question.messages).token_ids for question in questions]
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    mask = torch.zeros(len(prompts), width, dtype=torch.long)
+    chosen = torch.full((len(prompts), width, 1), NO_ADAPTER, dtype=torch.int32)
+    for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
+        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
+        start = m.activation_start(m.render(question.messages), question.domains[0])
+        for index, label in enumerate(question.labels[start:], width - len(prompt) + start):
+            chosen[row, index] = slots.get(label or "", NO_ADAPTER)
+    place = [0] * len(questions)  # the part that each answer is in
+    written: list[list[int]] = [[] for _ in questions]
+    since = [0] * len(questions)  # where its text begins
+    is_open = [True] * len(questions)
+    ids, mask, chosen = ids.to(device), mask.to(device), chosen.to(device)
+    cache, positions = DynamicCache(config=m.model.config), (mask.cumsum(1) - 1).clamp(min=0)
+    for _ in range(max_new_tokens):
+        request = RouteRequest(
+            torch.zeros_like(mask[:, :1]), slots=chosen, gates=torch.ones_like(chosen, dtype=torch.float32)
+        )
+        with m.decoder.requested(request):
+            logits = m.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                use_cache=True,
+                logits_to_keep=1,
+                **{cache_argument(m.model): cache},
+            ).logits[:, -1]
+        ids = logits.argmax(-1, keepdim=True)
+        nexts = []
+        for row, token in enumerate(ids[:, 0].tolist()):
+            domains = questions[row].domains
+            if is_open[row]:
+                written[row].append(token)
+                is_open[row] = token not in m.eos_ids
+                part = tokenizer.decode(written[row][since[row] :])
+                if place[row] + 1 < len(domains) and _ENDED.search(part):
+                    place[row] += 1
+                    since[row] = len(written[row])
+            nexts.append(slots.get(domains[place[row]], NO_ADAPTER))
+        if not any(is_open):
+            break
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
+        positions = positions[:, -1:] + 1
+        chosen = torch.tensor(nexts, dtype=torch.int32, device=device)[:, None, None]
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+
+
+@torch.inference_mode()
+def routes_by_sequence(m: MoLoRA, questions: Sequence[Question], *, batch_size: int = 256) -> list[Route]:
+    """One route for each whole question: the router's column with most probability over the user's turn."""
+    names = ["base", *(entry.name for entry in m.bank.routable)]
+    router = m.decoder.router
+    assert isinstance(router, KeyRouter)
+    prompts = [m.render(question.messages) for question in questions]
+    found: list[Route] = []
+    for first in range(0, len(prompts), batch_size):
+        batch = prompts[first : first + batch_size]
+        width = max(len(prompt.token_ids) for prompt in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        active = torch.zeros(len(batch), width, dtype=torch.bool)
+        for row, prompt in enumerate(batch):  # padded behind: nothing sees what follows it
+            ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
+            active[row, prompt.starts.get("turn", 0) : len(prompt.token_ids)] = True
+        with m.lock:
+            hidden = m.decoder.router_input(input_ids=ids.to(m.decoder.device), use_cache=False)
+        shares = router.scores(hidden).softmax(-1) * active.to(hidden.device)[..., None]
+        found += [names[column] for column in shares.sum(1).argmax(-1).tolist()]
+    return found
+
+
 def evaluate(
-    m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96, batch_size: int = 500
+    m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy of each way to route, over all questions and by domain, one way after another.
 
     `by_item` has a digit for each question, 1 where its answer is right, so that ways can be compared in pairs.
 
     Args:
-        ways: "base", "auto", "given" (each question's own adapter; single-domain questions only), or an adapter's name.
+        ways: "base", "auto", an adapter's name; "given", the right adapter on every token; "sequence", one adapter for
+            the whole question, by the router; "uniform", all adapters at once in equal shares.
     """
     for way in ways:
-        routes: list[Route] = [question.domains[0] if way == "given" else way for question in questions]
-        texts = answer(m, questions, routes, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        is_right = [question.is_right(text) for question, text in zip(questions, texts, strict=True)]
-        right, total = Counter[str](), Counter[str]()
-        for question, yes in zip(questions, is_right, strict=True):
-            domain = question.domains[0] if len(question.domains) == 1 else "composite"
-            total[domain] += 1
-            right[domain] += yes
-        by_domain = {domain: right[domain] / total[domain] for domain in sorted(total)}
-        by_item = "".join(str(int(yes)) for yes in is_right)
-        yield way, {"accuracy": right.total() / total.total(), "by_domain": by_domain, "by_item": by_item}
+        texts = _answers(m, questions, way, max_new_tokens)
+        yield way, score(questions, [question.is_right(text) for question, text in zip(questions, texts, strict=True)])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m molora.training.evaluate", description="Measure a bank.")
-    parser.add_argument("--bank", required=True, help="the bank's folder")
-    parser.add_argument("--base", help="local folder of the base model; the bank's own if not given")
-    parser.add_argument("--data", required=True, help="held-out items, a .jsonl file of the recipes")
-    parser.add_argument("--out", required=True, type=Path, help="where the figures are written, as JSON")
-    parser.add_argument("--ways", nargs="+", help="ways to route; all of them if not given")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, default=500)
-    parser.add_argument("--limit", type=int, help="only the first so many items")
-    parser.add_argument("--device")
-    parser.add_argument("--dtype", default="auto")
-    args = parser.parse_args(arguments)
+def _answers(m: MoLoRA, questions: Sequence[Question], way: str, max_new_tokens: int) -> list[str]:
+    routes: list[Route]
+    match way:
+        case "given":
+            if any(len(question.domains) > 1 for question in questions):
+                return answer_as_given(m, questions, max_new_tokens=max_new_tokens)
+            routes = [question.domains[0] for question in questions]
+        case "sequence":
+            routes = routes_by_sequence(m, questions)
+        case "uniform":
+            names = [entry.name for entry in m.bank.adapters]
+            routes = [{name: 1 / len(names) for name in names}] * len(questions)
+        case _:
+            routes = [way] * len(questions)
+    return answer(m, questions, routes, max_new_tokens=max_new_tokens)
+
+
+def score(questions: Sequence[Question], is_right: Sequence[bool]) -> dict[str, Any]:
+    """Accuracy over all and by domain, and who is right, item by item."""
+    right, total = Counter[str](), Counter[str]()
+    for question, yes in zip(questions, is_right, strict=True):
+        domain = question.domains[0] if len(question.domains) == 1 else "composite"
+        total[domain] += 1
+        right[domain] += yes
+    return {
+        "accuracy": right.total() / total.total(),
+        "by_domain": {domain: right[domain] / total[domain] for domain in sorted(total)},
+        "by_item": "".join(str(int(yes)) for yes in is_right),
+    }
+
+
+def best_single(figures: Sequence[str]) -> str:
+    """Where at least one of several adapters, each alone for the whole sequence, is right: an oracle's choice."""
+    return "".join(max(digits) for digits in zip(*figures, strict=True))
+
+
+def paired_difference(ours: str, theirs: str) -> dict[str, float]:
+    """Mean difference of two ways on the same items, and its 95% interval (normal, over items)."""
+    differences = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+    mean = statistics.fmean(differences)
+    half = 1.96 * statistics.pstdev(differences) / math.sqrt(len(differences))
+    return {"difference": mean, "low": mean - half, "high": mean + half}
+
+
+def measure_bank(
+    m: MoLoRA,
+    data: str,
+    out: Path,
+    *,
+    ways: Sequence[str] | None = None,
+    max_new_tokens: int = 96,
+    limit: int | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Every way's figures on the items of a file, written as JSON after each way.
+
+    Args:
+        data: held-out items, a .jsonl file of the recipes.
+        ways: see `evaluate`; all of them if None.
+        limit: only the first so many items.
+        command: what made the file, for whoever reads it.
+
+    Raises:
+        ValueError: nothing in the data can be verified.
+    """
     # What no adapter answers has no verifier either.
-    verified = [record for record in read_records(args.data) if record.get("domain") is not None][: args.limit]
+    verified = [record for record in read_records(data) if record.get("domain") is not None][:limit]
     if not verified:
-        parser.error(f"no record of {args.data} has a domain, so nothing there can be verified")
-    questions = [Question.from_record(record) for record in verified]
-    m = molora.load(args.bank, base=args.base, device=args.device, dtype=args.dtype)
+        raise ValueError(f"no record of {data} has a domain, so nothing there can be verified.")
+    questions = [Question.from_record(record, m.tokenizer) for record in verified]
     names = [entry.name for entry in m.bank.adapters]
-    composite = any(len(question.domains) > 1 for question in questions)
-    ways = args.ways or ["base", *names, *([] if composite else ["given"]), "auto"]
-    measured_with = environment(m)  # before the run: a checkout may move on while it lasts
-    figures: dict[str, Any] = {
-        "command": " ".join(["python -m molora.training.evaluate", *(arguments or sys.argv[1:])]),
-        "data": args.data,
+    ways = ways or ["base", *names, "uniform", "given", *(["sequence", "auto"] if m.bank.has_router else [])]
+    results: dict[str, Any] = {}
+    figures = {
+        "command": command,
+        "data": data,
         "num_items": len(questions),
         "bank": {"name": m.bank.name, "router": None if m.bank.config.router is None else m.bank.config.router.digest},
-        "environment": measured_with,
-        "results": {},
+        "environment": environment(m),  # before the run: a checkout may move on while it lasts
+        "results": results,
     }
-    for way, figure in evaluate(m, questions, ways, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size):
+    for way, figure in evaluate(m, questions, ways, max_new_tokens=max_new_tokens):
+        results[way] = figure
+        alone = [results[name]["by_item"] for name in names if name in results]
+        if len(alone) == len(names) and "best single" not in results:
+            results["best single"] = score(questions, [digit == "1" for digit in best_single(alone)])
+        if "auto" in results:
+            for other in results.values():
+                other["auto_minus_this"] = paired_difference(results["auto"]["by_item"], other["by_item"])
         print(f"{way:>12}  {figure['accuracy']:.3f}  {figure['by_domain']}", flush=True)
-        figures["results"][way] = figure
-        write_atomic(args.out, json.dumps(figures, indent=2) + "\n")  # a long run that breaks off keeps what it has
+        write_atomic(out, json.dumps(figures, indent=2) + "\n")  # a long run that breaks off keeps what it has
+    return figures
 
 
 def environment(m: MoLoRA) -> dict[str, str]:
@@ -153,12 +306,3 @@ def environment(m: MoLoRA) -> dict[str, str]:
         "molora": molora.__version__,
         "commit": source_commit() or "unknown",
     }
-
-
-def _chunks(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    for first in range(0, len(items), size):
-        yield items[first : first + size]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,31 @@
 """Measuring a bank: batched answers are those that `generate` gives one by one, and each way's figures are kept."""
 
 import json
+import math
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from typer.testing import CliRunner
 
 import molora
 from molora import MoLoRA
+from molora.cli import app
+from molora.routing import RouteRequest
 from molora.training import evaluate as evaluation
-from molora.training.evaluate import Question, answer, evaluate
+from molora.training.evaluate import (
+    Question,
+    answer,
+    answer_as_given,
+    best_single,
+    evaluate,
+    measure_bank,
+    paired_difference,
+    routes_by_sequence,
+)
 
 QUESTIONS = [
     Question([{"role": "user", "content": "abc" * (1 + i)}], (domain,), (reference,))
@@ -24,15 +40,77 @@ def m(make_bank: Any, make_adapter: Any, key_router: Any, tmp_path: Path) -> MoL
     return molora.load(bank, device="cpu", dtype="float32")
 
 
-def test_batched_answers_are_those_of_generate(m: MoLoRA) -> None:
+def test_answers_are_those_of_generate(m: MoLoRA) -> None:
     routes = ["words", "auto", "base"]
-    batched = answer(m, QUESTIONS, routes, max_new_tokens=12, batch_size=2)
+    texts = answer(m, QUESTIONS, routes, max_new_tokens=12)
     alone = [
-        m.generate(question.messages, route=route, max_new_tokens=12)
+        m.generate(question.messages, route=route, max_new_tokens=12).text
         for question, route in zip(QUESTIONS, routes, strict=True)
     ]
-    assert [m.tokenizer.encode(text) for text in batched] == [m.tokenizer.encode(out.text) for out in alone]
-    assert len({*batched}) == 3
+    assert texts == alone
+    assert len({*texts}) == 3
+
+
+def test_more_questions_than_the_engine_takes_at_once(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = answer(m, QUESTIONS, ["words"] * 3, max_new_tokens=5)
+    monkeypatch.setattr(evaluation, "AT_ONCE", 2)
+    assert answer(m, QUESTIONS, ["words"] * 3, max_new_tokens=5) == whole
+
+
+def test_one_adapter_given_on_every_token_is_that_adapters_route(m: MoLoRA) -> None:
+    questions = [
+        replace(question, labels=question.domains * len(m.render(question.messages).token_ids))
+        for question in QUESTIONS
+    ]
+    given = answer_as_given(m, questions, max_new_tokens=12, batch_size=2)
+    assert given == answer(m, QUESTIONS, [question.domains[0] for question in QUESTIONS], max_new_tokens=12)
+
+
+def test_given_routes_follow_the_labels_and_then_the_answers_parts(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [{"type": "text", "text": text, "domain": domain} for text, domain in (("one,", "words"), (" two", "legs"))]
+    record = {
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}],
+        "domain": ["words", "legs"],
+        "answer": ["a", "b"],
+    }
+    question = Question.from_record(record, m.tokenizer)
+    assert {"words", "legs"} <= set(question.labels)
+    assert len(question.labels) == len(m.render(question.messages).token_ids)
+    monkeypatch.setattr(evaluation, "_ENDED", re.compile(r"(?s)..."))  # a part is three characters
+    (given,) = answer_as_given(m, [question], max_new_tokens=8)
+    ids, slots = list(m.render(question.messages).token_ids), {"words": 0, "legs": 1}
+    start = m.render(question.messages).starts["turn"]
+    chosen = [slots.get(label or "", -1) if i >= start else -1 for i, label in enumerate(question.labels)]
+    text = ""
+    for _ in range(8):  # by full forwards
+        request = RouteRequest(
+            torch.zeros(1, 1, dtype=torch.long),
+            slots=torch.tensor(chosen, dtype=torch.int32)[None, :, None],
+            gates=torch.ones(1, len(ids), 1),
+        )
+        with torch.inference_mode(), m.decoder.requested(request):
+            ids.append(int(m.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        text = m.tokenizer.decode(ids[len(question.labels) :])
+        chosen.append(0 if len(text) < 3 else 1)
+    assert set(chosen[len(question.labels) :]) == {0, 1}
+    assert given == m.tokenizer.decode(ids[len(question.labels) :], skip_special_tokens=True)
+
+
+def test_one_route_a_sequence_is_the_routers_favourite(m: MoLoRA) -> None:
+    for question, route in zip(QUESTIONS, routes_by_sequence(m, QUESTIONS, batch_size=2), strict=True):
+        prompt = m.render(question.messages)
+        with torch.inference_mode():
+            hidden = m.decoder.router_input(input_ids=torch.tensor([prompt.token_ids]), use_cache=False)
+            shares = m.decoder.router.scores(hidden)[0, prompt.starts["turn"] :].softmax(-1).sum(0)
+        assert route == ["base", "words", "legs"][int(shares.argmax())]
+
+
+def test_paired_differences_and_an_oracles_choice() -> None:
+    assert best_single(["0110", "0011"]) == "0111"
+    found = paired_difference("1100", "1000")
+    assert found["difference"] == 0.25
+    assert found["low"] == pytest.approx(0.25 - 1.96 * math.sqrt(0.1875) / 2)
+    assert found["high"] == pytest.approx(0.25 + 1.96 * math.sqrt(0.1875) / 2)
 
 
 def test_accuracy_is_the_share_of_verified_answers(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,12 +130,11 @@ def test_accuracy_is_the_share_of_verified_answers(m: MoLoRA, monkeypatch: pytes
     }
 
 
-def test_data_that_nothing_verifies_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"messages": [], "domain": null}\n{"messages": []}\n')
-    with pytest.raises(SystemExit):
-        evaluation.main(["--bank", "none", "--data", str(data), "--out", "out.json"])
-    assert "data.jsonl has a domain" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"data.jsonl has a domain"):
+        measure_bank(m, str(data), tmp_path / "out.json")
 
 
 def test_the_command_keeps_what_it_has_measured(m: MoLoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,23 +144,32 @@ def test_the_command_keeps_what_it_has_measured(m: MoLoRA, tmp_path: Path, monke
     records = [
         {"messages": exchange("abc"), "domain": "words", "answer": "cba"},
         {"messages": exchange("hi"), "domain": None, "answer": "hello"},  # the base model's: nothing verifies it
-        {"messages": exchange("abc, 1 cat"), "domain": ["words", "legs"], "answer": ["cba", "4"]},
+        {"messages": exchange("1 cat"), "domain": "legs", "answer": "4"},
     ]
     data, out = tmp_path / "data.jsonl", tmp_path / "out.json"
     data.write_text("".join(json.dumps(record) + "\n" for record in records))
     seen = []
 
-    def stop_at_the_router(m: MoLoRA, questions: Any, routes: list[str], **_: Any) -> list[str]:
+    def right_by_its_own(m: MoLoRA, questions: Any, routes: list[Any], **_: Any) -> list[str]:
         if routes[0] == "auto":
             seen.append(json.loads(out.read_text()))
-        return ["Answer: cba"] * len(questions)
+        right = {"words": "Answer: cba", "legs": "Answer: 4"}
+        return [right.get(route if isinstance(route, str) else "", "") for route in routes]
 
-    monkeypatch.setattr(evaluation, "answer", stop_at_the_router)
-    arguments = ["--bank", str(m.bank.path), "--data", str(data), "--out", str(out), "--device", "cpu"]
-    evaluation.main(arguments)
+    monkeypatch.setattr(evaluation, "answer", right_by_its_own)
+    arguments = [str(m.bank.path), "--data", str(data), "--out", str(out), "--device", "cpu", "--dtype", "float32"]
+    result = CliRunner().invoke(app, ["eval", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0
     figures = json.loads(out.read_text())
-    assert list(seen[0]["results"]) == ["base", "words", "legs"]
-    assert list(figures["results"]) == ["base", "words", "legs", "auto"]  # no route is given to a composite
+    names = ["base", "words", "legs", "best single", "uniform", "given", "sequence", "auto"]
+    assert list(seen[0]["results"]) == names[:-1]
+    assert list(figures["results"]) == names
     assert figures["num_items"] == 2
-    assert figures["results"]["base"]["by_domain"] == {"composite": 0.0, "words": 1.0}
-    assert figures["command"].endswith("--device cpu")
+    results = figures["results"]
+    assert {name: results[name]["by_item"] for name in names} | {"sequence": ""} == {
+        **{"base": "00", "words": "10", "legs": "01", "best single": "11", "uniform": "00", "given": "11"},
+        **{"sequence": "", "auto": "00"},
+    }
+    assert results["words"]["by_domain"] == {"legs": 0.0, "words": 1.0}
+    assert results["given"]["auto_minus_this"]["difference"] == -1
+    assert figures["environment"]["device"] == "cpu"
