@@ -101,7 +101,8 @@ class AdapterTraining(FrozenBase):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         loss_E, accuracy_E = self._losses(batch)
-        self.log_dict({"val/loss": loss_E.mean(), "val/accuracy": accuracy_E.mean()}, prog_bar=True, batch_size=1)
+        metrics = {"val/loss": loss_E.mean(), "val/accuracy": accuracy_E.mean()}
+        self.log_dict(metrics, prog_bar=True, batch_size=1, sync_dist=True)
         self._log_each("val", loss_E)
 
     def configure_gradient_clipping(
@@ -163,4 +164,4 @@ class AdapterTraining(FrozenBase):
     def _log_each(self, split: str, loss_E: Tensor) -> None:
         if len(self.names) > 1:
             values = {f"{split}/{name}/loss": loss for name, loss in zip(self.names, loss_E, strict=True)}
-            self.log_dict(values, batch_size=1)
+            self.log_dict(values, batch_size=1, sync_dist=split == "val")

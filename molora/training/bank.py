@@ -123,7 +123,7 @@ def train_bank(settings: BankSettings) -> Path:
         ValueError: a setting is wrong, or a loss is not a number.
         FileNotFoundError: there is no such data.
     """
-    folders = _train_adapters(settings)
+    folders = train_adapters(settings)
     stage = settings.router
     adapters = [str(folder) for folder in folders.values()]
     config = {
@@ -150,8 +150,12 @@ def train_bank(settings: BankSettings) -> Path:
     return output
 
 
-def _train_adapters(settings: BankSettings) -> dict[str, Path]:
-    """Folders of the adapters, by name."""
+def train_adapters(settings: BankSettings) -> dict[str, Path]:
+    """Train the adapters that are not trained yet.
+
+    Returns:
+        Their folders, by name.
+    """
     stage = settings.adapters
     names = list(stage.domains)
     size = stage.side_by_side or len(names)

@@ -139,7 +139,8 @@ class RouterTraining(FrozenBase):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         _, metrics = self._loss(batch)
-        self.log_dict({f"val/{name}": value for name, value in metrics.items()}, prog_bar=True, batch_size=1)
+        values = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:

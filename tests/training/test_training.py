@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,22 @@ def test_adapters_that_are_trained_side_by_side_become_what_each_becomes_alone(b
     assert any((digits[key] - letters[key]).abs().max() > 1e-2 for key in digits)
     (metrics,) = [path for path in Path("runs/tiny").rglob("metrics.csv") if "digits" in path.read_text()]
     assert column(metrics, "val/digits/loss")
+
+
+def test_two_processes_learn_what_one_with_all_their_rows_does() -> None:
+    fit("--trainer.max_steps", "20", "--trainer.val_check_interval", "20", "--data.rows", "8")
+    (one,) = Path("runs/tiny").rglob("metrics.csv")
+    loss = column(one, "val/loss")[-1]
+    shutil.rmtree("runs")
+    command = [sys.executable, str(REPOSITORY / "train.py"), "fit", "--config", "configs/tiny.yaml"]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.enable_progress_bar", "false"]
+    command += ["--trainer.max_steps", "20", "--trainer.val_check_interval", "20"]  # of four rows in each process
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("wrote the adapter 'letters'") + done.stdout.count("wrote the adapter 'letters'") == 1
+    (two,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(two, "val/loss")[-1] == pytest.approx(loss, rel=0.1)
+    assert loss < 0.8 * column(two, "train/loss")[0]
 
 
 def test_the_router_learns_the_domains_and_writes_a_bank() -> None:
