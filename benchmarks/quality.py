@@ -39,7 +39,7 @@ from molora.router import KeyRouter
 from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage, train_adapters, train_bank
 from molora.training.evaluate import Question, best_single, evaluate, paired_difference, score
 from molora.training.examples import read_records
-from molora.training.recipes.build import build
+from molora.training.recipes.build import RESERVED, build
 from molora.training.recipes.conversations import Material
 from molora.training.recipes.tasks import TASKS
 
@@ -77,7 +77,7 @@ def main() -> None:
 def make_data(args: argparse.Namespace) -> None:
     """The recipe's files, the joint LoRA's, and the held-out items."""
     folder = args.work / "data"
-    names, taken = [f"train_{domain}.jsonl" for domain in args.domains], {}
+    names = [f"train_{domain}.jsonl" for domain in args.domains]
     joint: list[dict[str, Any]] = []
     for name, records in build(args.seed, args.num_train, args.domains):
         if name.startswith(("train_", "val_")):
@@ -86,9 +86,7 @@ def make_data(args: argparse.Namespace) -> None:
             joint += [without_domains(record) for record in records]
     Random(args.seed).shuffle(joint)
     write_records(folder / "joint.jsonl", joint)
-    for domain in args.domains:  # as many as `build` draws, and more
-        taken[domain] = {item.key for item in TASKS[domain].items(args.seed, 1000 + args.num_train)}
-    material = Material(Random(f"quality {args.seed}"), "held out", held_out_items(args, taken))
+    material = Material(Random(f"quality {args.seed}"), "held out", held_out_items(args))
     singles = [material.single(domain, history=False) for _ in range(args.singles) for domain in args.domains]
     write_records(folder / "singles.jsonl", singles)
     several = [
@@ -97,15 +95,16 @@ def make_data(args: argparse.Namespace) -> None:
     write_records(folder / "composites.jsonl", several)
 
 
-def held_out_items(args: argparse.Namespace, taken: Mapping[str, set[str]]) -> dict[str, Iterator[Any]]:
+def held_out_items(args: argparse.Namespace) -> dict[str, Iterator[Any]]:
+    """Those that `build` keeps out of training, and new ones of another seed."""
     found = {}
     for domain in args.domains:
-        items = TASKS[domain].items(HELD_OUT_SEED + args.seed, 4 * (args.singles + args.composites))
-        new = [item for item in items if item.key not in taken[domain]]
-        if not new:
-            raise SystemExit(f"all items of {domain!r} are in the training data; lower --num-train.")
-        print(f"{domain}: {len(new)} held-out items")
-        found[domain] = cycle(new)
+        known = TASKS[domain].items(args.seed, 2 * RESERVED + args.num_train)
+        keys = {item.key for item in known}
+        others = TASKS[domain].items(HELD_OUT_SEED + args.seed, args.singles + args.composites)
+        items = known[:RESERVED] + [item for item in others if item.key not in keys]
+        print(f"{domain}: {len(items)} held-out items, {len(known) - 2 * RESERVED} in training")
+        found[domain] = cycle(items)
     return found
 
 

@@ -1,18 +1,33 @@
-"""The demo's data: rebuilt to the byte, nothing shared between training and held-out files, answers that are right."""
+"""The data of the demo, and of all tasks: the same bytes, nothing held out in training, answers that are right."""
 
 import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Mapping
+from datetime import datetime, timedelta
 from difflib import SequenceMatcher
 from itertools import accumulate, pairwise
+from operator import add, gt, lt, sub, truediv
 from pathlib import Path
 
 import pytest
 from reasoning_gym import get_score_answer_fn  # type: ignore[import-untyped]
 
-from molora.training.recipes import DOMAINS, TASKS, Message, Record, build, num_files, verify, verify_composite, write
+from molora.training.recipes import (
+    DEMO,
+    DOMAINS,
+    TASKS,
+    Item,
+    Message,
+    Record,
+    build,
+    num_files,
+    verify,
+    verify_composite,
+    write,
+)
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import Choices, Split
 from molora.training.recipes.documents import MAX_BODY_WORDS, documents
@@ -26,9 +41,14 @@ NUM_TRAIN = 60
 Files = dict[str, list[Record]]
 
 
+@pytest.fixture(scope="module", params=[DEMO, DOMAINS], ids=["demo", "all"])
+def domains(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    return tuple(request.param)
+
+
 @pytest.fixture(scope="module")
-def files() -> Files:
-    return dict(build(seed=0, num_train=NUM_TRAIN))
+def files(domains: tuple[str, ...]) -> Files:
+    return dict(build(seed=0, num_train=NUM_TRAIN, domains=domains))
 
 
 def text_of(message: Message) -> str:
@@ -59,13 +79,13 @@ def singles(records: list[Record]) -> list[Record]:
     return [record for record in records if record["kind"] == "single"]
 
 
-def test_counts(files: Files) -> None:
-    assert len(files) == num_files()
-    assert len(files["heldout.jsonl"]) == 1000
+def test_counts(files: Files, domains: tuple[str, ...]) -> None:
+    assert len(files) == num_files(domains)
+    assert len(files["heldout.jsonl"]) == 200 * len(domains)
     assert len(files["heldout_composite.jsonl"]) == 500
     assert len(files["heldout_base.jsonl"]) == 200
-    assert len(files["heldout_prose.jsonl"]) == 240
-    for domain in DOMAINS:
+    assert len(files["heldout_prose.jsonl"]) == 40 * (len(domains) + 1)
+    for domain in domains:
         assert len(files[f"val_{domain}.jsonl"]) == 200
         train = files[f"train_{domain}.jsonl"]
         assert len(train) == NUM_TRAIN
@@ -73,33 +93,63 @@ def test_counts(files: Files) -> None:
         assert {record["domain"] for record in singles(train)} == {domain}
         assert all(domain in (record["domain"] or ()) for record in train)
     held_out = files["heldout.jsonl"]
-    for domain in DOMAINS:
+    for domain in domains:
         lengths = [len(record["messages"]) for record in held_out if record["domain"] == domain]
         assert (lengths.count(2), lengths.count(4)) == (100, 100)
     router = files["train_router.jsonl"]
     assert {record["kind"] for record in router} == {"single", "composite", "base"}
+    assert {record["domain"] for record in singles(router)} == set(domains)
+    for name in ("heldout_composite.jsonl", "train_router.jsonl"):
+        composites = [record["domain"] for record in files[name] if record["kind"] == "composite"]
+        assert {domain for each in composites for domain in each or ()} == set(domains)
 
 
-def test_every_command_of_one_seed_writes_the_same_bytes(files: Files, tmp_path: Path) -> None:
-    summary = write(tmp_path / "here", files.items(), seed=0, num_train=NUM_TRAIN)
+def test_every_command_of_one_seed_writes_the_same_bytes(
+    files: Files, domains: tuple[str, ...], tmp_path: Path
+) -> None:
+    summary = write(tmp_path / "here", files.items(), seed=0, num_train=NUM_TRAIN, domains=domains)
     module = [sys.executable, "-m", "molora.training.recipes"]
     command = [*module, "--out", str(tmp_path / "there"), "--num-train", str(NUM_TRAIN)]
+    command += [] if domains == DEMO else ["--domains", *domains]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"})
     names = sorted(path.name for path in (tmp_path / "here").iterdir())
     assert names == sorted(["recipe.json", *files])
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
     assert json.loads((tmp_path / "here" / "recipe.json").read_text()) == summary
+    assert summary["command"].endswith(f"--num-train {NUM_TRAIN}" if domains == DEMO else " ".join(domains))
 
 
-def test_another_seed_asks_other_things(files: Files) -> None:
-    assert dict(build(seed=1, num_train=NUM_TRAIN))["heldout.jsonl"] != files["heldout.jsonl"]
+def test_the_demo_is_the_default() -> None:
+    names = [name for name, _ in build(seed=0, num_train=NUM_TRAIN)]
+    assert [name for name in names if name.startswith("val")] == [f"val_{domain}.jsonl" for domain in DEMO]
+    assert len(names) == num_files()
+
+
+def test_another_seed_asks_other_things(files: Files, domains: tuple[str, ...]) -> None:
+    assert dict(build(seed=1, num_train=NUM_TRAIN, domains=domains))["heldout.jsonl"] != files["heldout.jsonl"]
 
 
 def test_too_few_records_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--out", str(tmp_path), "--num-train", "3"])
     assert "at least 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("domains", "said"),
+    [
+        (("words", "chess", "legs"), f"unknown domain 'chess': the domains are {', '.join(DOMAINS)}"),
+        (("words", "legs"), "three different"),
+        (("words", "legs", "words", "clock"), "three different"),
+    ],
+)
+def test_domains_that_cannot_be_built_are_refused(
+    domains: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path), "--domains", *domains])
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
@@ -120,6 +170,17 @@ def test_training_and_held_out_files_share_no_family(files: Files) -> None:
     assert not train & others
 
 
+def test_training_and_held_out_files_share_no_list_to_filter(files: Files, domains: tuple[str, ...]) -> None:
+    def lists(prefixes: tuple[str, ...]) -> set[tuple[str, ...]]:
+        records = [record for name in files if name.startswith(prefixes) for record in singles(files[name])]
+        asked = [text_of(record["messages"][-2]) for record in records if record["domain"] == "filtering"]
+        return {tuple(sorted(re.findall(r"\d+", text))) for text in asked}
+
+    train, others = lists(("train",)), lists(("heldout", "val"))
+    assert bool(train) == bool(others) == ("filtering" in domains)
+    assert not train & others
+
+
 def test_training_and_held_out_files_share_no_working(files: Files) -> None:
     """Workings name their item, so equal facts in other words would show as equal workings."""
 
@@ -129,11 +190,11 @@ def test_training_and_held_out_files_share_no_working(files: Files) -> None:
             for record in records if name.startswith(prefixes) else ():
                 content = record["messages"][-1]["content"]
                 found = [content] if isinstance(content, str) else [part["text"] for part in content]
-                # Two families may lead to the same working; their stories are compared above.
+                # Two families may lead to the same working, two lists to the same rest; they are compared above.
                 domains = record["domain"] if isinstance(record["domain"], list) else [record["domain"]]
                 marks = SURFACE_FORMS[record["wording"]].reply_marks if record["kind"] == "composite" else ("",)
                 for text, domain, mark in zip(found, domains, marks, strict=False):
-                    if domain not in (None, "family"):
+                    if domain not in (None, "family", "filtering"):
                         texts.add(text.lstrip("\n").removeprefix(mark))
         return texts
 
@@ -325,10 +386,82 @@ def test_verifier_agrees_with_reasoning_gym(domain: str) -> None:
     assert len(pairs) >= 40
     for (entry, item), (_, other) in pairwise(pairs):
         for answer in (item.answer, other.answer, f"{item.answer}1", ""):
-            theirs = str(answer.split(", ")) if domain == "sorting" else answer
+            theirs = str(answer.split(", ")) if domain in ("sorting", "filtering") else answer
             assert verify(domain, item, f"{item.working}\nAnswer: {answer}") == (score(theirs, entry) == 1.0), answer
         assert verify(domain, item, f"Answer: {other.answer}\nNo, wait.\nAnswer: {item.answer}.\n")
         assert not verify(domain, item, item.answer)
+
+
+def worked_out(domain: str, facts: Mapping[str, str]) -> str:
+    """The answer to what a question shows, by other means than the generator's and the reader's."""
+    match domain:
+        case "equations":
+            left, right = facts["starred"].split("=")
+            return str(next(x for x in range(1000) if eval(left, {facts["variable"]: x}) == int(right)))
+        case "clock":
+            start, end = (datetime.strptime(facts[name], "%H:%M") for name in ("start", "end"))
+            return (datetime.min + (end - start)).strftime("%H:%M")
+        case "filtering":
+            side = gt if "larger" in facts["which"] else lt
+            keeps = facts["do"] == "keep only"
+            numbers = map(int, facts["spaces"].split())
+            return ", ".join(str(number) for number in numbers if side(number, int(facts["limit"])) == keeps)
+        case "tastes":
+            names: list[str] = re.findall(rf"(\S+) {re.escape(facts['asked'])}\.", facts["story"])
+            assert len(names) == 1
+            return names[0]
+        case "angles":
+            known = [int(angle) for angle in facts["commas"].split(", ")]
+            return str({"triangle": 180, "quadrilateral": 360}[facts["shape"]] - sum(known))
+    raise ValueError(f"no other means are known for {domain!r}")
+
+
+def sample(domain: str) -> list[Item]:
+    return TASKS[domain].items(seed=5, num_items=500)
+
+
+@pytest.mark.parametrize("domain", [domain for domain in DOMAINS if domain not in DEMO])
+def test_answers_are_right(domain: str) -> None:
+    items = sample(domain)
+    assert len(items) == 500
+    for item in items:
+        assert item.answer == worked_out(domain, item.facts), item
+        assert verify(domain, item, item.reply)
+        for one, sign, other, result in re.findall(r"(\d+) ([-+/]) (\d+) = (\d+)", item.working):
+            assert {"+": add, "-": sub, "/": truediv}[sign](int(one), int(other)) == int(result), item
+
+
+def test_every_form_of_an_equation_says_the_same() -> None:
+    for item in sample("equations"):
+        facts = item.facts
+        words = {"times": "*", "plus": "+", "minus": "-", "equals": "="}
+        spoken = " ".join(words.get(word, word) for word in facts["spoken"].split())
+        assert spoken.replace(" * ", "*") == facts["starred"]
+        assert facts["equation"] == facts["starred"].replace("*", "")
+        factor, change, term = re.fullmatch(
+            r"multiply it by (\d+) and (add|subtract|take that away from) (\d+)", facts["steps"]
+        ).groups()  # type: ignore[union-attr]
+        product = int(factor) * int(item.answer)
+        changed = {"add": product + int(term), "subtract": product - int(term)}
+        assert facts["right"] == str(changed.get(change, int(term) - product))
+
+
+def test_every_form_of_a_filter_says_the_same() -> None:
+    signs = {"larger": ">", "smaller": "<", "not larger": "<=", "not smaller": ">="}
+    for item in sample("filtering"):
+        kept, limit = item.facts["kept"].split(" than ")
+        assert item.facts["sign"] == signs[kept]
+        rest = [n for n in item.facts["spaces"].split() if eval(f"{n} {item.facts['sign']} {limit}")]
+        assert item.answer == ", ".join(rest)
+
+
+def test_the_working_of_a_duration_leads_from_start_to_end() -> None:
+    for item in sample("clock"):
+        now = datetime.strptime(item.facts["start"], "%H:%M")
+        for count, unit, reached in re.findall(r"(\d+) (hour|minute)s? to (\d\d:\d\d)", item.working):
+            now += timedelta(**{f"{unit}s": int(count)})
+            assert now.strftime("%H:%M") == reached
+        assert now.strftime("%H:%M") == item.facts["end"]
 
 
 def test_documents_are_prose_cut_between_sentences() -> None:

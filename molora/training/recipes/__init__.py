@@ -1,13 +1,15 @@
-"""The demo bank's data, rebuilt from reasoning-gym and Python's own documentation.
+"""The demo bank's data, or other tasks', rebuilt from reasoning-gym and Python's own documentation.
 
 python -m molora.training.recipes --out data/ --seed 0 --num-train 30000
 """
 
 from molora.training.recipes.build import Summary, build, num_files, write
 from molora.training.recipes.conversations import Message, Part, Record
-from molora.training.recipes.tasks import DOMAINS, TASKS, Item, Task, verify, verify_composite
+from molora.training.recipes.items import Item
+from molora.training.recipes.tasks import DEMO, DOMAINS, TASKS, Task, verify, verify_composite
 
 __all__ = [
+    "DEMO",
     "DOMAINS",
     "TASKS",
     "Item",

@@ -1,4 +1,4 @@
-"""The demo's files: which conversations go into each, and what they are made of.
+"""The files of a bank's data, the demo's or another's: which conversations go into each, and what they are made of.
 
 One seed gives one set of bytes, for one version of Python and of reasoning-gym. `build` makes the records, `write`
 puts them on disk; neither knows of tokenizers, models or masks.
@@ -7,7 +7,7 @@ puts them on disk; neither knows of tokenizers, models or masks.
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -17,8 +17,9 @@ from typing import Any, TypedDict
 from molora.files import write_atomic
 from molora.training.recipes.conversations import Material, Record
 from molora.training.recipes.documents import documents
+from molora.training.recipes.items import Item
 from molora.training.recipes.passages import passages
-from molora.training.recipes.tasks import DOMAINS, TASKS, Item
+from molora.training.recipes.tasks import DEMO, TASKS
 
 NUM_VAL = 200  # records in each val_<domain>.jsonl
 NUM_HELD_OUT = 200  # single items a domain in heldout.jsonl
@@ -30,7 +31,7 @@ COMPOSITE_SHARE = 0.3  # of an adapter's training records
 HISTORY_SHARE = 0.3  # of all task records in training
 EVERYDAY_SHARE = 0.25  # of base records in training
 
-_RESERVED = 450  # items a domain for each of the validation and the held-out files
+RESERVED = 450  # items a domain for each of the validation and the held-out files
 
 
 class Summary(TypedDict):
@@ -45,24 +46,27 @@ class Summary(TypedDict):
     files: dict[str, dict[str, Any]]
 
 
-def num_files() -> int:
+def num_files(domains: Sequence[str] = DEMO) -> int:
     """How many files `build` makes."""
-    return 2 * len(DOMAINS) + 5
+    return 2 * len(domains) + 5
 
 
-def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
+def build(seed: int, num_train: int, domains: Sequence[str] = DEMO) -> Iterator[tuple[str, list[Record]]]:
     """Make every file's records, file by file.
 
     Args:
         seed: equal seeds give equal records.
         num_train: records in each adapter's training file; the router's follows from it.
+        domains: the tasks, at least three; their order counts too.
 
     Yields:
         A file's name and its records.
 
     Raises:
-        ValueError: `num_train` is too small to hold every kind of record, or Python's sources are not installed.
+        ValueError: `num_train` is too small to hold every kind of record, a domain is unknown or comes twice, there
+            are fewer than three, or Python's sources are not installed.
     """
+    _check(domains)
     if num_train < 20:
         raise ValueError(f"num_train is {num_train}: an adapter's training file needs at least 20 records")
     texts = documents()
@@ -70,20 +74,20 @@ def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
     held_out_texts, texts = texts[:NUM_HELD_OUT_DOCUMENTS], texts[NUM_HELD_OUT_DOCUMENTS:]
     if not texts:
         raise ValueError("too few docstrings found: the sources of Python's standard library must be installed")
-    items = {domain: task.items(seed, 2 * _RESERVED + num_train) for domain, task in TASKS.items()}
+    items = {domain: TASKS[domain].items(seed, 2 * RESERVED + num_train) for domain in domains}
 
     def endless(start: int, stop: int | None) -> dict[str, Iterator[Item]]:
-        return {domain: cycle(items[domain][start:stop]) for domain in DOMAINS}
+        return {domain: cycle(items[domain][start:stop]) for domain in domains}
 
-    held_out = Material(Random(f"held out {seed}"), "held out", endless(0, _RESERVED), held_out_texts)
+    held_out = Material(Random(f"held out {seed}"), "held out", endless(0, RESERVED), held_out_texts)
     prose = Material(
-        Random(f"held out prose {seed}"), "held out", endless(0, _RESERVED), passages=passages(held_out=True)
+        Random(f"held out prose {seed}"), "held out", endless(0, RESERVED), passages=passages(held_out=True)
     )
-    val = Material(Random(f"val {seed}"), "val", endless(_RESERVED, 2 * _RESERVED), texts)
-    train = Material(Random(f"train {seed}"), "train", endless(2 * _RESERVED, None), texts, passages(held_out=False))
+    val = Material(Random(f"val {seed}"), "val", endless(RESERVED, 2 * RESERVED), texts)
+    train = Material(Random(f"train {seed}"), "train", endless(2 * RESERVED, None), texts, passages(held_out=False))
     yield (
         "heldout.jsonl",
-        [held_out.single(domain, history=bool(turn % 2)) for turn in range(NUM_HELD_OUT) for domain in DOMAINS],
+        [held_out.single(domain, history=bool(turn % 2)) for turn in range(NUM_HELD_OUT) for domain in domains],
     )
     yield (
         "heldout_composite.jsonl",
@@ -92,12 +96,12 @@ def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
     yield "heldout_base.jsonl", [held_out.document(text) for text in held_out_texts]
     yield (
         "heldout_prose.jsonl",
-        [prose.single(domain, history=True) for _ in range(NUM_HELD_OUT_PROSE) for domain in DOMAINS]
+        [prose.single(domain, history=True) for _ in range(NUM_HELD_OUT_PROSE) for domain in domains]
         + [prose.reading() for _ in range(NUM_HELD_OUT_PROSE)],
     )
-    for domain in DOMAINS:
+    for domain in domains:
         yield f"val_{domain}.jsonl", _singles(val, domain, NUM_VAL)
-    for domain in DOMAINS:
+    for domain in domains:
         num_composites = round(COMPOSITE_SHARE * num_train)
         singles = _singles(train, domain, num_train - num_composites)
         yield f"train_{domain}.jsonl", _shuffled(train.rng, singles, _composites(train, num_composites, domain))
@@ -105,17 +109,25 @@ def build(seed: int, num_train: int) -> Iterator[tuple[str, list[Record]]]:
         "train_router.jsonl",
         _shuffled(
             train.rng,
-            *(_singles(train, domain, num_train // len(DOMAINS)) for domain in DOMAINS),
+            *(_singles(train, domain, num_train // len(domains)) for domain in domains),
             _composites(train, num_train // 2),
             _base(train, num_train // 4),
         ),
     )
 
 
-def write(out: Path, files: Iterable[tuple[str, list[Record]]], *, seed: int, num_train: int) -> Summary:
+def write(
+    out: Path,
+    files: Iterable[tuple[str, list[Record]]],
+    *,
+    seed: int,
+    num_train: int,
+    domains: Sequence[str] = DEMO,
+) -> Summary:
     """Write `build`'s files to the folder `out`, and recipe.json last, each in one step."""
+    chosen = "" if tuple(domains) == DEMO else f" --domains {' '.join(domains)}"
     summary = Summary(
-        command=f"python -m molora.training.recipes --seed {seed} --num-train {num_train}",
+        command=f"python -m molora.training.recipes --seed {seed} --num-train {num_train}{chosen}",
         seed=seed,
         num_train=num_train,
         python=platform.python_version(),
@@ -129,6 +141,13 @@ def write(out: Path, files: Iterable[tuple[str, list[Record]]], *, seed: int, nu
         summary["files"][name] = {"num_records": len(records), "sha256": hashlib.sha256(data).hexdigest()}
     write_atomic(out / "recipe.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _check(domains: Sequence[str]) -> None:
+    if unknown := [domain for domain in domains if domain not in TASKS]:
+        raise ValueError(f"unknown domain {unknown[0]!r}: the domains are {', '.join(TASKS)}")
+    if len(set(domains)) < len(domains) or len(domains) < 3:
+        raise ValueError(f"domains are {', '.join(domains)}: a composite needs three different ones to choose from")
 
 
 def _singles(material: Material, domain: str, num_records: int) -> list[Record]:

@@ -13,10 +13,10 @@ from typing import Literal, TypedDict
 from molora.training.recipes.choices import Split
 from molora.training.recipes.documents import Document
 from molora.training.recipes.everyday import EVERYDAY
+from molora.training.recipes.items import Item
 from molora.training.recipes.passages import Passage
 from molora.training.recipes.readings import DOCUMENT_WORDINGS, PASSAGE_WORDINGS
 from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
-from molora.training.recipes.tasks import DOMAINS, Item
 from molora.training.recipes.wordings import WORDINGS
 
 THREE_TASKS_SHARE = 0.2  # of composites
@@ -69,6 +69,7 @@ class Material:
 
     Attributes:
         split: whose wordings and surface forms to use.
+        items: what to ask, without end, for each domain.
         documents: to read, in histories and for the base model; so are `passages`. One of the two may be empty.
     """
 
@@ -167,7 +168,7 @@ class Material:
         """Two or three different domains in any order, `include` among them."""
         num_domains = 3 if self.rng.random() < THREE_TASKS_SHARE else 2
         chosen = [include] if include else []
-        others = [domain for domain in DOMAINS if domain != include]
+        others = [domain for domain in self.items if domain != include]
         chosen += self.rng.sample(others, num_domains - len(chosen))
         self.rng.shuffle(chosen)
         return chosen

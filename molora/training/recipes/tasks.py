@@ -1,4 +1,4 @@
-"""The five tasks: what a reasoning-gym entry says, how its answer is worked out, and when a reply is right.
+"""The tasks: what a reasoning-gym entry says, how its answer is worked out, and when a reply is right.
 
 This module knows nothing of wordings or conversations. reasoning-gym is needed to make items, not to verify replies.
 """
@@ -10,35 +10,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cache
 from itertools import accumulate
-from typing import Any
 
+from molora.training.recipes.items import Entry, Item, list_forms, listed, sums
+from molora.training.recipes.more_tasks import read_angles, read_clock, read_equations, read_filtering, read_tastes
 from molora.training.recipes.wordings import UNSUITABLE_WORDS
-
-Entry = dict[str, Any]
 
 _MAX_DRAWS = 20  # a generator repeats itself: draws allowed for each distinct item wanted
 _SEED_STRIDE = 10_000_000  # reasoning-gym seeds entry i with seed + i: this keeps two seeds' entries apart
-
-
-@dataclass(frozen=True)
-class Item:
-    """One thing to ask.
-
-    Attributes:
-        key: equal for two items that ask the same, whatever their wording or order.
-        facts: what fills the braces of the domain's wordings.
-        working: one line that leads to the answer, or nothing.
-        answer: the right answer.
-    """
-
-    key: str
-    facts: Mapping[str, str]
-    working: str
-    answer: str
-
-    @property
-    def reply(self) -> str:
-        return "\n".join(filter(None, (self.working, f"Answer: {self.answer}")))
 
 
 @dataclass(frozen=True)
@@ -55,7 +33,7 @@ class Task:
     dataset: str
     read: Callable[[Entry], Item | None]
     value: Callable[[str], object]
-    config: Mapping[str, int] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
 
     def entries(self, seed: int, num_entries: int) -> Iterator[Entry]:
         """Entries as the generator makes them, the same for the same seed."""
@@ -107,18 +85,9 @@ def _numbers(text: str) -> list[Decimal]:
     return [Decimal(number) for number in text.split(",")]
 
 
-def _listed(texts: Sequence[str]) -> str:
-    """'a, b and c'"""
-    return " and ".join(filter(None, (", ".join(texts[:-1]), texts[-1])))
-
-
-def _sums(first: str, signed: Sequence[str]) -> str:
-    """Each step in turn: '8', ['+18', '-4'] gives '8 + 18 = 26. 26 - 4 = 22.'"""
-    steps, total = [], int(first)
-    for term in signed:
-        steps.append(f"{total} {term[0]} {term[1:]} = {total + int(term)}.")
-        total += int(term)
-    return " ".join(steps)
+def _minutes(text: str) -> int:
+    hours, minutes = text.split(":")
+    return 60 * int(hours) + int(minutes)
 
 
 def _read_arithmetic(entry: Entry) -> Item | None:
@@ -135,7 +104,7 @@ def _read_arithmetic(entry: Entry) -> Item | None:
             "first": first,
             "steps": ", then ".join(steps),
         },
-        working=_sums(first, rest),
+        working=sums(first, rest),
         answer=entry["answer"],
     )
 
@@ -226,17 +195,10 @@ def _read_sorting(entry: Entry) -> Item:
         [f"{float(number):.0f}" for number in entry["metadata"][name]]
         for name in ("original_numbers", "sorted_numbers")
     )
-    commas = ", ".join(numbers)
     return Item(
         key=", ".join(answer),
         facts={
-            "commas": commas,
-            "spaces": " ".join(numbers),
-            "brackets": f"[{commas}]",
-            "semicolons": "; ".join(numbers),
-            "lines": "\n".join(numbers),
-            "bullets": "\n".join(f"- {number}" for number in numbers),
-            "prose": _listed(numbers),
+            **list_forms(numbers),
             "order": order,
             **_ORDERS[order],
         },
@@ -271,13 +233,13 @@ def _read_legs(entry: Entry) -> Item:
     return Item(
         key=", ".join(sorted(groups)),
         facts={
-            "prose": _listed(groups),
+            "prose": listed(groups),
             "commas": ", ".join(groups),
             "plus": " + ".join(groups),
             "colons": ", ".join(f"{names[animal]}: {count}" for animal, count in counts.items()),
             "lines": "\n".join(f"- {group}" for group in groups),
         },
-        working=" ".join([*tally, _sums(legs[0], [f"+{num}" for num in legs[1:]])]),
+        working=" ".join([*tally, sums(legs[0], [f"+{num}" for num in legs[1:]])]),
         answer=entry["answer"],
     )
 
@@ -302,6 +264,27 @@ TASKS: dict[str, Task] = {
         _number,
         {"min_animals": 2, "max_animals": 4, "min_instances": 2, "max_instances": 8},
     ),
+    # Terms are only added and subtracted: a product of two of them would make a factor beyond the times tables.
+    "equations": Task(
+        "simple_equations",
+        read_equations,
+        _number,
+        {"min_terms": 2, "max_terms": 2, "max_value": 50, "operators_weights": [0.5, 0.5, 0.0]},
+    ),
+    "clock": Task(
+        "time_intervals", read_clock, _minutes, {"task_types": ["time"], "max_time_difference_seconds": 12 * 60 * 60}
+    ),
+    "filtering": Task(
+        "number_filtering",
+        read_filtering,
+        _numbers,
+        {"min_numbers": 4, "max_numbers": 6, "max_decimals": 0, "min_value": 1, "max_value": 99},
+    ),
+    "tastes": Task("needle_haystack", read_tastes, str.lower, {"min_num_statements": 3, "max_num_statements": 4}),
+    "angles": Task(
+        "simple_geometry", read_angles, _number, {"min_sides": 3, "max_sides": 4, "min_angle": 20, "max_angle": 150}
+    ),
 }
 
 DOMAINS: tuple[str, ...] = tuple(TASKS)
+DEMO: tuple[str, ...] = ("arithmetic", "words", "family", "sorting", "legs")  # what the demo's bank is trained on

@@ -1,11 +1,13 @@
 """How each domain's questions are put, and which of the ways training never shows.
 
-Plain data. What fills the braces is in `tasks`; how wordings become conversations is in `conversations`.
+Plain data: the demo's here, the other tasks' in `more_wordings`. What fills the braces is in `tasks` and `more_tasks`;
+how wordings become conversations is in `conversations`.
 """
 
 import codecs
 
 from molora.training.recipes.choices import Choices
+from molora.training.recipes.more_wordings import MORE_WORDINGS
 
 WORDINGS: dict[str, Choices[str]] = {
     "arithmetic": Choices(
@@ -320,6 +322,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "hwo many legs have {prose} in all?",
         ),
     ),
+    **MORE_WORDINGS,
 }
 
 # Dictionary words that a demo should not ask about, in rot13 so that the page can be read.
