@@ -3,9 +3,10 @@
     python benchmarks/training.py --out benchmarks/results/training.json       # on a GPU
     python benchmarks/training.py --shape tiny --steps 2 --device cpu
 
-Both sides train LoRA on all linears from the router layer on, in a model of random weights made on the device: the same
-packed rows of 512 tokens from a loader, bfloat16 base and float32 adapters, AdamW, clipping, no checkpointing. On each
-side a run is one `fit` or `train`; a step's time is the median between ends of steps, with the device waited for.
+Both sides train LoRA on all linears from the router layer on, in a model of random weights made on the device: the
+same packed rows of 512 tokens from a loader, bfloat16 base and float32 adapters, AdamW, clipping, no checkpointing.
+Each side runs as it does by default: ours compiles its layers on a GPU, PEFT's does not. A run is one `fit` or `train`;
+a step's time is the median between ends of steps, with the device waited for.
 
     one      one adapter, against one PEFT run
     eight    eight adapters side by side, against eight runs of PEFT's, of which one is run

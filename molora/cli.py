@@ -1,4 +1,4 @@
-"""The command line: `molora demo`, `generate`, `bench`, `bank` and `train`.
+"""The command line: `molora demo`, `generate`, `bench`, `bank`, `train` and `eval`.
 
 Nothing heavy is imported before a command runs, so that `molora --help` answers at once. What a user can get wrong
 ends in one line on standard error and exit status 2.
@@ -313,7 +313,7 @@ def evaluate(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most, in tokens.")] = 96,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many items.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items.")] = None,
     base: BaseOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,

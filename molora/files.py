@@ -36,6 +36,13 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     _sync(path.parent)
 
 
+def replace(source: Path, target: Path) -> None:
+    """Put a written file in another one's place. After a crash `target` is the old one or the whole new one."""
+    _sync(source)
+    source.replace(target)
+    _sync(target.parent)
+
+
 @contextmanager
 def atomic_directory(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside `path`; when the block ends well it becomes `path`, else it is removed.

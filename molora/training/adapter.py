@@ -119,9 +119,14 @@ class AdapterTraining(FrozenBase):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            for name, adapter in self.adapters().items():
-                adapter.write(self.output_dir / name)
-                rank_zero_info(f"wrote the adapter {name!r} to {self.output_dir / name}")
+            self.write()
+
+    def write(self) -> None:
+        """Write the adapters."""
+        self.has_written = True
+        for name, adapter in self.adapters().items():
+            adapter.write(self.output_dir / name)
+            rank_zero_info(f"wrote the adapter {name!r} to {self.output_dir / name}")
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapters as they stand, in PEFT's terms, with weights in bfloat16 to halve the files."""

@@ -1,8 +1,8 @@
 """A whole bank from one file: its adapters, side by side, and then the router over them.
 
-Each stage has a folder under `work`, named after the digest of all that decides its result. A stage that is done is not
-done again, and one that was broken off goes on from its last checkpoint, to the same result. Another setting is another
-stage.
+Under `work` each adapter has a folder, and the router another one, named after the digest of all that decides what
+becomes of it: settings, the data's contents, the base. What is done is found there again; what was broken off goes on
+from its last checkpoint, to the same result; other settings are other work.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import os
+import pickle
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,22 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from molora.adapter import Adapter
-from molora.bank import Bank
-from molora.digest import json_digest
-from molora.display import joined
+from molora.bank import BANK_FILE
+from molora.checkpoint import resolve_base
+from molora.digest import base_digest, json_digest
+from molora.display import joined, one_line
 from molora.files import write_atomic
 from molora.progress import say
 from molora.training.callbacks import LastCheckpoint, Watch
 from molora.training.data import ChatData
 
 DONE = "done.json"
+DECIDES_NOTHING = frozenset(
+    {"logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"}
+)  # of a trainer
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,15 @@ class AdapterStage:
     trainer: dict[str, Any] = field(default_factory=dict)
     side_by_side: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_sections(self, "adapters")
+        if not self.domains:
+            raise ValueError("adapters.domains names none.")
+        if self.side_by_side is not None and self.side_by_side < 1:
+            raise ValueError(f"adapters.side_by_side is {self.side_by_side}; expected 1 or more.")
+        if len({domain.val is None for domain in self.domains.values()}) > 1:
+            raise ValueError("adapters.domains: give val for every domain, or for none.")
+
 
 @dataclass(frozen=True)
 class RouterStage:
@@ -70,6 +85,9 @@ class RouterStage:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _check_sections(self, "router")
+
 
 @dataclass(frozen=True)
 class BankSettings:
@@ -77,7 +95,7 @@ class BankSettings:
 
     Attributes:
         output: the bank's folder.
-        work: where stages keep their checkpoints and logs.
+        work: where adapters, checkpoints and logs are kept.
         checkpoint_every: so many optimizer steps.
     """
 
@@ -90,6 +108,10 @@ class BankSettings:
     seed: int = 0
     checkpoint_every: int = 200
 
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(f"checkpoint_every is {self.checkpoint_every}; expected 1 or more.")
+
     @classmethod
     def read(cls, file: Path) -> BankSettings:
         """
@@ -100,17 +122,16 @@ class BankSettings:
         from jsonargparse import ArgumentError, ArgumentParser
 
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist.")
+            raise FileNotFoundError(f"{file} does not exist, or is no file.")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
-            found: BankSettings = cls(**vars(parser.instantiate(parser.parse_object(values))))
-        except (ArgumentError, yaml.YAMLError, TypeError) as error:
-            raise ValueError(f"{file}: {error}") from None
-        if not found.adapters.domains:
-            raise ValueError(f"{file}: adapters.domains names none.")
-        return found
+            if not isinstance(values, dict):
+                raise ValueError("expected keys and values.")
+            return cls(**vars(parser.instantiate(parser.parse_object(values))))
+        except (ArgumentError, yaml.YAMLError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {one_line(error)}") from None
 
 
 def train_bank(settings: BankSettings) -> Path:
@@ -120,32 +141,24 @@ def train_bank(settings: BankSettings) -> Path:
         The bank's folder.
 
     Raises:
-        ValueError: a setting is wrong, or a loss is not a number.
+        ValueError: a setting is wrong, or a loss is not a number; or `output` holds what this has not written.
         FileNotFoundError: there is no such data.
     """
-    folders = train_adapters(settings)
-    stage = settings.router
-    adapters = [str(folder) for folder in folders.values()]
-    config = {
-        "seed_everything": settings.seed,
-        "model": {
-            "class_path": "molora.training.RouterTraining",
-            "init_args": {
-                **{"base": settings.base, "router_layer": settings.router_layer, "seed": settings.seed},
-                **{"adapters": adapters, "output": settings.output, **stage.model},
-            },
-        },
-        "data": {"seed": settings.seed, **stage.data},
-        "trainer": stage.trainer,
-    }
-    contents = {name: Adapter.read(folder).digest for name, folder in folders.items()}
-    folder = _stage_folder(settings, "router", config, contents)
-    output = Path(settings.output)
-    done = _read(folder / DONE)
-    if done is None or not (output / "molora.json").is_file() or _router_digest(output) != done.get("router"):
-        _say("•", f"router over {joined(folders)}")
-        _run(folder, config, settings.checkpoint_every)
-        write_atomic(folder / DONE, json.dumps({"router": _router_digest(output)}) + "\n")
+    work = _Work(settings)
+    router = work.router()
+    _build(router.config, "router")  # what is wrong there is wrong before hours of training
+    output, done = Path(settings.output), _banks_of(router.folder)
+    present = _bank_digest(output)
+    if present is not None and present not in work.written():
+        raise ValueError(
+            f"{output} holds a bank that this command has not written, or that was changed since; name another output, "
+            "or move it away."
+        )
+    _train_adapters(work)
+    if present not in done:
+        _say("•", f"router over {joined(settings.adapters.domains)}")
+        router.run(settings.checkpoint_every)
+        write_atomic(router.folder / DONE, json.dumps({"banks": [*done, _bank_digest(output)]}) + "\n")
     _say("[green]✓[/]", f"bank {output}")
     return output
 
@@ -156,114 +169,225 @@ def train_adapters(settings: BankSettings) -> dict[str, Path]:
     Returns:
         Their folders, by name.
     """
-    stage = settings.adapters
-    names = list(stage.domains)
-    size = stage.side_by_side or len(names)
-    while True:
+    return _train_adapters(_Work(settings))
+
+
+def _train_adapters(work: _Work) -> dict[str, Path]:
+    settings = work.settings
+    folders = {name: work.adapter(name) for name in settings.adapters.domains}
+    waiting = [name for name, folder in folders.items() if not _is_adapter(folder)]
+    if waiting:
+        _build(work.group(waiting).config, "adapters")
+    size = min(settings.adapters.side_by_side or len(folders), max(1, len(waiting)))
+    while waiting:
+        group, rest = waiting[:size], waiting[size:]
+        _say("•", joined(group) + (", side by side" if len(group) > 1 else ""))
+        stage = work.group(group)
         try:
-            groups = [_train_group(settings, group) for group in _chunks(names, size)]
-            return {name: folder for group in groups for name, folder in group.items()}
+            stage.run(settings.checkpoint_every)
         except torch.cuda.OutOfMemoryError:
             if size == 1:
                 raise
-        size = (size + 1) // 2
-        _say("•", f"the GPU's memory does not hold so many side by side; now {size} at once")
-        gc.collect()
-        torch.cuda.empty_cache()
+            size = (size + 1) // 2
+            _say("•", f"the GPU's memory does not hold so many side by side; now {size} at once")
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        for name in group:
+            folders[name].parent.mkdir(parents=True, exist_ok=True)
+            os.rename(stage.folder / "adapters" / name, folders[name])
+        waiting = rest
+    _say("[green]✓[/]", joined(folders))
+    return folders
 
 
-def _train_group(settings: BankSettings, names: Sequence[str]) -> dict[str, Path]:
-    stage = settings.adapters
-    data = {"seed": settings.seed, **stage.data}
-    for split in ("train", "val"):
-        if any(getattr(stage.domains[name], split) for name in names):
-            data[split] = {name: getattr(stage.domains[name], split) for name in names}
-    init_args = {"base": settings.base, "router_layer": settings.router_layer, "seed": settings.seed, **stage.model}
-    config = {
-        "seed_everything": settings.seed,
-        "model": {"class_path": "molora.training.AdapterTraining", "init_args": {"name": list(names), **init_args}},
-        "data": data,
-        "trainer": stage.trainer,
-    }
-    folder = _stage_folder(settings, "adapters", config, {})
-    init_args = config["model"]["init_args"]  # type: ignore[index]
-    init_args["output_dir"] = str(folder / "adapters")
-    if _read(folder / DONE) is None:
-        _say("•", f"{joined(names)}" + (", side by side" if len(names) > 1 else ""))
-        _run(folder, config, settings.checkpoint_every)
-        write_atomic(folder / DONE, json.dumps({"adapters": list(names)}) + "\n")
-    _say("[green]✓[/]", joined(names))
-    return {name: folder / "adapters" / name for name in names}
+class _Work:
+    """Where everything is kept, and by which names."""
 
+    def __init__(self, settings: BankSettings) -> None:
+        self.settings, self.root = settings, Path(settings.work)
+        self.common = {"router_layer": settings.router_layer, "seed": settings.seed}
+        self.base_digest = base_digest(resolve_base(settings.base))
 
-def _run(folder: Path, config: dict[str, Any], checkpoint_every: int) -> None:
-    trainer = {
-        "enable_checkpointing": False,
-        "use_distributed_sampler": False,
-        "default_root_dir": str(folder),
-        **config["trainer"],
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "LightningCLI's args parameter"
-        )  # ours come from the file, and from nowhere else
-        cli = LightningCLI(
-            datamodule_class=ChatData,
-            subclass_mode_model=True,
-            save_config_callback=None,
-            run=False,
-            args={**config, "trainer": trainer},
+    def adapter(self, name: str) -> Path:
+        """An adapter's folder; it is there once the adapter is trained."""
+        stage, train = self.settings.adapters, self.settings.adapters.domains[name].train
+        decides = [stage.model, self.common, self._data(stage.data), _of_trainer(stage.trainer), _contents(train)]
+        return self.root / "adapters" / f"{name}-{self._digest(name, decides)}"
+
+    def group(self, names: Sequence[str]) -> _Stage:
+        """The training of several adapters."""
+        stage, splits = self.settings.adapters, dict[str, Any]()
+        for split in ("train", "val"):
+            sources = {name: getattr(stage.domains[name], split) for name in names}
+            if all(sources.values()):
+                splits[split] = sources
+        folder = self.root / f"adapters-{self._digest([self.adapter(name).name for name in names])}"
+        init_args = {"base": self.settings.base, **self.common, **stage.model, "output_dir": str(folder / "adapters")}
+        config = self._config(
+            "AdapterTraining", {"name": list(names), **init_args}, self._data(stage.data) | splits, stage.trainer
         )
-    if "logger" not in trainer:
-        cli.trainer.loggers = [
-            CSVLogger(folder, name="", version="csv"),
-            TensorBoardLogger(folder, name="", version="tb"),
-        ]
-    watch = Watch()
-    checkpoint = folder / "last.ckpt"
-    cli.trainer.callbacks += [watch, LastCheckpoint(checkpoint, checkpoint_every, watch)]  # type: ignore[attr-defined]
-    cli.trainer.fit(
-        cli.model, cli.datamodule, ckpt_path=str(checkpoint) if checkpoint.exists() else None, weights_only=False
-    )
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+        return _Stage(folder, config, [folder / "adapters" / name for name in names])
+
+    def router(self) -> _Stage:
+        stage, settings = self.settings.router, self.settings
+        adapters = [self.adapter(name) for name in settings.adapters.domains]
+        data = self._data(stage.data)
+        sources = [each for split in ("train", "val") for each in _as_list(data.get(split))]
+        decides = [stage.model, self.common, data, _of_trainer(stage.trainer), _contents(sources)]
+        folder = self.root / f"router-{self._digest([each.name for each in adapters], decides)}"
+        named = {name: str(adapter) for name, adapter in zip(settings.adapters.domains, adapters, strict=True)}
+        init_args = {"base": settings.base, **self.common, "output": settings.output, **stage.model}
+        return _Stage(folder, self._config("RouterTraining", {**init_args, "adapters": named}, data, stage.trainer), [])
+
+    def written(self) -> set[str]:
+        """Digests of the banks that routers' stages have written."""
+        return {bank for folder in self.root.glob("router-*") for bank in _banks_of(folder)}
+
+    def _data(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        return {"seed": self.settings.seed, **data}
+
+    def _digest(self, *decides: Any) -> str:
+        digest = json_digest(json.loads(json.dumps([self.base_digest, *decides], default=str)))
+        return digest.rpartition(":")[2][:8]
+
+    def _config(
+        self, module: str, init_args: Mapping[str, Any], data: Mapping[str, Any], trainer: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "seed_everything": self.settings.seed,
+            "model": {"class_path": f"molora.training.{module}", "init_args": dict(init_args)},
+            "data": dict(data),
+            "trainer": {"enable_checkpointing": False, "use_distributed_sampler": False, **trainer},
+        }
 
 
-def _stage_folder(settings: BankSettings, kind: str, config: Mapping[str, Any], contents: Mapping[str, str]) -> Path:
-    """Made if need be; its name says what it is for, and everything that its result depends on."""
-    files = {path: _content(path) for path in sorted(set(_sources(config["data"])))}
-    digest = json_digest(json.loads(json.dumps([config, files, contents], default=str)))
-    folder = Path(settings.work) / f"{kind}-{digest.rpartition(':')[2][:8]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "settings.yaml").exists():
-        write_atomic(folder / "settings.yaml", yaml.safe_dump(json.loads(json.dumps(config, default=str))))
-    return folder
+@dataclass(frozen=True)
+class _Stage:
+    """One run of a trainer.
+
+    Attributes:
+        folder: for its checkpoint and logs.
+        config: as `train.py fit` takes it.
+        results: folders that it writes.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    results: list[Path]
+
+    def run(self, checkpoint_every: int) -> None:
+        """Begin, or go on from the last checkpoint, and write what was learned."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / "settings.yaml", yaml.safe_dump(json.loads(json.dumps(self.config, default=str))))
+        cli = _build(self.config, self.folder.name, default_root_dir=str(self.folder))
+        trainer, checkpoint = cli.trainer, self.folder / "last.ckpt"
+        if "logger" not in self.config["trainer"]:
+            start = len(list(self.folder.glob("csv-*")))  # each start has logs of its own
+            trainer.loggers = [
+                CSVLogger(self.folder, name="", version=f"csv-{start}"),
+                TensorBoardLogger(self.folder, name="", version=f"tensorboard-{start}"),
+            ]
+        watch = Watch()
+        trainer.callbacks += [watch, LastCheckpoint(checkpoint, checkpoint_every, watch)]  # type: ignore[attr-defined]
+        found = str(checkpoint) if _is_whole(checkpoint) else None
+        try:
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=found, weights_only=False)
+        except SIGTERMException:
+            raise SystemExit(143) from None
+        if not cli.model.has_written:  # it was killed behind its last step
+            cli.model.write()
 
 
-def _sources(data: Mapping[str, Any]) -> Iterator[str]:
+def _check_sections(stage: AdapterStage | RouterStage, name: str) -> None:
+    for section in ("model", "data", "trainer"):
+        if not isinstance(value := getattr(stage, section), dict):
+            raise ValueError(f"{name}.{section} is {value!r}; expected keys and values.")
+
+
+def _build(config: Mapping[str, Any], section: str, **trainer: Any) -> LightningCLI:
+    """
+    Raises:
+        ValueError: a setting is wrong; the message names its section.
+        FileNotFoundError: a file of data is not there.
+    """
+    from jsonargparse import ArgumentError
+
     for split in ("train", "val"):
-        given = data.get(split)
+        given = config["data"].get(split)
         for sources in given.values() if isinstance(given, dict) else [given]:
-            yield from [sources] if isinstance(sources, str) else sources or ()
+            _contents(sources)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # ours come from nowhere else
+            cli = LightningCLI(
+                datamodule_class=ChatData,
+                subclass_mode_model=True,
+                save_config_callback=None,
+                run=False,
+                parser_kwargs={"exit_on_error": False},
+                args={**config, "trainer": {**config["trainer"], **trainer}},
+            )
+    except (ArgumentError, TypeError, AttributeError) as error:
+        raise ValueError(f"{section}: {one_line(error)}") from None
+    if cli.trainer.world_size > 1:
+        raise ValueError(f"{section}: a bank is trained on one device; for several, run its stages by train.py.")
+    return cli
 
 
-def _content(source: str) -> str:
-    """A file's digest; of what `datasets` loads, the name."""
-    path = Path(source)
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else source
+def _is_whole(checkpoint: Path) -> bool:
+    """One that cannot be read, as after a power cut, is put aside, and training begins anew."""
+    if not checkpoint.exists():
+        return False
+    try:
+        torch.load(checkpoint, weights_only=False, map_location="cpu")
+    except (EOFError, RuntimeError, OSError, pickle.UnpicklingError):
+        aside = checkpoint.with_suffix(".broken")
+        os.replace(checkpoint, aside)
+        _say("[yellow]•[/]", f"{checkpoint} is broken; it is now {aside.name}, and the stage begins anew")
+        return False
+    return True
 
 
-def _read(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a trainer's settings decides what is learned."""
+    return {name: value for name, value in trainer.items() if name not in DECIDES_NOTHING}
 
 
-def _router_digest(bank: Path) -> str | None:
-    config = Bank.open(bank).config.router
-    return None if config is None else config.digest
+def _contents(sources: str | list[str] | None) -> list[str]:
+    """Digests of files; of what `datasets` loads by name, the name.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    found = []
+    for source in _as_list(sources):
+        path = Path(source)
+        if path.suffix == ".jsonl" and not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist.")
+        files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+        found += [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else source for file in files]
+    return found
 
 
-def _chunks(names: Sequence[str], size: int) -> list[Sequence[str]]:
-    return [names[first : first + size] for first in range(0, len(names), size)]
+def _as_list(sources: str | list[str] | None) -> list[str]:
+    return [sources] if isinstance(sources, str) else list(sources or ())
+
+
+def _is_adapter(folder: Path) -> bool:
+    return folder.is_dir()  # it was renamed to this when it was whole
+
+
+def _banks_of(folder: Path) -> list[str]:
+    """Digests of the banks that a router's stage has written, to any place."""
+    file = folder / DONE
+    return list(json.loads(file.read_text(encoding="utf-8"))["banks"]) if file.is_file() else []
+
+
+def _bank_digest(bank: Path) -> str | None:
+    """Of its description, which holds the digests of all in it."""
+    file = bank / BANK_FILE
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else None
 
 
 def _say(mark: str, text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from molora.files import replace
 from molora.training.data import Batch
 
 CHECK_EVERY = 50  # steps: to look at the loss waits for the device
@@ -38,7 +38,8 @@ class Watch(L.Callback):
         if (batch_idx + 1) % CHECK_EVERY == 0:
             self.check(trainer)
         self._num_tokens += batch.input_ids.numel() * trainer.world_size
-        if (batch_idx + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (batch_idx + 1) % every == 0:
             now_s = time.perf_counter()
             pl_module.log("tokens_per_s", self._num_tokens / (now_s - self._since_s), prog_bar=True)
             if pl_module.device.type == "cuda":
@@ -53,10 +54,12 @@ class Watch(L.Callback):
         Raises:
             ValueError: a loss was infinite or not a number.
         """
-        if self._is_bad is not None and self._is_bad.item():
+        trained = [parameter for parameter in trainer.lightning_module.parameters() if parameter.requires_grad]
+        is_finite = all(bool(torch.isfinite(parameter).all()) for parameter in trained)
+        if not is_finite or (self._is_bad is not None and self._is_bad.item()):
             raise ValueError(
-                f"the loss is infinite or not a number, by step {trainer.global_step} at the latest. Nothing was "
-                "written. Lower schedule.lr, or look for what is odd in the data."
+                f"the loss, or what is trained, is infinite or not a number, by step {trainer.global_step} at the "
+                "latest. Nothing was written. Lower schedule.lr, or look for what is odd in the data."
             )
 
 
@@ -70,16 +73,19 @@ class LastCheckpoint(L.Callback):
             watch: is asked before, so that nothing bad is kept.
         """
         self.path, self.every, self.watch = path, every, watch
-        self._saved = -1
+        self._step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step % self.every == 0 and step != self._saved:
+        took_step, self._step = step != self._step, step  # not so while gradients are accumulated
+        if took_step and step % self.every == 0:
             self.watch.check(trainer)
-            self._saved = step
             scratch = self.path.with_suffix(".new")
             trainer.save_checkpoint(scratch)
             if trainer.is_global_zero:
-                os.replace(scratch, self.path)
+                replace(scratch, self.path)

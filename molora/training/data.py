@@ -34,9 +34,9 @@ OTHER = -1
 MAX_STRAY_CHANCE = 0.5
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Packed rows, tensors [B, L] but for the last.
+@dataclass
+class Batch:  # not frozen: Lightning casts its fields where a trainer's precision asks for it
+    """Packed rows, tensors [B, L] but for the last two.
 
     Attributes:
         input_ids, position_ids: int64; positions count from 0 within each conversation.
@@ -329,7 +329,10 @@ class ChatData(L.LightningDataModule):
             if not (self.trainer and self.trainer.global_rank):
                 say(Console(stderr=True), "•", f"Reading and tokenizing {joined(sources)} ...")
             records = (record for source in sources for record in islice(read_records(source), limit))
-            self.encoded[key] = examples(records, self.tokenizer, max_length=self.row_length)
+            try:
+                self.encoded[key] = examples(records, self.tokenizer, max_length=self.row_length)
+            except ValueError as error:
+                raise ValueError(f"{joined(sources)}: {error}") from error
         _check_domains(self.encoded[key], sources, domains, labels_needed=self.labels_needed)
         return self.encoded[key]
 

@@ -31,6 +31,7 @@ from molora.router import KeyRouter
 from molora.routing import NO_ADAPTER, RouteRequest
 from molora.training.examples import encode, read_records
 from molora.training.recipes import verify, verify_composite
+from molora.training.recipes.tasks import TASKS
 
 AT_ONCE = 256  # questions that the engine has; it refuses more
 _ENDED = re.compile(r"Answer:.*\n")
@@ -267,8 +268,13 @@ def measure_bank(
     verified = [record for record in read_records(data) if record.get("domain") is not None][:limit]
     if not verified:
         raise ValueError(f"no record of {data} has a domain, so nothing there can be verified.")
-    questions = [Question.from_record(record, m.tokenizer) for record in verified]
     names = [entry.name for entry in m.bank.adapters]
+    questions = _questions(verified, data, m)
+    unknown = sorted({*(ways or ())} - {"base", "auto", "given", "sequence", "uniform", *names})
+    if unknown:
+        raise ValueError(f"unknown ways {unknown}; expected base, auto, given, sequence, uniform or one of {names}.")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; expected a file to write.")
     ways = ways or ["base", *names, "uniform", "given", *(["sequence", "auto"] if m.bank.has_router else [])]
     results: dict[str, Any] = {}
     figures = {
@@ -282,7 +288,7 @@ def measure_bank(
     for way, figure in evaluate(m, questions, ways, max_new_tokens=max_new_tokens):
         results[way] = figure
         alone = [results[name]["by_item"] for name in names if name in results]
-        if len(alone) == len(names) and "best single" not in results:
+        if names and len(alone) == len(names) and "best single" not in results:
             results["best single"] = score(questions, [digit == "1" for digit in best_single(alone)])
         if "auto" in results:
             for other in results.values():
@@ -290,6 +296,19 @@ def measure_bank(
         print(f"{way:>12}  {figure['accuracy']:.3f}  {figure['by_domain']}", flush=True)
         write_atomic(out, json.dumps(figures, indent=2) + "\n")  # a long run that breaks off keeps what it has
     return figures
+
+
+def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA) -> list[Question]:
+    questions = []
+    for number, record in enumerate(records, 1):
+        try:
+            questions.append(Question.from_record(record, m.tokenizer))
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{data}, verifiable record {number}: {error!r}") from None
+        strange = sorted(set(questions[-1].domains) - set(TASKS))
+        if strange or not questions[-1].domains:
+            raise ValueError(f"{data}, verifiable record {number}: no verifier for {strange}; there are {list(TASKS)}.")
+    return questions
 
 
 def environment(m: MoLoRA) -> dict[str, str]:

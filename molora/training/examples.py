@@ -187,12 +187,14 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
     for number, record in enumerate(records, 1):
         try:
             example = encode(record, tokenizer)
-        except (ValueError, KeyError) as error:
+        except KeyError as error:
+            raise ValueError(f"record {number} has no {error}.") from error
+        except ValueError as error:
             raise ValueError(f"record {number}: {error}") from error
         if len(example.token_ids) <= max_length:
             out.append(example)
     if not out:
-        raise ValueError(f"no record fits into max_length={max_length} tokens.")
+        raise ValueError(f"no record fits into max_length={max_length} tokens." if number else "there are no records.")
     if number > len(out):
         warnings.warn(
             f"{number - len(out)} of {number} records are longer than {max_length} tokens and were left out.",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from molora.checkpoint import load_base, resolve_base
 from molora.training.data import Batch, ChatData
 from molora.training.examples import IGNORE
-from molora.training.loss import Head, frozen_cross_entropy
+from molora.training.loss import Head, check_head, frozen_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class FrozenBase(L.LightningModule):
         super().__init__()
         self.base, self.dtype_name, self.schedule = base, dtype, schedule
         self.strict_loading = False
+        self.has_written = False
         self.model: Any = None
         self.tokenizer: Any = None
         self.base_dir = Path()
@@ -54,6 +55,7 @@ class FrozenBase(L.LightningModule):
         self.base_dir = resolve_base(self.base)
         model, self.tokenizer = load_base(self.base_dir, device=self.device, dtype=self.dtype_name)
         self.model = model
+        check_head(model)
 
     def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False) -> None:
         data = getattr(self.trainer, "datamodule", None)
@@ -98,7 +100,7 @@ class FrozenBase(L.LightningModule):
         loss_N, is_right_N = frozen_cross_entropy(hidden[learned], Head.of(self.model), targets[learned])
         counts_G = learned.reshape(num_groups, -1).sum(1)
         group_N = torch.repeat_interleave(counts_G, output_size=len(loss_N))
-        sums_2G = torch.zeros(2, num_groups, device=hidden.device)
+        sums_2G = torch.zeros(2, num_groups, dtype=torch.float32, device=hidden.device)
         sums_2G = sums_2G.index_add(1, group_N, torch.stack([loss_N, is_right_N]))
         loss_G, accuracy_G = sums_2G / counts_G.clamp(min=1)
         return loss_G, accuracy_G.detach()

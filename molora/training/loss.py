@@ -39,6 +39,25 @@ class Head:
         scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite's
         return cls(linear.weight, linear.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma's
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        return _shaped(F.linear(hidden, self.weight_VH, self.bias_V), self.scale, self.softcap)
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """
+    Raises:
+        ValueError: the model's logits are not what `Head` makes of its hidden states; training would go wrong.
+    """
+    device, head = model.device, Head.of(model)
+    ids = torch.arange(4, device=device)[None] % len(head.weight_VH)
+    hidden = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    logits, theirs = head.logits(hidden).float(), model(input_ids=ids, use_cache=False).logits.float()
+    if not (logits - theirs).norm() <= 0.02 * theirs.norm():
+        raise ValueError(
+            f"the head of {type(model).__name__} does more to its logits than is known here; training is not supported."
+        )
+
 
 def frozen_cross_entropy(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's loss, float32 [N], and whether the likeliest token is the target, as 0 or 1, float32 [N].
@@ -81,9 +100,7 @@ def _differentiate(
     products_NV: Tensor, targets_N: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The losses, who is right, and the gradient to the head's products."""
-    logits_NV = products_NV.float() * scale
-    if softcap is not None:
-        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    logits_NV = _shaped(products_NV, scale, softcap)
     log_probs_NV = logits_NV.log_softmax(-1)
     is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == targets_N[:, None]
     gradient_NV = (log_probs_NV.exp() - is_target_NV.float()) * scale
@@ -91,6 +108,11 @@ def _differentiate(
         gradient_NV = gradient_NV * (1 - (logits_NV / softcap) ** 2)
     loss_N = -log_probs_NV.gather(1, targets_N[:, None])[:, 0]
     return loss_N, (logits_NV.argmax(-1) == targets_N).float(), gradient_NV.to(products_NV.dtype)
+
+
+def _shaped(products: Tensor, scale: float, softcap: float | None) -> Tensor:
+    logits = products.float() * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 @cache

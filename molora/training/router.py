@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +54,8 @@ class RouterTraining(FrozenBase):
     """Trains a router over frozen adapters, and writes a bank with both.
 
     Args:
-        adapters: PEFT folders; each folder's name is the adapter's, and the domain of the data that it answers.
+        adapters: PEFT folders; each folder's name is the adapter's, and the domain of the data that it answers. Or
+            folders by these names.
         output: the bank's folder; an older bank there is replaced when training ends.
         base: local folder or hub name of the base model.
         bank_name: the bank's name; None takes the folder's.
@@ -73,7 +73,7 @@ class RouterTraining(FrozenBase):
 
     def __init__(
         self,
-        adapters: Sequence[str],
+        adapters: list[str] | dict[str, str],
         output: str,
         base: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
         bank_name: str | None = None,
@@ -92,7 +92,8 @@ class RouterTraining(FrozenBase):
             raise ValueError("keep_rows works without the language model loss only; set losses.lm to 0.")
         self.keep_rows = keep_rows
         self._kept: dict[int, Tensor] = {}
-        self.folders = {check_name(Path(folder).name): Path(folder) for folder in adapters}
+        by_name = adapters if isinstance(adapters, dict) else {Path(folder).name: folder for folder in adapters}
+        self.folders = {check_name(name): Path(folder) for name, folder in by_name.items()}
         self.output = Path(output)
         if self.output.exists() and any(self.output.iterdir()) and not (self.output / BANK_FILE).is_file():
             raise ValueError(f"output {self.output} exists and is no bank; name another folder, or empty it first.")
@@ -144,10 +145,11 @@ class RouterTraining(FrozenBase):
 
     def on_train_end(self) -> None:
         if self.trainer.is_global_zero:
-            self.write_bank()
-            rank_zero_info(f"wrote the bank {self.bank_name!r} to {self.output}")
+            self.write()
 
-    def write_bank(self) -> None:
+    def write(self) -> None:
+        """Write the bank."""
+        self.has_written = True
         assert self.max_rank is not None
         with TemporaryDirectory() as scratch, atomic_directory(self.output) as folder:
             bank = Bank.create(
@@ -163,6 +165,7 @@ class RouterTraining(FrozenBase):
             bank.set_router(copy.deepcopy(self.router).cpu())
             copy_other_files(self.output, folder)
             shutil.copytree(bank.path, folder, dirs_exist_ok=True)
+        rank_zero_info(f"wrote the bank {self.bank_name!r} to {self.output}")
 
     def _router_input(self, batch: Batch) -> Tensor:
         """Base hidden states [B, L, H] at the router layer; they never change, so training rows are kept."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from molora.adapter import LoraWeights
+from molora.injection import find_layers
 
 
 class LoraStack(nn.Module):
@@ -42,7 +43,8 @@ class LoraStack(nn.Module):
             model.set_submodule(path, self.linears[path])
         self._sizes = [size for linear in self.linears.values() for size in self._shapes(linear)]
         device = next(iter(self.linears.values())).weight.device
-        self.values = nn.Parameter(torch.zeros(num_adapters, sum(map(math.prod, self._sizes)), device=device))
+        num_values = sum(map(math.prod, self._sizes))
+        self.values = nn.Parameter(torch.zeros(num_adapters, num_values, dtype=torch.float32, device=device))
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -62,7 +64,8 @@ class LoraStack(nn.Module):
 
     def enable_gradient_checkpointing(self, model: Any) -> None:
         """Recompute layers in the backward pass, which must come before the next `act`."""
-        model.train()  # layers recompute only while training; there is no dropout to switch on
+        for layer in find_layers(model):
+            layer.training = True  # only then it recomputes; what is inside stays frozen, dropout included
         # The public call goes by another name in each release, and makes the embeddings require gradients.
         model._set_gradient_checkpointing(
             enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
@@ -108,10 +111,12 @@ class StackedLinear(nn.Module):
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.lora: tuple[Tensor, Tensor, Tensor] | None = None
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.lora is None:
             return F.linear(x, self.weight, self.bias)
+        x = x.to(self.weight.dtype)  # under autocast it may come in another one
         y: Tensor = _StackedLora.apply(x, self.weight, self.bias, *self.lora)  # type: ignore[no-untyped-call]
         return y
 

@@ -2,12 +2,12 @@
 
 import errno
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 import molora
 from molora.adapter import Adapter
 from molora.bank import Bank
+from molora.training import AdapterTraining, RouterTraining, callbacks
 from molora.training import bank as stages
 from molora.training.bank import BankSettings, train_bank
 
@@ -90,7 +91,8 @@ def test_a_bank_that_has_gone_is_written_again_and_other_settings_are_another_st
     other = digests()
     assert other["router"] != first["router"]
     assert other["letters"] == first["letters"]
-    assert sorted(path.name.split("-")[0] for path in Path("work").iterdir()) == ["adapters", "router", "router"]
+    kinds = sorted(path.name.split("-")[0] for path in Path("work").iterdir())
+    assert kinds == ["adapters", "adapters", "router", "router"]  # the adapters themselves, and their training
     Path("tiny.jsonl").write_text("".join(Path("tiny.jsonl").read_text().splitlines(keepends=True)[::-1]))
     train_bank(settings())
     assert digests()["letters"] != first["letters"]
@@ -113,7 +115,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str) -> None:
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
-    assert not list(Path("work").glob(f"{kind}-*/done.json"))
+    assert not Path("bank").exists()
     train_bank(settings(long))
     assert digests() == digests("whole")
 
@@ -138,20 +140,136 @@ def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatc
     assert digests() == digests("whole")
 
 
+@pytest.mark.parametrize("module", [AdapterTraining, RouterTraining])
+def test_a_run_that_is_killed_behind_its_last_checkpoint_is_written_from_it(
+    module: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    even = {(stage, "trainer", "max_steps"): 10 for stage in ("adapters", "router")}
+    train_bank(settings(even | {("output",): "whole", ("work",): "elsewhere"}))
+
+    def killed(_: Any) -> None:
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "write", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_bank(settings(even))
+    train_bank(settings(even))
+    assert digests() == digests("whole")
+
+
+def test_settings_that_come_back_find_their_own_adapters() -> None:
+    train_bank(settings())
+    first = digests()
+    other = {("adapters", "model", "rank"): 2, ("adapters", "model", "alpha"): 4}
+    train_bank(settings(other))
+    assert digests()["letters"] != first["letters"]
+    train_bank(settings())
+    assert digests() == first
+
+
+def test_what_decides_nothing_trains_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    train_bank(settings())
+    names: list[str] = []
+    run = stages._Stage.run
+    monkeypatch.setattr(
+        stages._Stage, "run", lambda stage, every: (names.append(stage.folder.name.split("-")[0]), run(stage, every))
+    )
+    train_bank(settings({("adapters", "trainer", "log_every_n_steps"): 3, ("adapters", "side_by_side"): 8}))
+    assert names == []
+    train_bank(settings({("output",): "another"}))
+    assert names == ["router"]  # written there from its checkpoint
+    assert digests("another") == digests()
+    more = {"letters": {"train": "tiny.jsonl"}, "digits": {"train": "tiny.jsonl"}}
+    train_bank(settings({("adapters", "domains"): more}))
+    assert names == ["router"]
+
+
+def test_a_bank_that_somebody_has_changed_is_not_replaced() -> None:
+    train_bank(settings())
+    Bank.open("bank").remove("digits")
+    with pytest.raises(ValueError, match="bank holds a bank that this command has not written, or that was changed"):
+        train_bank(settings())
+    assert [entry.name for entry in Bank.open("bank").adapters] == ["letters"]
+
+
+def test_resuming_while_gradients_are_accumulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = {(stage, "trainer", "accumulate_grad_batches"): 3 for stage in ("adapters", "router")}
+    train_bank(settings(slow | {("output",): "whole", ("work",): "elsewhere"}))
+    end = callbacks.LastCheckpoint.on_train_batch_end
+
+    def killed_later(self: Any, trainer: L.Trainer, *arguments: Any) -> None:
+        end(self, trainer, *arguments)
+        if arguments[-1] == 19:  # behind the checkpoint of step 5, in the middle of a step
+            raise RuntimeError("killed")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(callbacks.LastCheckpoint, "on_train_batch_end", killed_later)
+        with pytest.raises(RuntimeError, match="killed"):
+            train_bank(settings(slow))
+    (kept,) = Path("work").glob("adapters-*/last.ckpt")
+    assert torch.load(kept, weights_only=False)["global_step"] == 5
+    train_bank(settings(slow))
+    assert digests() == digests("whole")
+
+
+def test_a_broken_checkpoint_is_put_aside() -> None:
+    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+    stage = stages._Work(settings()).group(list(settings().adapters.domains))
+    stage.folder.mkdir(parents=True)
+    (stage.folder / "last.ckpt").write_bytes(b"half of it")
+    train_bank(settings())
+    assert digests() == digests("whole")
+    assert (stage.folder / "last.broken").read_bytes() == b"half of it"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({("router", "model", "keep_rowz"): True}, "keep_rowz"),
+        ({("router", "trainer", "max_step"): 3}, "max_step"),
+        ({("router", "data", "train"): "nope.jsonl"}, "nope.jsonl"),
+        ({("output",): "my bank!"}, "my bank!"),
+        ({("adapters", "model", "rankk"): 3}, "rankk"),
+        ({("adapters", "trainer", "devices"): 2}, "trained on one device"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_trained(
+    changes: dict[tuple[str, ...], Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages._Stage, "run", lambda *_: pytest.fail("something was trained"))
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(words)):
+        train_bank(settings(changes))
+
+
+def test_told_to_stop_it_ends_with_the_signals_status() -> None:
+    settings({(stage, "trainer", "max_steps"): 4000 for stage in ("adapters", "router")})
+    command = [sys.executable, "-c", "from molora.cli import app; app()", "train", "bank", "--config", "bank.yaml"]
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(Path("work").glob("adapters-*/last.ckpt")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 143
+    finally:
+        running.kill()
+
+
 def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
     train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
-    run, sizes = stages._run, []
+    run, sizes = stages._Stage.run, []
 
-    def limited(folder: Path, config: dict[str, Any], checkpoint_every: int) -> None:
-        names: Sequence[str] = config["model"]["init_args"].get("name", ())
-        sizes.append(len(names))
-        if len(names) > 1:
-            raise torch.cuda.OutOfMemoryError("out of memory")
-        run(folder, config, checkpoint_every)
+    def limited(stage: Any, checkpoint_every: int) -> None:
+        if stage.results:
+            sizes.append(len(stage.results))
+            if len(stage.results) > 1:
+                raise torch.cuda.OutOfMemoryError("out of memory")
+        run(stage, checkpoint_every)
 
-    monkeypatch.setattr(stages, "_run", limited)
+    monkeypatch.setattr(stages._Stage, "run", limited)
     train_bank(settings())
-    assert sizes == [2, 1, 1, 0]
+    assert sizes == [2, 1, 1]
     for name in ("letters", "digits"):
         ours, theirs = (Adapter.read(Path(bank) / "adapters" / name).tensors() for bank in ("bank", "whole"))
         for key, tensor in ours.items():
@@ -159,7 +277,7 @@ def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(monkeypa
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing() -> None:
-    with pytest.raises(ValueError, match="the loss is infinite or not a number"):
+    with pytest.raises(ValueError, match="is infinite or not a number"):
         train_bank(settings({("adapters", "model", "schedule", "lr"): 1e30}))
     assert not list(Path("work").rglob("last.ckpt"))
     assert not list(Path("work").rglob("adapter_model.safetensors"))
@@ -168,7 +286,11 @@ def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({("adapters", "domains"): {}}, "bank.yaml: adapters.domains names none"),
+        ({("adapters", "domains"): {}}, "adapters.domains names none"),
+        ({("adapters", "domains", "letters"): {"train": "tiny.jsonl"}}, "give val for every domain, or for none"),
+        ({("adapters", "side_by_side"): 0}, "side_by_side is 0"),
+        ({("checkpoint_every",): 0}, "checkpoint_every is 0"),
+        ({("router", "trainer"): None}, "trainer"),
         ({("outputs",): "x"}, "outputs"),
         ({("router_layer",): "one"}, "router_layer"),
         ({("adapters", "domains", "letters"): {"val": "tiny.jsonl"}}, "train"),
@@ -180,6 +302,13 @@ def test_settings_that_are_wrong_are_named(changes: dict[tuple[str, ...], Any], 
     with pytest.raises(ValueError, match=words) as caught:
         settings(changes)
     assert "bank.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"just words", b"- a list", b"\xff\xfe", b"a: [", b"a: 1"])
+def test_a_file_of_something_else_is_named(content: bytes) -> None:
+    Path("bank.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^bank.yaml: "):
+        BankSettings.read(Path("bank.yaml"))
 
 
 def test_a_file_that_is_not_there_is_named() -> None:

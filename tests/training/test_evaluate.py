@@ -137,6 +137,26 @@ def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> No
         measure_bank(m, str(data), tmp_path / "out.json")
 
 
+@pytest.mark.parametrize(
+    ("record", "ways", "words"),
+    [
+        ({"domain": "words"}, None, "verifiable record 1: KeyError('answer')"),
+        ({"domain": "letters", "answer": "x"}, None, "no verifier for ['letters']"),
+        ({"domain": [], "answer": []}, None, "no verifier for []"),
+        ({"domain": "words", "answer": "x"}, ["base", "nope"], "unknown ways ['nope']"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_measured(
+    m: MoLoRA, record: dict[str, Any], ways: list[str] | None, words: str, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"messages": messages, **record}) + "\n")
+    with pytest.raises(ValueError, match=re.escape(words)):
+        measure_bank(m, str(data), tmp_path / "out.json", ways=ways)
+    assert not (tmp_path / "out.json").exists()
+
+
 def test_the_command_keeps_what_it_has_measured(m: MoLoRA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def exchange(text: str) -> list[dict[str, str]]:
         return [{"role": "user", "content": text}, {"role": "assistant", "content": "Answer: x"}]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from molora.checkpoint import load_base
 from molora.tiny import make_tiny_base
 from molora.training import loss
-from molora.training.loss import Head, frozen_cross_entropy
+from molora.training.loss import Head, check_head, frozen_cross_entropy
 
 
 @pytest.mark.parametrize("max_logits", [1, 512 * 5, 1 << 28], ids=["a token", "five tokens", "all"])
@@ -49,6 +49,14 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
     assert found[0][2].abs().max() > 1e-3
+
+
+def test_a_head_that_does_something_else_is_refused(tmp_path: Path) -> None:
+    model: Any = load_base(make_tiny_base(tmp_path / "base", seed=0), device="cpu")[0]
+    check_head(model)
+    model.config.logits_scaling = 8.0  # which Llama knows nothing of, as others multiply where Granite divides
+    with pytest.raises(ValueError, match="the head of LlamaForCausalLM does more to its logits"):
+        check_head(model)
 
 
 def test_nothing_learned_is_no_loss() -> None:

@@ -141,6 +141,22 @@ def test_checkpoints_hold_only_what_is_trained() -> None:
     assert set(state) == {"stack.values"}
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_a_trainers_precision_is_obeyed(precision: str) -> None:
+    fit("--trainer.max_steps", "20", "--trainer.precision", precision)
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    losses = column(metrics, "train/loss")
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_recomputed_layers_keep_the_bases_dropout_off() -> None:
+    training = AdapterTraining("x", base="tiny-random/llama", router_layer=1, rank=2, gradient_checkpointing=True)
+    training.configure_model()
+    layers = training.model.model.layers
+    assert all(layer.training for layer in layers)
+    assert not any(module.training for layer in layers for module in layer.modules() if module is not layer)
+
+
 def test_gradient_checkpointing_changes_nothing() -> None:
     fit("--trainer.max_steps", "5", "--model.init_args.output_dir", "plain")
     fit(
