@@ -21,6 +21,7 @@ composites two or three in one message, answered in one reply; a composite is ri
 import argparse
 import json
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -208,11 +209,13 @@ def measure(args: argparse.Namespace) -> None:
     rows: dict[str, dict[str, Any]] = {kind: {} for kind in asked}
 
     def add(model: MoLoRA, way: str, label: str) -> None:
+        begin_s = time.perf_counter()
         for kind, questions in asked.items():
             (found,) = evaluate(model, questions, [way], max_new_tokens=MAX_NEW_TOKENS)
             rows[kind][label] = found[1]
         report(args, head, asked, rows)
-        print(f"{label:>12}  " + "  ".join(f"{kind} {rows[kind][label]['accuracy']:.4f}" for kind in rows), flush=True)
+        found_by_kind = "  ".join(f"{kind} {rows[kind][label]['accuracy']:.4f}" for kind in rows)
+        print(f"{label:>12}  {found_by_kind}  {time.perf_counter() - begin_s:.0f} s", flush=True)
 
     for way in ("auto", "given", "base", "sequence", "uniform", *args.domains):
         add(m, way, way)
