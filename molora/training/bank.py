@@ -364,7 +364,9 @@ def _contents(sources: str | list[str] | None) -> list[str]:
     for source in _as_list(sources):
         path = Path(source)
         if path.suffix == ".jsonl" and not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist.")
+            raise FileNotFoundError(
+                f"{path} does not exist; `python -m molora.training.recipes --out data` builds the demo's data."
+            )
         files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
         found += [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else source for file in files]
     return found
