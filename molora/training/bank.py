@@ -33,7 +33,7 @@ from molora.display import joined, one_line
 from molora.files import write_atomic
 from molora.progress import say
 from molora.training.callbacks import LastCheckpoint, Watch
-from molora.training.data import ChatData
+from molora.training.data import ChatData, as_list
 
 DONE = "done.json"
 DECIDES_NOTHING = frozenset(
@@ -175,7 +175,7 @@ def train_adapters(settings: BankSettings) -> dict[str, Path]:
 def _train_adapters(work: _Work) -> dict[str, Path]:
     settings = work.settings
     folders = {name: work.adapter(name) for name in settings.adapters.domains}
-    waiting = [name for name, folder in folders.items() if not _is_adapter(folder)]
+    waiting = [name for name, folder in folders.items() if not folder.is_dir()]  # it gets its name when it is whole
     if waiting:
         _build(work.group(waiting).config, "adapters")
     size = min(settings.adapters.side_by_side or len(folders), max(1, len(waiting)))
@@ -233,7 +233,7 @@ class _Work:
         stage, settings = self.settings.router, self.settings
         adapters = [self.adapter(name) for name in settings.adapters.domains]
         data = self._data(stage.data)
-        sources = [each for split in ("train", "val") for each in _as_list(data.get(split))]
+        sources = [each for split in ("train", "val") for each in as_list(data.get(split))]
         decides = [stage.model, self.common, data, _of_trainer(stage.trainer), _contents(sources)]
         folder = self.root / f"router-{self._digest([each.name for each in adapters], decides)}"
         named = {name: str(adapter) for name, adapter in zip(settings.adapters.domains, adapters, strict=True)}
@@ -361,7 +361,7 @@ def _contents(sources: str | list[str] | None) -> list[str]:
         FileNotFoundError: there is no such file.
     """
     found = []
-    for source in _as_list(sources):
+    for source in as_list(sources):
         path = Path(source)
         if path.suffix == ".jsonl" and not path.is_file():
             raise FileNotFoundError(
@@ -370,14 +370,6 @@ def _contents(sources: str | list[str] | None) -> list[str]:
         files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
         found += [hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else source for file in files]
     return found
-
-
-def _as_list(sources: str | list[str] | None) -> list[str]:
-    return [sources] if isinstance(sources, str) else list(sources or ())
-
-
-def _is_adapter(folder: Path) -> bool:
-    return folder.is_dir()  # it was renamed to this when it was whole
 
 
 def _banks_of(folder: Path) -> list[str]:

@@ -322,7 +322,7 @@ class ChatData(L.LightningDataModule):
 
     def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
         given = self.sources[split]
-        sources = _as_list(given[domains[0]] if isinstance(given, dict) else given)
+        sources = as_list(given[domains[0]] if isinstance(given, dict) else given)
         key = (split, *sources)
         if key not in self.encoded:
             limit = self.max_records if split == "train" else None
@@ -352,7 +352,8 @@ def _check_domains(
         )
 
 
-def _as_list(sources: Sources | None) -> list[str]:
+def as_list(sources: Sources | None) -> list[str]:
+    """One source, several or none, as a list."""
     if sources is None:
         return []
     return [sources] if isinstance(sources, (str, Path)) else list(sources)

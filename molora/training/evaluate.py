@@ -117,14 +117,15 @@ def _decode_as_given(
     m: MoLoRA, questions: Sequence[Question], slots: Mapping[str, int], max_new_tokens: int
 ) -> list[str]:
     device, tokenizer = m.decoder.device, m.tokenizer
-    prompts = [m.render(question.messages).token_ids for question in questions]
+    rendered = [m.render(question.messages) for question in questions]
+    prompts = [prompt.token_ids for prompt in rendered]
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     chosen = torch.full((len(prompts), width, 1), NO_ADAPTER, dtype=torch.int32)
     for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
         ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
-        start = m.activation_start(m.render(question.messages), question.domains[0])
+        start = m.activation_start(rendered[row], question.domains[0])
         for index, label in enumerate(question.labels[start:], width - len(prompt) + start):
             chosen[row, index] = slots.get(label or "", NO_ADAPTER)
     place = [0] * len(questions)  # the part that each answer is in

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from molora.adapter import LoraWeights
-from molora.injection import find_layers
+from molora.injection import find_layers, recompute_layers
 
 
 class LoraStack(nn.Module):
@@ -66,10 +64,7 @@ class LoraStack(nn.Module):
         """Recompute layers in the backward pass, which must come before the next `act`."""
         for layer in find_layers(model):
             layer.training = True  # only then it recomputes; what is inside stays frozen, dropout included
-        # The public call goes by another name in each release, and makes the embeddings require gradients.
-        model._set_gradient_checkpointing(
-            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False)
-        )
+        recompute_layers(model)
 
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """A [E, R, I] and B [E, O, R] of each linear, as views of what is trained."""
