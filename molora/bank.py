@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -365,7 +364,7 @@ class Bank:
                 else:
                     shutil.copytree(self.adapter_folder(adapter.name), target)
             if isinstance(router, KeyRouter):
-                tensors = {key: tensor.contiguous() for key, tensor in router.state_dict().items()}
+                tensors = {key: tensor.contiguous() for key, tensor in router.tensors().items()}
                 write_atomic(folder / ROUTER_FILE, save(tensors, metadata={"format": "pt"}))
             _write_config(folder, config)
         self.config = config
@@ -422,9 +421,6 @@ def _read_key_router(path: Path, config: RouterConfig) -> KeyRouter:
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy it or train the router again.") from error
     try:
-        with torch.device("meta"):  # no random weights, which would move the global generator
-            router = KeyRouter(config, tensors["hidden.weight"].shape[1], tensors["keys_CD"].shape[0])
-        router.load_state_dict(tensors, assign=True)
+        return KeyRouter.from_tensors(config, tensors)
     except (KeyError, RuntimeError, IndexError) as error:
         raise ValueError(f"{path} does not hold a router of the shape that {BANK_FILE} gives ({error}).") from None
-    return router

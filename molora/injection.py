@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from molora.adapter import Adapter, layer_index
 from molora.linear import RoutedLinear
-from molora.router import Router, TokenRangeRouter
+from molora.router import KeyRouter, Router, TokenRangeRouter
 from molora.routing import (
     NO_ADAPTER,
     Impl,
@@ -39,7 +39,8 @@ class RoutedDecoder:
     Attributes:
         model: the Hugging Face model, changed in place; without a request it computes exactly what it did before.
         routes: obeyed by the linears from the router layer on.
-        early_routes: obeyed by linears below the router layer; explicit routes only.
+        early_routes: obeyed by linears below the router layer: explicit routes, and the router's own LoRA, which has
+            a slot behind the adapters' there.
         linears: the routed linears by module path.
         routing_layer: the module that stands at the router layer.
     """
@@ -68,14 +69,17 @@ class RoutedDecoder:
             raise ValueError(
                 f"router layer {router_layer} does not exist; the model has layers 0 to {len(layers) - 1}."
             )
-        _check_router(router, column_slots, model)
-        linears = {path: find_linear(model, path) for path in sorted(modules)}
+        _check_router(router, column_slots, model, router_layer)
+        self.prepares = router.lora if isinstance(router, KeyRouter) else {}
+        linears = {path: find_linear(model, path) for path in sorted({*modules, *self.prepares})}
         self.routes = Routes(num_slots, impl)
-        self.early_routes = Routes(num_slots, impl)
+        self.early_routes = Routes(num_slots + bool(self.prepares), impl)
         self.linears: dict[str, RoutedLinear] = {}
         for path, linear in linears.items():
-            routes = self.early_routes if layer_index(path) < router_layer else self.routes
-            routed = RoutedLinear(linear, routes, num_slots=num_slots, max_rank=max_rank, dtype=dtype)
+            is_early = layer_index(path) < router_layer
+            routes = self.early_routes if is_early else self.routes
+            rank = max([max_rank, *(weights.rank for weights in self.prepares.values())]) if is_early else max_rank
+            routed = RoutedLinear(linear, routes, num_slots=routes.num_slots, max_rank=rank, dtype=dtype)
             model.set_submodule(path, routed)
             self.linears[path] = routed
         self.acts_early = any(layer_index(path) < router_layer for path in self.linears)
@@ -87,9 +91,13 @@ class RoutedDecoder:
         if isinstance(router, nn.Module):
             router.to(device)
         if self.acts_early:
-            layers[0] = RoutingLayer(layers[0], self.early_routes, None, None)
+            router_slot = num_slots if self.prepares else None
+            layers[0] = RoutingLayer(layers[0], self.early_routes, None, None, router_slot)
         self.routing_layer = RoutingLayer(layers[router_layer], self.routes, router, columns)
         layers[router_layer] = self.routing_layer
+        with _beside(self.device):
+            for path, weights in self.prepares.items():
+                self.linears[path].set_slot(num_slots, weights)
         if isinstance(router, TokenRangeRouter):
             model.set_input_embeddings(TokenTap(model.get_input_embeddings(), self.routes))
 
@@ -145,12 +153,15 @@ class RoutedDecoder:
                 routes.request = old
                 routes.clear()
 
-    @torch.no_grad()
-    def router_input(self, **inputs: Any) -> Tensor:
-        """The base hidden states [B, T, H] that enter the router layer; the layers behind it do not run."""
+    def router_input(self, request: RouteRequest | None = None, **inputs: Any) -> Tensor:
+        """The hidden states [B, T, H] that enter the router layer; the layers behind it do not run.
+
+        Args:
+            request: where the router's own LoRA acts; None is nowhere, and without one it changes nothing.
+        """
         self.routing_layer.stops_here = True
         try:
-            with self.requested(None):
+            with self.requested(request):
                 self.model.get_decoder()(**inputs)
         except RouterInput as reached:
             return reached.hidden_states
@@ -288,7 +299,7 @@ def check_adapters(model: nn.Module, adapters: Mapping[str, Adapter]) -> set[str
     return modules
 
 
-def _check_router(router: Router | None, column_slots: Sequence[int] | None, model: Any) -> None:
+def _check_router(router: Router | None, column_slots: Sequence[int] | None, model: Any, router_layer: int) -> None:
     if router is None:
         return
     num_columns = 1 + len(column_slots or ())
@@ -302,6 +313,9 @@ def _check_router(router: Router | None, column_slots: Sequence[int] | None, mod
         raise ValueError(
             f"the router reads hidden states of size {hidden_size}; the base model's are {model_hidden_size}."
         )
+    for path in router.lora if isinstance(router, KeyRouter) else ():
+        if layer_index(path) >= router_layer:
+            raise ValueError(f"the router's LoRA acts on {path!r}, which is not below its layer, {router_layer}.")
 
 
 def slots_tensor(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:

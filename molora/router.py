@@ -8,7 +8,7 @@ Legend: T tokens, K top-k, C columns (routable adapters + 1), H hidden size, D k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from molora.adapter import LoraWeights
 from molora.digest import combine_digests, json_digest, tensor_digest
 
 Gate = Literal["hard", "soft"]
+_LORA = "lora."
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,9 @@ class RouterConfig:
         hidden_dim: width of the query network (keys only).
         key_dim: size of a key (keys only).
         ranges: (first id, last id + 1, adapter name) of token ids (token_ranges only).
+        lora_rank: of the router's own LoRA, which acts below the router layer on the tokens that it routes, so that
+            what it reads there can tell whose they are; 0 is none (keys only).
+        lora_alpha: its scaling is lora_alpha / lora_rank.
     """
 
     kind: Literal["keys", "token_ranges"] = "keys"
@@ -42,6 +47,8 @@ class RouterConfig:
     hidden_dim: int = 256
     key_dim: int = 64
     ranges: tuple[tuple[int, int, str], ...] = ()
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranges", tuple((int(lo), int(hi), str(name)) for lo, hi, name in self.ranges))
@@ -55,6 +62,8 @@ class RouterConfig:
             raise ValueError(f"router temperature is {self.temperature}; expected a number above 0.")
         if self.hidden_dim < 1 or self.key_dim < 1:
             raise ValueError("router hidden_dim and key_dim must be positive.")
+        if self.lora_rank < 0 or (self.lora_rank and self.kind != "keys"):
+            raise ValueError(f"router lora_rank is {self.lora_rank}; expected 0 or more, and kind='keys' above 0.")
         if self.kind == "token_ranges":
             _check_ranges(self.ranges)
             if self.gate != "hard":
@@ -72,7 +81,11 @@ class RouterConfig:
         return cls(**raw)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """A LoRA of rank 0 is left out, so that digests of routers without one stay what they were."""
+        raw = asdict(self)
+        if not self.lora_rank:
+            del raw["lora_rank"], raw["lora_alpha"]
+        return raw
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,9 @@ class KeyRouter(nn.Module):
         logits[t, c] = query(rms_norm(h[t])) . keys[c] / sqrt(D)
 
     All in float32, whatever the model's dtype. Adding an adapter appends a key and touches nothing else.
+
+    Attributes:
+        lora: the router's own LoRA by module path, all below the router layer; empty where its rank is 0.
     """
 
     keys_CD: nn.Parameter
@@ -118,6 +134,35 @@ class KeyRouter(nn.Module):
         self.hidden = nn.Linear(hidden_size, config.hidden_dim)
         self.query = nn.Linear(config.hidden_dim, config.key_dim)
         self.keys_CD = nn.Parameter(torch.randn(num_columns, config.key_dim))
+        self.lora: dict[str, LoraWeights] = {}
+
+    @classmethod
+    def from_tensors(cls, config: RouterConfig, tensors: Mapping[str, Tensor]) -> Self:
+        """What `tensors` gave.
+
+        Raises:
+            KeyError, RuntimeError, IndexError: they are not a router's, or not of the shapes that `config` gives.
+        """
+        own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LORA)}
+        with torch.device("meta"):  # no random weights, which would move the global generator
+            router = cls(config, own["hidden.weight"].shape[1], own["keys_CD"].shape[0])
+        router.load_state_dict(own, assign=True)
+        paths = {name.removeprefix(_LORA).rpartition(".")[0] for name in tensors if name.startswith(_LORA)}
+        for path in sorted(paths):
+            a_RI, b_OR = tensors[f"{_LORA}{path}.lora_A"], tensors[f"{_LORA}{path}.lora_B"]
+            if a_RI.shape[0] != config.lora_rank or b_OR.shape[1] != config.lora_rank:
+                raise RuntimeError(f"{path} has a LoRA of rank {a_RI.shape[0]}, not {config.lora_rank}")
+            router.lora[path] = LoraWeights(a_RI, b_OR, config.lora_alpha / config.lora_rank)
+        if bool(router.lora) != bool(config.lora_rank):
+            raise KeyError(f"a LoRA of rank {config.lora_rank}")
+        return router
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that it has learned, by name."""
+        tensors: dict[str, Tensor] = dict(self.state_dict())
+        for path, weights in self.lora.items():
+            tensors |= {f"{_LORA}{path}.lora_A": weights.a_RI, f"{_LORA}{path}.lora_B": weights.b_OR}
+        return tensors
 
     @property
     def num_columns(self) -> int:
@@ -129,7 +174,7 @@ class KeyRouter(nn.Module):
 
     @property
     def digest(self) -> str:
-        return combine_digests(tensor_digest(self.state_dict()), json_digest(self.config.to_json()))
+        return combine_digests(tensor_digest(self.tensors()), json_digest(self.config.to_json()))
 
     def scores(self, h_TH: Tensor) -> Tensor:
         """Scores `logits_TC` in float32."""

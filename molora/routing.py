@@ -33,6 +33,8 @@ class RouteRequest:
     Attributes:
         start: int64 [B, 1] or [B, T]: a token is active from this position on.
         auto: bool [B, 1] or [B, T]: the router decides; elsewhere the explicit slots act. None where nobody asks it.
+        prepared: bool [B, 1] or [B, T]: the router's own LoRA acts below the router layer; None is `auto`. It also
+            acts on tokens whose routes are explicit now because the router has decided them before.
         slots: int32 [B, 1, K] or [B, T, K], explicit slots, -1 for none. None where no route is explicit.
         gates: float32, the shape of `slots`: their weights, used as given.
         valid: bool [B, T], False on padding; None where there is none.
@@ -46,6 +48,7 @@ class RouteRequest:
     gates: Tensor | None = None
     valid: Tensor | None = None
     version: Tensor | None = None
+    prepared: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.auto is None and self.slots is None:
@@ -113,14 +116,23 @@ class RouterInput(Exception):  # noqa: N818 - it carries a result, and is no err
 class RoutingLayer(nn.Module):
     """A decoder layer, preceded by the decision which adapters act on each of its tokens.
 
-    Without a router, only explicit slots act (the layer in front of an adapter that acts below the router layer).
+    Without a router, only explicit slots act (the layer in front of an adapter that acts below the router layer), and
+    `router_slot` on the tokens that a router's own LoRA prepares.
     """
 
-    def __init__(self, layer: nn.Module, routes: Routes, router: Router | None, column_slots_VC: Tensor | None) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        routes: Routes,
+        router: Router | None,
+        column_slots_VC: Tensor | None,
+        router_slot: int | None = None,
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.routes = routes
         self.router = router
+        self.router_slot = router_slot
         self.stops_here = False
         self.column_slots_VC: Tensor | None
         self.register_buffer("column_slots_VC", column_slots_VC, persistent=False)
@@ -163,6 +175,12 @@ class RoutingLayer(nn.Module):
             if decision is not None:
                 routed_slots, routed_gates, logits = self._on_slots(decision, request.version, num_seqs, num_tokens)
                 slots, gates = _merge(request.auto, (routed_slots, routed_gates), (slots, gates))
+            elif self.router_slot is not None:
+                own = torch.full_like(hidden_states[..., :1], self.router_slot, dtype=torch.int32)
+                prepared = request.auto if request.prepared is None else request.prepared
+                none = torch.full_like(own, NO_ADAPTER), torch.zeros_like(own, dtype=torch.float32)
+                explicit = none if slots is None else (slots, gates)
+                slots, gates = _merge(prepared, (own, torch.ones_like(own, dtype=torch.float32)), explicit)
         if slots is None or gates is None:  # the router is asked, but sits in a later layer
             slots = torch.full((num_seqs, num_tokens, 1), NO_ADAPTER, dtype=torch.int32, device=hidden_states.device)
             gates = torch.zeros(slots.shape, device=hidden_states.device)

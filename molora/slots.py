@@ -105,6 +105,7 @@ class Hold:
         slots: of the explicit adapters, in the route's order.
         digests: the adapters that may act, by slot.
         names: what the request calls them, by digest.
+        acts_early: one of them, or the router's own LoRA, acts below the router layer.
     """
 
     version: BankVersion
@@ -183,7 +184,7 @@ class AdapterSlots:
                 tuple(slots),
                 {slot: info.digest for slot, info in zip(of_slots, infos, strict=True)},
                 {info.digest: info.name for info in infos},
-                any(info.acts_early for info in infos),
+                any(info.acts_early for info in infos) or bool(route.auto and self._decoder.prepares),
             )
 
     def release(self, hold: Hold) -> None:

@@ -19,9 +19,10 @@ import pytest
 
 import molora
 from molora import Adapter, Bank, BaseInfo, KeyRouter, MoLoRA, RouterConfig
-from molora.adapter import random_adapter
+from molora.adapter import LoraWeights, layer_index, random_adapter
 from molora.checkpoint import load_base
 from molora.digest import base_digest
+from molora.injection import linears_of_layers
 from molora.router import Router
 from molora.serving.engine import Engine, EngineConfig
 from molora.tiny import make_tiny_base
@@ -42,6 +43,17 @@ def make_key_router(config: RouterConfig = KEYS, *, num_columns: int = 3, seed: 
         router.hidden.bias.zero_()
         router.query.bias.zero_()
     return router.eval()
+
+
+def _router_lora(model: Any, config: RouterConfig) -> dict[str, LoraWeights]:
+    """On all linears below the router layer, strong enough to change routes and answers."""
+    shapes = {
+        path: tuple(model.get_submodule(path).weight.shape)
+        for path in linears_of_layers(model)
+        if layer_index(path) < ROUTER_LAYER
+    }
+    generator = torch.Generator().manual_seed(7)
+    return random_adapter(shapes, rank=config.lora_rank, alpha=config.lora_alpha, generator=generator, std=0.2).weights
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +119,9 @@ def make_adapter(linear_shapes: Callable[..., dict[str, tuple[int, int]]]) -> Ca
 
 
 @pytest.fixture(scope="session")
-def make_bank(base_dir: Callable[..., Path], make_adapter: Callable[..., Adapter]) -> Callable[..., Bank]:
+def make_bank(
+    base_dir: Callable[..., Path], base_model: Callable[..., Any], make_adapter: Callable[..., Adapter]
+) -> Callable[..., Bank]:
     """A bank of the adapters "x" and "y" (and others, if given), and a router if given."""
 
     def make(
@@ -126,6 +140,8 @@ def make_bank(base_dir: Callable[..., Path], make_adapter: Callable[..., Adapter
         for name, adapter in adapters.items():
             adapter.write(folder / "adapters" / name)
             bank.add(folder / "adapters" / name, activation="turn")
+        if isinstance(router, KeyRouter) and router.config.lora_rank:
+            router.lora = _router_lora(base_model(architecture, **overrides), router.config)
         if router is not None:
             bank.set_router(router)
         return bank

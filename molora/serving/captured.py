@@ -85,6 +85,7 @@ class Buffers:
             "tables_SM": ((s, m), np.int32),
             "table_S5": ((s, COLUMNS), np.float64),
             "auto_N": ((n,), np.bool_),
+            "prepared_N": ((n,), np.bool_),
         }
         # Apart from the rest, since few steps need them and they are large.
         self.masks_SW = torch.full((s, -(-capacity.num_ids // 32)), -1, dtype=torch.int32, device=device)
@@ -132,6 +133,7 @@ class Buffers:
             host["start_N"][:n] = np.minimum(routes.start_N, NEVER)
             host["version_N"][:n], host["version_N"][n:] = routes.version_N, 0
             host["auto_N"][:n], host["auto_N"][n:] = routes.auto_N, False
+            host["prepared_N"][:n], host["prepared_N"][n:] = routes.prepared_N, False
             host["slots_NK"][:] = NO_ADAPTER
             host["slots_NK"][:n, :k], host["gates_NK"][:n, :k] = routes.slots_NK, routes.gates_NK
         if parts.draws:  # else nobody looks
@@ -152,6 +154,7 @@ class Buffers:
             on["slots_NK"][None],
             on["gates_NK"][None],
             version=on["version_N"][None],
+            prepared=on["prepared_N"][None],
         )
 
 

@@ -94,6 +94,7 @@ class PackedRoutes:
     """`RouteRequest`, as arrays.
 
     Attributes:
+        prepared_N: where the router decides, or has decided before.
         asks_router: a sequence is routed by it, if only to say how sure it is of a token that was routed before.
         acts_early: something that is named acts below the router layer.
     """
@@ -103,6 +104,7 @@ class PackedRoutes:
     version_N: Ints
     slots_NK: Ints
     gates_NK: NDArray[np.float32]
+    prepared_N: NDArray[np.bool_]
     asks_router: bool
     acts_early: bool
 
@@ -150,7 +152,8 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
             slots_SK[s, : len(row.hold.slots)] = row.hold.slots
             gates_SK[s, : len(row.hold.slots)] = row.route.weights
     slots_NK, gates_NK = slots_SK.repeat(sizes, 0), gates_SK.repeat(sizes, 0)
-    auto_N = _of_rows([row.route.auto for row in rows], sizes)
+    prepared_N = _of_rows([row.route.auto for row in rows], sizes)
+    auto_N = prepared_N.copy()
     for row, span in zip(rows, spans, strict=True):
         if row.hold is None or not row.route.auto or not row.known:
             continue
@@ -165,6 +168,7 @@ def _pack_routes(rows: Sequence[Row], sizes: Ints, spans: Sequence[Span]) -> Pac
         _of_rows([0 if row.hold is None else row.hold.version.number for row in rows], sizes),
         slots_NK,
         gates_NK,
+        prepared_N,
         any(row.route.auto and row.is_active for row in rows),
         any(row.hold is not None and row.hold.acts_early for row in rows),
     )

@@ -369,4 +369,5 @@ def _route_request(routes: PackedRoutes, device: torch.device) -> RouteRequest:
         slots,
         gates,
         version=packed(routes.version_N),
+        prepared=packed(routes.prepared_N),
     )

@@ -180,11 +180,16 @@ def routes_by_sequence(m: MoLoRA, questions: Sequence[Question], *, batch_size: 
         width = max(len(prompt.token_ids) for prompt in batch)
         ids = torch.zeros(len(batch), width, dtype=torch.long)
         active = torch.zeros(len(batch), width, dtype=torch.bool)
+        starts = [prompt.starts.get("turn", 0) for prompt in batch]
         for row, prompt in enumerate(batch):  # padded behind: nothing sees what follows it
             ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
-            active[row, prompt.starts.get("turn", 0) : len(prompt.token_ids)] = True
+            active[row, starts[row] : len(prompt.token_ids)] = True
         with m.lock:
-            hidden = m.decoder.router_input(input_ids=ids.to(m.decoder.device), use_cache=False)
+            device = m.decoder.device
+            request = RouteRequest(
+                torch.tensor(starts, device=device)[:, None], auto=torch.ones_like(active).to(device)
+            )
+            hidden = m.decoder.router_input(request, input_ids=ids.to(device), use_cache=False)
         shares = router.scores(hidden).softmax(-1) * active.to(hidden.device)[..., None]
         found += [names[column] for column in shares.sum(1).argmax(-1).tolist()]
     return found

@@ -7,26 +7,30 @@ from __future__ import annotations
 
 import copy
 import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from molora.activation import Activation
-from molora.adapter import Adapter
+from molora.adapter import Adapter, layer_index
 from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, copy_other_files
 from molora.digest import base_digest
 from molora.files import atomic_directory
-from molora.injection import RoutedDecoder, check_adapters, text_config
+from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, text_config
 from molora.losses import label_loss, load_balance_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
-from molora.routing import RouteRequest
+from molora.routing import NO_ADAPTER, RouteRequest, RoutingLayer
 from molora.training.data import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
+from molora.training.stack import LoraStack
 
 
 @dataclass(frozen=True)
@@ -36,18 +40,28 @@ class RouterLosses:
     Args:
         label: cross entropy against the domains of the data, a column each.
         lm: the language model loss, through straight-through gates; needs no labels.
+        given: the language model loss where the labels' adapters act. It keeps the router's own LoRA from disturbing
+            what they read, and needs the whole model where the labels alone stop at the router layer.
+        drift: how far the router's own LoRA moves what enters the router layer, as the mean square of the change over
+            that of the base's, channel by channel.
         balance: Switch's load-balance loss, 1 when all columns are used alike.
         z: squared log-partition, which keeps scores small.
     """
 
     label: float = 1.0
     lm: float = 0.0
+    given: float = 0.0
+    drift: float = 0.0
     balance: float = 0.0
     z: float = 1e-4
 
     def __post_init__(self) -> None:
-        if min(self.label, self.lm, self.balance, self.z) < 0 or self.label + self.lm == 0:
+        if min(vars(self).values()) < 0 or self.label + self.lm == 0:
             raise ValueError(f"router loss weights {self} must be 0 or more, and label or lm above 0.")
+        if self.lm and self.given:
+            raise ValueError(
+                "losses.lm lets the router's adapters act, losses.given the labels'; set one of them to 0."
+            )
 
 
 class RouterTraining(FrozenBase):
@@ -88,8 +102,14 @@ class RouterTraining(FrozenBase):
         seed: int = 0,
     ) -> None:
         super().__init__(base, dtype, schedule)
-        if keep_rows and losses.lm:
-            raise ValueError("keep_rows works without the language model loss only; set losses.lm to 0.")
+        if keep_rows and (losses.lm or losses.given):
+            raise ValueError("keep_rows works without a language model loss only; set losses.lm and losses.given to 0.")
+        if keep_rows and router.lora_rank:
+            raise ValueError("keep_rows needs inputs that never change; with router.lora_rank they do. Set one to 0.")
+        if losses.drift and not router.lora_rank:
+            raise ValueError("losses.drift is of the router's own LoRA, and router.lora_rank is 0; set one of them.")
+        if router.lora_rank and not router_layer:
+            raise ValueError("router.lora_rank needs layers below the router layer, which is 0.")
         self.keep_rows = keep_rows
         self._kept: dict[int, Tensor] = {}
         by_name = adapters if isinstance(adapters, dict) else {Path(folder).name: folder for folder in adapters}
@@ -114,6 +134,7 @@ class RouterTraining(FrozenBase):
             torch.manual_seed(self.seed)
             hidden_size = text_config(self.model).hidden_size
             self.router = KeyRouter(self.router_config, hidden_size, len(adapters) + 1)
+        self.lora = self._own_lora()
         self.decoder = RoutedDecoder(
             self.model,
             modules,
@@ -126,6 +147,15 @@ class RouterTraining(FrozenBase):
         )
         for slot, adapter in enumerate(adapters.values()):
             self.decoder.set_adapter(slot, adapter)
+
+    def _own_lora(self) -> LoraStack | None:
+        config = self.router_config
+        if not config.lora_rank:
+            return None
+        paths = [path for path in linears_of_layers(self.model) if layer_index(path) < self.router_layer]
+        lora = LoraStack(self.model, paths, num_adapters=1, rank=config.lora_rank, alpha=config.lora_alpha)
+        lora.reset(self.seed)
+        return lora
 
     def setup(self, stage: str) -> None:
         self.configure_model()
@@ -162,42 +192,76 @@ class RouterTraining(FrozenBase):
             )
             for name, path in self.folders.items():
                 bank.add(path, name=name, activation=self.activation, routable=True)
-            bank.set_router(copy.deepcopy(self.router).cpu())
+            bank.set_router(self.trained_router())
             copy_other_files(self.output, folder)
             shutil.copytree(bank.path, folder, dirs_exist_ok=True)
         rank_zero_info(f"wrote the bank {self.bank_name!r} to {self.output}")
 
+    def trained_router(self) -> KeyRouter:
+        """The router as it stands, on the CPU; its LoRA in bfloat16, as adapters are written."""
+        router = copy.deepcopy(self.router).cpu()
+        if self.lora is not None:
+            router.lora = {
+                path: replace(weights, a_RI=weights.a_RI.bfloat16(), b_OR=weights.b_OR.bfloat16())
+                for path, weights in self.lora.weights(0).items()
+            }
+        return router
+
     def _router_input(self, batch: Batch) -> Tensor:
-        """Base hidden states [B, L, H] at the router layer; they never change, so training rows are kept."""
+        """Hidden states [B, L, H] at the router layer; without a LoRA they never change: training rows may be kept."""
         keep = self.training and self.keep_rows
         rows = batch.rows.tolist()
         if not (keep and all(row in self._kept for row in rows)):
-            hidden = self.decoder.router_input(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            )
+            with torch.set_grad_enabled(self.lora is not None and torch.is_grad_enabled()):
+                hidden = self.decoder.router_input(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+                )
             if keep:
                 self._kept.update(zip(rows, hidden.cpu(), strict=True))
             return hidden
         return torch.stack([self._kept[row] for row in rows]).to(self.device)
 
+    def _drift(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
+        assert self.lora is not None
+        self.lora.rest()
+        with torch.no_grad():
+            base_NH = self._router_input(batch)[active].float()
+        change_NH = entered[active].float() - base_NH
+        return (change_NH.square().mean(0) / base_NH.var(0).clamp(min=1e-6)).mean()
+
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.losses
         metrics: dict[str, Tensor] = {}
-        if weights.lm:
-            request = RouteRequest(batch.start, auto=torch.ones_like(batch.start, dtype=torch.bool))
-            with self.decoder.requested(request):
+        active = batch.position_ids >= batch.start
+        if self.lora is not None:
+            self.lora.act(active)
+        if weights.lm or weights.given:
+            # The router is asked either way; where `auto` is False the labels' adapters act.
+            request = RouteRequest(
+                batch.start,
+                auto=torch.full_like(active, bool(weights.lm)),
+                slots=(batch.domains - 1).clamp(min=NO_ADAPTER)[..., None].int(),
+                gates=torch.ones_like(active, dtype=torch.float32)[..., None],
+            )
+            with self.decoder.requested(request), _input_of(self.decoder.routing_layer) as entered_1:
                 hidden = self.forward_hidden(batch)
                 record = self.decoder.routes.record
             assert record is not None
             assert record.logits is not None
-            metrics["lm"], metrics["accuracy"] = self.lm_loss(hidden, batch.targets)
+            name = "lm" if weights.lm else "given"
+            metrics[name], metrics["accuracy"] = self.lm_loss(hidden, batch.targets)
             logits = record.logits
+            entered = entered_1[0]
         else:
-            logits = self.router.scores(self._router_input(batch))
-        active = batch.position_ids >= batch.start
-        # Routes depend on base states alone, so a label teaches wherever it stands, active or not.
+            entered = self._router_input(batch)
+            logits = self.router.scores(entered)
+        if weights.drift:
+            metrics["drift"] = self._drift(entered, batch, active)
         logits_NC, columns_N = logits.flatten(0, 1), batch.domains.flatten()
         columns_N = torch.where(columns_N < 0, IGNORE, columns_N)
+        # Routes that depend on base states alone are taught wherever a label stands, active or not.
+        if self.lora is not None:
+            columns_N = torch.where(active.flatten(), columns_N, IGNORE)
         labelled = columns_N != IGNORE
         metrics["label"] = label_loss(logits_NC, columns_N)
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
@@ -205,3 +269,18 @@ class RouterTraining(FrozenBase):
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics
+
+
+@contextmanager
+def _input_of(layer: RoutingLayer) -> Iterator[list[Tensor]]:
+    """The hidden states that enter the layer in the forwards inside."""
+    entered: list[Tensor] = []
+
+    def note(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        entered.append(args[0] if args else kwargs["hidden_states"])
+
+    handle = layer.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield entered
+    finally:
+        handle.remove()

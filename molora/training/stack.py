@@ -60,6 +60,11 @@ class LoraStack(nn.Module):
         for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
             linear.lora = a_ERI, b_EOR, gates_EN1
 
+    def rest(self) -> None:
+        """In the forwards from now on, no adapter acts."""
+        for linear in self.linears.values():
+            linear.lora = None
+
     def enable_gradient_checkpointing(self, model: Any) -> None:
         """Recompute layers in the backward pass, which must come before the next `act`."""
         for layer in find_layers(model):

@@ -178,6 +178,32 @@ class TestKeys:
             bank.set_router(key_router(KEYS, num_columns=4))
 
 
+def test_a_routers_own_lora_is_part_of_it(make_bank, make_adapter, key_router, tmp_path):
+    config = replace(KEYS, lora_rank=4)
+    bank = make_bank(tmp_path, router=key_router(config))
+    router = bank.load_router()
+    assert router.lora
+    assert RouterConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    make_adapter(seed=3).write(tmp_path / "z")
+    bank.add(tmp_path / "z", key=router.keys_CD[1].clone())
+    bank.remove("z")
+    again = Bank.open(bank.path).load_router()
+    assert again.digest == router.digest
+    for path, weights in router.lora.items():
+        assert torch.equal(again.lora[path].a_RI, weights.a_RI)
+        assert torch.equal(again.lora[path].b_OR, weights.b_OR)
+        assert again.lora[path].scaling == weights.scaling == 4
+    path = next(iter(router.lora))
+    again.lora[path] = replace(again.lora[path], a_RI=again.lora[path].a_RI + 1)
+    assert again.digest != router.digest, "its blocks would be mistaken for the other's"
+    for rank in (0, 8):
+        raw = json.loads((bank.path / "molora.json").read_text())
+        raw["router"]["config"]["lora_rank"] = rank
+        (bank.path / "molora.json").write_text(json.dumps(raw))
+        with pytest.raises(ValueError, match="does not hold a router of the shape"):
+            Bank.open(bank.path).load_router()
+
+
 def test_a_token_ranges_router_in_a_bank(bank, write):
     bank.set_router(TokenRangeRouter(RouterConfig(kind="token_ranges", ranges=((3, 9, "y"),)), ["x", "y"]))
     assert not (bank.path / "router.safetensors").exists()

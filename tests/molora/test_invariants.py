@@ -14,10 +14,12 @@ from molora import linear as linear_module
 from molora import routing as routing_module
 from molora.injection import cache_argument
 from molora.router import KeyRouter
+from molora.routing import RouteRequest
 from molora.serving.block_manager import BlockManager
 
 ARCHITECTURES = ("llama", "qwen3", "mistral")
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+LORA = RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4, lora_alpha=32.0)
 RANGES = RouterConfig(kind="token_ranges", ranges=((3, 90, "x"), (90, 170, "y")))
 BLEND = {"x": 0.5, "y": 0.25}
 
@@ -87,6 +89,25 @@ class TestBaseBeforeActivation:
         assert torch.equal(logits[:, :18], base[:, :18])
         assert not torch.allclose(logits[:, 18:], base[:, 18:], atol=0.1)
 
+    def test_a_routers_own_lora_acts_below_its_layer_on_what_it_routes(self, load_model, base_model, random_ids):
+        """Beside a base model whose layer 0 has it merged; float32, so the products' order shows."""
+        m, base, merged = load_model(router=LORA), base_model(), base_model()
+        for path, weights in m.decoder.prepares.items():
+            merged.get_submodule(path).weight.data += weights.scaling * weights.b_OR @ weights.a_RI
+        assert m.decoder.prepares
+        ids, start = torch.tensor([random_ids(30)]), 12
+        everywhere = torch.ones_like(ids, dtype=torch.bool)
+        for first, expected in ((0, merged), (start, base)):
+            request = RouteRequest(torch.tensor([[first]]), auto=everywhere)
+            with torch.no_grad():
+                wanted = expected.model(ids, use_cache=False, output_hidden_states=True).hidden_states[1]
+                got = m.decoder.router_input(request, input_ids=ids, use_cache=False)
+            upto = start if first else None
+            torch.testing.assert_close(got[:, :upto], wanted[:, :upto], rtol=1e-4, atol=1e-2)
+        assert not torch.allclose(got[:, start:], wanted[:, start:], atol=1e-1)
+        for route in ("x", "base"):  # it is the router's alone
+            assert torch.equal(m.logits(ids, [0], route)[0], load_model().logits(ids, [0], route)[0])
+
 
 class TestPurity:
     def test_the_routes_are_worth_testing(self, m, random_ids):
@@ -96,7 +117,7 @@ class TestPurity:
         assert {tuple(names) for names in names(routes[0])[10:]} == {(), ("x",), ("y",)}
 
     @pytest.mark.parametrize(
-        "router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES], ids=["hard", "soft", "ranges"]
+        "router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES, LORA], ids=["hard", "soft", "ranges", "lora"]
     )
     def test_batch_neighbours_and_padding_do_not_change_a_route(self, load_model, random_ids, router):
         m = load_model(router=router)
@@ -127,7 +148,9 @@ class TestPurity:
         assert routes[1] == [()] * 20
         assert routes[3][5:] == [(("x", 0.5), ("y", 0.25))] * 15
 
-    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), RANGES], ids=["keys", "ranges"])
+    @pytest.mark.parametrize(
+        "router", [RouterConfig(hidden_dim=32, key_dim=16), RANGES, LORA], ids=["keys", "ranges", "lora"]
+    )
     @pytest.mark.parametrize("cut", [1, 8, 13, 29])
     def test_chunks_do_not_change_a_route(self, load_model, random_ids, router, cut):
         m = load_model(router=router)

@@ -23,6 +23,7 @@ from molora.serving.stream import Stream
 BLEND = {"x": 0.5, "y": 0.25}
 ROUTES = ["base", "x", "y", "auto", BLEND]
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+LORA = RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4, lora_alpha=32.0)
 RANGES = RouterConfig(kind="token_ranges", ranges=((3, 90, "x"), (90, 170, "y")))
 ARCHITECTURES = ["llama", "qwen3", "mistral", "granite", "gemma2", "gemma3_text"]
 
@@ -68,7 +69,7 @@ def idle(engine: Engine) -> None:
 
 
 class TestEqualsFullForward:
-    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES], ids=str)
+    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES, LORA], ids=str)
     @pytest.mark.parametrize("config", [{}, {"max_step_tokens": 7, "max_sequences": 3}], ids=["whole", "chunked"])
     def test_mixed_neighbours(self, load_model, engine_of, random_ids, router, config):
         m = load_model(router=router)
@@ -113,7 +114,9 @@ class TestEqualsFullForward:
             ids = [*out.token_ids, *random_ids(4, seed=turn)]
             start = 9 if turn % 2 else len(ids) - 3
 
-    def test_preempted_sequences_go_on_where_they_were(self, m, engine_of, random_ids):
+    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), LORA], ids=["keys", "lora"])
+    def test_preempted_sequences_go_on_where_they_were(self, load_model, engine_of, random_ids, router):
+        m = load_model(router=router)
         block_bytes = m.engine._runner.num_bytes_per_token * 4
         engine = engine_of(m, kv_cache_bytes=block_bytes * 25)  # 24 blocks of 4 tokens, and nobody's
         requests = [ask(random_ids(14, seed=s), r, num_new=20) for s, r in enumerate(ROUTES)]
@@ -420,16 +423,15 @@ class TestFaults:
         prompt = random_ids(num_tokens)
         expected = engine_of(m).generate(ask(prompt, "base"))[0]
         engine = engine_of(m)
-        linear = next(iter(m.decoder.linears.values()))
-        kept = linear.scaling_E.clone()
+        kept = [each.scaling_E.clone() for each in m.decoder.linears.values()]
         try:
             for each in m.decoder.linears.values():
                 each.scaling_E[0] = torch.inf
             with pytest.raises(EngineError, match="numbers overflowed"):
                 engine.generate(ask(prompt, "x"))
         finally:
-            for each in m.decoder.linears.values():
-                each.scaling_E.copy_(kept)
+            for each, scaling_E in zip(m.decoder.linears.values(), kept, strict=True):
+                each.scaling_E.copy_(scaling_E)
         out = engine.generate(ask(prompt, "base"))[0]
         assert out.num_reused_tokens == 9
         assert out.token_ids == expected.token_ids

@@ -18,6 +18,7 @@ import molora
 from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.checkpoint import resolve_base
+from molora.routing import RouteRequest
 from molora.training.adapter import AdapterTraining
 from molora.training.cli import main
 from molora.training.data import ActivationMix, PackedLoader
@@ -227,6 +228,68 @@ def test_the_router_learns_the_domains_and_writes_a_bank() -> None:
     assert {name for route in out.generated_routes for name, _ in route} == {"letters"}
 
 
+@pytest.mark.parametrize("losses", [{}, {"given": 1.0}], ids=["labels", "given"])
+def test_a_router_with_a_lora_of_its_own(losses: dict[str, float]) -> None:
+    config = router_config(router={"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}, losses=losses)
+    fit(config=config)
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(metrics, "train/routed_right")[-1] > 0.9
+    if "given" in losses:
+        assert column(metrics, "train/given")[-1] < column(metrics, "train/given")[0]
+    (path,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    assert "lora.values" in torch.load(path, weights_only=False)["state_dict"]
+    router = Bank.open("bank").load_router()
+    assert isinstance(router, molora.KeyRouter)
+    assert {path.split(".")[2] for path in router.lora} == {"0"}
+    assert all(weights.b_OR.abs().sum() > 0 for weights in router.lora.values())
+
+
+def test_a_routers_lora_is_kept_from_drifting() -> None:
+    drifts = []
+    for weight in (1e-6, 1.0):
+        router = {"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}
+        fit(config=router_config(router=router, losses={"drift": weight}))
+        (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+        drifts.append(column(metrics, "train/drift")[-1])
+        shutil.rmtree("runs")
+    free, kept = drifts
+    assert 0 < kept < 0.2 * free
+
+
+def test_a_trained_lora_routes_as_it_did_in_training() -> None:
+    fit("--trainer.max_steps", "10", config=router_config(router={"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}))
+    m = molora.load("bank", device="cpu", dtype="float32")
+    training = RouterTraining(
+        ["adapters/letters", "adapters/digits"],
+        "other",
+        base="tiny-random/llama",
+        router=molora.RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4),
+        router_layer=1,
+        dtype="float32",
+    )
+    training.configure_model()
+    router, lora = m.decoder.router, training.lora
+    assert isinstance(router, molora.KeyRouter)
+    assert lora is not None
+    training.router.load_state_dict(router.state_dict())
+    with torch.no_grad():
+        for (a_ERI, b_EOR), weights in zip(lora.pairs(), (router.lora[path] for path in lora.linears), strict=True):
+            a_ERI.copy_(weights.a_RI)
+            b_EOR.copy_(weights.b_OR)
+    data = examples(read_records("configs/tiny.jsonl"), m.tokenizer, max_length=256)
+    loader = PackedLoader(data, ["base"], row_length=256, rows=2, pad_id=0, mix=ActivationMix(), seed=0)
+    batch = next(iter(loader))
+    lora.act(batch.position_ids >= batch.start)
+    request = RouteRequest(batch.start, auto=torch.ones_like(batch.input_ids, dtype=torch.bool))
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+    with torch.no_grad():
+        wanted = training.decoder.router_input(**inputs)
+        got = m.decoder.router_input(request, **inputs)
+        without = m.decoder.router_input(**inputs)
+    assert torch.allclose(got, wanted, atol=1e-4)
+    assert not torch.allclose(without, wanted, atol=1e-2)
+
+
 def test_keeping_rows_changes_nothing() -> None:
     fit("--trainer.max_steps", "12", config=router_config())
     kept = Path("kept")
@@ -267,6 +330,11 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
     [
         (lambda: RouterLosses(label=0.0, lm=0.0), "above 0"),
         (lambda: RouterTraining([], "x", losses=RouterLosses(lm=1.0), keep_rows=True), "keep_rows"),
+        (lambda: RouterTraining([], "x", losses=RouterLosses(given=1.0), keep_rows=True), "keep_rows"),
+        (lambda: RouterTraining([], "x", router=molora.RouterConfig(lora_rank=4), keep_rows=True), "keep_rows"),
+        (lambda: RouterTraining([], "x", router=molora.RouterConfig(lora_rank=4), router_layer=0), "layers below"),
+        (lambda: RouterTraining([], "x", losses=RouterLosses(drift=1.0)), "lora_rank is 0"),
+        (lambda: RouterLosses(lm=1.0, given=1.0), "set one of them to 0"),
         (lambda: AdapterTraining("base"), "no legal name"),
     ],
 )
