@@ -14,6 +14,7 @@ composites two or three in one message, answered in one reply; a composite is ri
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
     random              a router of random weights
     auto                the learned router, one adapter a token
+    top-2, soft         the same scores as soft gates, not renormalized: of the two likeliest columns, and of all
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part
     joint               one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens
 """
@@ -23,6 +24,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from random import Random
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train", type=int, default=12000, help="records of each adapter")
     parser.add_argument("--steps", type=int, default=1000, help="of the adapters, 16 rows of 512 tokens each")
-    parser.add_argument("--router-steps", type=int, default=2500)
+    parser.add_argument("--router-steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--router-layer", type=int, default=8)
     parser.add_argument("--singles", type=int, default=500, help="held-out items of each domain")
@@ -161,11 +163,16 @@ def settings(args: argparse.Namespace) -> BankSettings:
         ),
         router=RouterStage(
             model={
-                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 1024, "key_dim": 64},
-                "keep_rows": True,
-                "schedule": {"lr": 0.002, "warmup_steps": 50, "weight_decay": 0.05},
+                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": RANK},
+                "losses": {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4},
+                "schedule": {"lr": 0.001, "warmup_steps": 50, "weight_decay": 0.01},
             },
-            data={"train": str(data / "train_router.jsonl"), "row_length": 512, "rows": 2 * args.rows},
+            data={
+                "train": str(data / "train_router.jsonl"),
+                "row_length": 512,
+                "rows": 2 * args.rows,
+                "activation": {"turn": 0.7, "response": 0.2, "between": 0.1},
+            },
             trainer=trainer(args, args.router_steps),
         ),
     )
@@ -230,6 +237,10 @@ def measure(args: argparse.Namespace) -> None:
     randomize(m, args.seed)
     add(m, "auto", "random")
     m.engine.close()
+    for label, top_k in (("top-2", 2), ("soft", len(args.domains) + 1)):
+        soft = molora.load(with_soft_gates(args.work, label, top_k), **options)
+        add(soft, "auto", label)
+        soft.engine.close()
     joint = molora.load(args.work / "joint", **options)
     add(joint, "joint", "joint")
 
@@ -269,6 +280,19 @@ def merge(adapters: list[Adapter], kind: str, seed: int) -> Adapter:
             tensors[key] = merged.to(adapters[0].tensors()[key].dtype)
     config: AdapterConfig = adapters[0].config
     return Adapter.from_tensors(config, tensors)
+
+
+def with_soft_gates(work: Path, label: str, top_k: int) -> Path:
+    """A copy of the bank whose router blends."""
+    folder = work / "gates" / label
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(work / "bank", folder)
+    bank = Bank.open(folder)
+    router = bank.load_router()
+    assert isinstance(router, KeyRouter)
+    router.config = replace(router.config, gate="soft", top_k=top_k)
+    bank.set_router(router)
+    return folder
 
 
 def randomize(m: MoLoRA, seed: int) -> None:

@@ -42,6 +42,8 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         "dare_ties",
         "random",
         "joint",
+        "top-2",
+        "soft",
     }
     for kind, rows in result["rows"].items():
         assert set(rows) == ways | set(DOMAINS)

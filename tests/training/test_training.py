@@ -111,6 +111,19 @@ def test_tiny_yaml_learns_and_writes_a_peft_folder_and_logs() -> None:
     assert list(Path("runs/tiny").rglob("events.out.tfevents*"))
 
 
+def test_early_stopping_ends_in_an_adapter_that_is_written() -> None:
+    fit(
+        "--trainer.val_check_interval=10",
+        "--trainer.callbacks+=EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss",
+        "--trainer.callbacks.patience=1",
+        "--trainer.callbacks.min_delta=100",  # so nothing is ever an improvement after the first
+    )
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(metrics, "step")[-1] < 30 < 60
+    assert Adapter.read("runs/tiny/adapters/letters").layers == (1, 2, 3)
+
+
 def test_a_trained_adapter_loads_in_peft() -> None:
     peft = pytest.importorskip("peft")
     fit("--trainer.max_steps", "3")
