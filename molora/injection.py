@@ -42,6 +42,7 @@ class RoutedDecoder:
         early_routes: obeyed by linears below the router layer: explicit routes, and the router's own LoRA, which has
             a slot behind the adapters' there.
         linears: the routed linears by module path.
+        prepares: the router's own LoRA by module path; empty where it has none.
         routing_layer: the module that stands at the router layer.
     """
 

@@ -257,6 +257,21 @@ def test_a_router_with_a_lora_of_its_own(losses: dict[str, float]) -> None:
     assert all(weights.b_OR.abs().sum() > 0 for weights in router.lora.values())
 
 
+def test_a_router_with_a_lora_resumes_exactly() -> None:
+    config = router_config(
+        router={"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}, losses={"given": 1.0, "drift": 0.03}
+    )
+    fit("--trainer.max_steps", "30", config=config)
+    whole = Bank.open("bank").load_router()
+    shutil.rmtree("bank")
+    (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    fit("--trainer.max_steps", "30", "--ckpt_path", str(checkpoint), config=config)
+    resumed = Bank.open("bank").load_router()
+    assert whole is not None
+    assert resumed is not None
+    assert resumed.digest == whole.digest
+
+
 def test_a_routers_lora_is_kept_from_drifting() -> None:
     drifts = []
     for weight in (1e-6, 1.0):
