@@ -14,7 +14,8 @@ composites two or three in one message, answered in one reply; a composite is ri
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
     random              a router of random weights
     auto                the learned router, one adapter a token
-    top-2, soft         the same scores as soft gates, not renormalized: of the two likeliest columns, and of all
+    top-2, soft         the same scores as soft gates, not renormalized: of the two likeliest columns, and of
+                        all, or the eight likeliest
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part
     joint               one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens
 """
@@ -51,6 +52,7 @@ DOMAINS = tuple(TASKS)[:8]
 RANK = 8
 MERGES = ("ties", "dare", "dare_ties")
 DENSITY = 0.5
+MAX_TOP_K = 8  # the most adapters that the kernels give a token
 MAX_NEW_TOKENS = 128
 HELD_OUT_SEED = 1000  # of the items' generators, beyond training's
 
@@ -237,7 +239,7 @@ def measure(args: argparse.Namespace) -> None:
     randomize(m, args.seed)
     add(m, "auto", "random")
     m.engine.close()
-    for label, top_k in (("top-2", 2), ("soft", len(args.domains) + 1)):
+    for label, top_k in (("top-2", 2), ("soft", min(MAX_TOP_K, len(args.domains) + 1))):
         soft = molora.load(with_soft_gates(args.work, label, top_k), **options)
         add(soft, "auto", label)
         soft.engine.close()

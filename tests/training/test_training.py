@@ -120,7 +120,7 @@ def test_early_stopping_ends_in_an_adapter_that_is_written() -> None:
         "--trainer.callbacks.min_delta=100",  # so nothing is ever an improvement after the first
     )
     (metrics,) = Path("runs/tiny").rglob("metrics.csv")
-    assert column(metrics, "step")[-1] < 30 < 60
+    assert column(metrics, "step")[-1] < 30  # of 60
     assert Adapter.read("runs/tiny/adapters/letters").layers == (1, 2, 3)
 
 
