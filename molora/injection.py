@@ -59,7 +59,12 @@ class RoutedDecoder:
         num_versions: int = 1,
         dtype: torch.dtype | None = None,
         impl: Impl = "auto",
+        routes: Routes | None = None,
     ) -> None:
+        """
+        Args:
+            routes: what obeys the router instead of linears with slots.
+        """
         self.model = model
         self.num_slots = num_slots
         self.max_rank = max_rank
@@ -73,7 +78,7 @@ class RoutedDecoder:
         _check_router(router, column_slots, model, router_layer)
         self.prepares = router.lora if isinstance(router, KeyRouter) else {}
         linears = {path: find_linear(model, path) for path in sorted({*modules, *self.prepares})}
-        self.routes = Routes(num_slots, impl)
+        self.routes = routes or Routes(num_slots, impl)
         self.early_routes = Routes(num_slots + bool(self.prepares), impl)
         self.linears: dict[str, RoutedLinear] = {}
         for path, linear in linears.items():

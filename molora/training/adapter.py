@@ -15,7 +15,6 @@ from torch import Tensor
 from molora.activation import render
 from molora.adapter import Adapter, AdapterConfig, layer_index, target_suffixes
 from molora.bank import check_name
-from molora.injection import find_layers
 from molora.training.data import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
@@ -61,14 +60,14 @@ class AdapterTraining(FrozenBase):
         compile: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, dtype, schedule)
+        super().__init__(base, dtype, schedule, compile)
         self.names = [check_name(each) for each in ([name] if isinstance(name, str) else name)]
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"name is {name!r}; expected one name, or several different ones.")
         self.output_dir = Path(output_dir)
         self.rank, self.alpha, self.target_modules = rank, alpha, tuple(target_modules)
         self.router_layer = router_layer
-        self.gradient_checkpointing, self.compile_layers, self.seed = gradient_checkpointing, compile, seed
+        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
 
     def configure_model(self) -> None:
         if hasattr(self, "stack"):
@@ -87,11 +86,6 @@ class AdapterTraining(FrozenBase):
     def setup(self, stage: str) -> None:
         self.configure_model()
         self.prepare_data_module(self.names, apart=True)
-
-    def on_fit_start(self) -> None:
-        if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
-            for layer in find_layers(self.model):
-                layer.compile(dynamic=False)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss_E, accuracy_E = self._losses(batch)

@@ -12,9 +12,13 @@ the parts of one answer that different adapters should write.
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,8 @@ from molora.activation import check_message, render
 
 IGNORE = -100
 BASE = "base"
+CHUNK = 1000  # records that a process encodes at a time
+MAX_PROCESSES = 8
 
 
 @dataclass(frozen=True)
@@ -174,7 +180,7 @@ def _parts(content: str | Sequence[Mapping[str, Any]], domain: str | None) -> li
 
 
 def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int) -> list[Example]:
-    """Encode records, leaving out those longer than `max_length` tokens.
+    """Encode records, leaving out those longer than `max_length` tokens. Many are shared out among processes.
 
     Raises:
         ValueError: nothing is left, or a record is malformed; the message gives its number.
@@ -182,9 +188,35 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
     Warns:
         UserWarning: records were left out.
     """
+    numbered = list(enumerate(records, 1))
+    chunks = [numbered[first : first + CHUNK] for first in range(0, len(numbered), CHUNK)]
+    encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length)
+    num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
+    if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
+        with warnings.catch_warnings(), multiprocessing.get_context("fork").Pool(num_processes) as pool:
+            warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
+            encoded = pool.map(encode_chunk, chunks, chunksize=1)
+    else:
+        encoded = [encode_chunk(chunk) for chunk in chunks]
+    out = [example for chunk in encoded for example in chunk]
+    if not out:
+        raise ValueError(
+            f"no record fits into max_length={max_length} tokens." if numbered else "there are no records."
+        )
+    if len(numbered) > len(out):
+        warnings.warn(
+            f"{len(numbered) - len(out)} of {len(numbered)} records are longer than {max_length} tokens and were left "
+            "out.",
+            stacklevel=2,
+        )
+    return out
+
+
+def _encode_chunk(
+    numbered: Iterable[tuple[int, Mapping[str, Any]]], *, tokenizer: Any, max_length: int
+) -> list[Example]:
     out = []
-    number = 0
-    for number, record in enumerate(records, 1):
+    for number, record in numbered:
         try:
             example = encode(record, tokenizer)
         except KeyError as error:
@@ -193,11 +225,4 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
             raise ValueError(f"record {number}: {error}") from error
         if len(example.token_ids) <= max_length:
             out.append(example)
-    if not out:
-        raise ValueError(f"no record fits into max_length={max_length} tokens." if number else "there are no records.")
-    if number > len(out):
-        warnings.warn(
-            f"{number - len(out)} of {number} records are longer than {max_length} tokens and were left out.",
-            stacklevel=2,
-        )
     return out

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.checkpoint import load_base, resolve_base
+from molora.injection import find_layers
+from molora.routing import RoutingLayer
 from molora.training.data import Batch, ChatData
 from molora.training.examples import IGNORE
 from molora.training.loss import Head, check_head, frozen_cross_entropy
@@ -42,9 +44,9 @@ class Schedule:
 class FrozenBase(L.LightningModule):
     """What both modules share: a frozen base, packed batches, a schedule, and small checkpoints."""
 
-    def __init__(self, base: str, dtype: str, schedule: Schedule) -> None:
+    def __init__(self, base: str, dtype: str, schedule: Schedule, compile: bool | None) -> None:
         super().__init__()
-        self.base, self.dtype_name, self.schedule = base, dtype, schedule
+        self.base, self.dtype_name, self.schedule, self.compile_layers = base, dtype, schedule, compile
         self.strict_loading = False
         self.has_written = False
         self.model: Any = None
@@ -57,6 +59,11 @@ class FrozenBase(L.LightningModule):
         self.model = model
         check_head(model)
 
+    def on_fit_start(self) -> None:
+        if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
+            for layer in find_layers(self.model):
+                (layer.layer if isinstance(layer, RoutingLayer) else layer).compile(dynamic=False)
+
     def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ChatData):
@@ -65,10 +72,13 @@ class FrozenBase(L.LightningModule):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": list(self.trained().values())}]
+
     def configure_optimizers(self) -> Any:
         schedule = self.schedule
         optimizer = torch.optim.AdamW(
-            self.trained().values(),
+            self.parameter_groups(),
             lr=schedule.lr,
             weight_decay=schedule.weight_decay,
             betas=(0.9, 0.99),

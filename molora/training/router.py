@@ -1,13 +1,13 @@
-"""Training a router over frozen adapters, written as a bank.
+"""Training a router over adapters, written as a bank.
 
-Legend: N tokens, C router columns.
+Legend: N tokens, E adapters, C router columns, K adapters a token.
 """
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,10 +26,11 @@ from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, text_config
 from molora.losses import label_loss, load_balance_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
-from molora.routing import NO_ADAPTER, RouteRequest, RoutingLayer
+from molora.routing import NO_ADAPTER, RouteRecord, RouteRequest, Routes, RoutingLayer
 from molora.training.data import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
+from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.stack import LoraStack
 
 
@@ -39,6 +40,9 @@ class RouterLosses:
 
     Args:
         label: cross entropy against the domains of the data, a column each.
+        token: the loss to be expected on the next token if base or an adapter were drawn by the router's probabilities,
+            each acting on the whole conversation; needs no labels, and a forward for each. A token of the question has
+            what each loses in the answer.
         lm: the language model loss, through straight-through gates; needs no labels.
         given: the language model loss where the labels' adapters act. It keeps the router's own LoRA from disturbing
             what they read, and needs the whole model where the labels alone stop at the router layer.
@@ -49,6 +53,7 @@ class RouterLosses:
     """
 
     label: float = 1.0
+    token: float = 0.0
     lm: float = 0.0
     given: float = 0.0
     drift: float = 0.0
@@ -56,16 +61,43 @@ class RouterLosses:
     z: float = 1e-4
 
     def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or self.label + self.lm == 0:
-            raise ValueError(f"router loss weights {self} must be 0 or more, and label or lm above 0.")
+        if min(vars(self).values()) < 0 or self.label + self.token + self.lm == 0:
+            raise ValueError(f"router loss weights {self} must be 0 or more, and label, token or lm above 0.")
         if self.lm and self.given:
             raise ValueError(
                 "losses.lm lets the router's adapters act, losses.given the labels'; set one of them to 0."
             )
 
+    @property
+    def needs_labels(self) -> bool:
+        return bool(self.label or self.given)
+
+    @property
+    def needs_whole_model(self) -> bool:
+        return bool(self.token or self.lm or self.given)
+
+
+class StackRoutes(Routes):
+    """Routes that a stack of adapters obeys: products of all ranks at once, which torch.compile understands."""
+
+    def __init__(self, stack: LoraStack) -> None:
+        self.stack = stack
+        super().__init__(len(stack.values))
+
+    def clear(self) -> None:
+        super().clear()
+        self.stack.rest()
+
+    def fill(self, record: RouteRecord) -> None:
+        slots_NK, gates_NK = record.slots.flatten(0, 1).long(), record.gates.flatten(0, 1)
+        gates_NK = torch.where(slots_NK == NO_ADAPTER, 0.0, gates_NK)
+        gates_NE = gates_NK.new_zeros(len(gates_NK), self.num_slots)
+        self.stack.blend(gates_NE.scatter_add(1, slots_NK.clamp(min=0), gates_NK))
+        self.record = record
+
 
 class RouterTraining(FrozenBase):
-    """Trains a router over frozen adapters, and writes a bank with both.
+    """Trains a router over adapters, which are frozen or go on learning, and writes a bank with both.
 
     Args:
         adapters: PEFT folders; each folder's name is the adapter's, and the domain of the data that it answers. Or
@@ -79,7 +111,10 @@ class RouterTraining(FrozenBase):
         activation: the policy that the bank and its adapters record as their default.
         losses: weights of the losses.
         schedule: of the learning rate.
+        adapter_lr: peak learning rate of the adapters, which then go on learning from losses.lm or losses.given; None
+            leaves them as they are.
         dtype: of the frozen base; the router itself runs in float32.
+        compile: run the decoder layers through torch.compile, which takes a minute at first; None does on a GPU.
         keep_rows: keep the router's inputs of the training rows in host memory (H values a token), so that only the
             first epoch runs the base. Only without the language model loss, which needs the whole model each time.
         seed: of the router's initial weights.
@@ -97,13 +132,19 @@ class RouterTraining(FrozenBase):
         activation: Activation = "turn",
         losses: RouterLosses = RouterLosses(),
         schedule: Schedule = Schedule(),
+        adapter_lr: float | None = None,
         dtype: str = "auto",
+        compile: bool | None = None,
         keep_rows: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, dtype, schedule)
-        if keep_rows and (losses.lm or losses.given):
-            raise ValueError("keep_rows works without a language model loss only; set losses.lm and losses.given to 0.")
+        super().__init__(base, dtype, schedule, compile)
+        if keep_rows and losses.needs_whole_model:
+            raise ValueError(
+                "keep_rows works without a language model loss only; set losses.token, losses.lm and losses.given to 0."
+            )
+        if adapter_lr is not None and not (losses.lm or losses.given):
+            raise ValueError("with adapter_lr, adapters learn from losses.lm or losses.given, and both are 0; set one.")
         if keep_rows and router.lora_rank:
             raise ValueError("keep_rows needs inputs that never change; with router.lora_rank they do. Set one to 0.")
         if losses.drift and not router.lora_rank:
@@ -120,6 +161,7 @@ class RouterTraining(FrozenBase):
         self.bank_name = check_name(bank_name or self.output.name)
         self.router_config, self.router_layer = router, router_layer
         self.max_rank, self.activation, self.losses, self.seed = max_rank, activation, losses, seed
+        self.adapter_lr = adapter_lr
 
     def configure_model(self) -> None:
         if hasattr(self, "decoder"):
@@ -129,24 +171,39 @@ class RouterTraining(FrozenBase):
         for name, adapter in adapters.items():
             check_base_name(name, adapter, self.base)  # now, and not when the bank is written
         modules = check_adapters(self.model, adapters)
-        self.max_rank = self.max_rank or max(adapter.max_rank for adapter in adapters.values())
+        self._check_layers(adapters)
+        rank = max((adapter.max_rank for adapter in adapters.values()), default=1)
+        self.max_rank = self.max_rank or rank
+        if rank > self.max_rank:
+            raise ValueError(f"max_rank is {self.max_rank}, and an adapter has rank {rank}.")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             hidden_size = text_config(self.model).hidden_size
             self.router = KeyRouter(self.router_config, hidden_size, len(adapters) + 1)
         self.lora = self._own_lora()
+        self.stack = LoraStack(self.model, modules, num_adapters=len(adapters), rank=rank, alpha=rank)
+        for index, adapter in enumerate(adapters.values()):
+            self.stack.load(index, adapter.weights)
+        self.stack.requires_grad_(self.adapter_lr is not None)
         self.decoder = RoutedDecoder(
             self.model,
-            modules,
+            [],
             num_slots=len(adapters),
-            max_rank=self.max_rank,
+            max_rank=rank,
             router_layer=self.router_layer,
             router=self.router,
             column_slots=range(len(adapters)),
-            impl="torch",
+            routes=StackRoutes(self.stack),
         )
-        for slot, adapter in enumerate(adapters.values()):
-            self.decoder.set_adapter(slot, adapter)
+
+    def _check_layers(self, adapters: Mapping[str, Adapter]) -> None:
+        for name, adapter in adapters.items():
+            first = min(map(layer_index, adapter.weights))
+            if first < self.router_layer:
+                raise ValueError(
+                    f"adapter {name!r} acts in layer {first}, below the router layer {self.router_layer}, so a router "
+                    "cannot pick it; leave it out, or train it from the router layer on."
+                )
 
     def _own_lora(self) -> LoraStack | None:
         config = self.router_config
@@ -160,7 +217,7 @@ class RouterTraining(FrozenBase):
     def setup(self, stage: str) -> None:
         self.configure_model()
         self.prepare_data_module(
-            [BASE, *self.folders], labels_needed=self.losses.lm == 0
+            [BASE, *self.folders], labels_needed=self.losses.needs_labels
         )  # a domain's index is its adapter's column
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -190,12 +247,34 @@ class RouterTraining(FrozenBase):
                 max_rank=self.max_rank,
                 activation=self.activation,
             )
-            for name, path in self.folders.items():
+            for name, path in self._trained_adapters(Path(scratch)).items():
                 bank.add(path, name=name, activation=self.activation, routable=True)
             bank.set_router(self.trained_router())
             copy_other_files(self.output, folder)
             shutil.copytree(bank.path, folder, dirs_exist_ok=True)
         rank_zero_info(f"wrote the bank {self.bank_name!r} to {self.output}")
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        if self.adapter_lr is None:
+            return super().parameter_groups()
+        others = [parameter for parameter in self.trained().values() if parameter is not self.stack.values]
+        return [{"params": others}, {"params": [self.stack.values], "lr": self.adapter_lr}]
+
+    def _trained_adapters(self, scratch: Path) -> dict[str, Path]:
+        """Their folders: where they came from, or new ones, where they have gone on learning."""
+        if self.adapter_lr is None:
+            return self.folders
+        written = {}
+        for index, (name, folder) in enumerate(self.folders.items()):
+            adapter, learned = Adapter.read(folder), self.stack.weights(index)
+            tensors = {}
+            for path, old in adapter.weights.items():
+                b_OR = learned[path].b_OR[:, : old.rank] * (learned[path].scaling / old.scaling)
+                tensors[f"base_model.model.{path}.lora_A.weight"] = learned[path].a_RI[: old.rank].to(old.a_RI.dtype)
+                tensors[f"base_model.model.{path}.lora_B.weight"] = b_OR.to(old.b_OR.dtype)
+            written[name] = scratch / "adapters" / name
+            Adapter.from_tensors(adapter.config, tensors).write(written[name])
+        return written
 
     def trained_router(self) -> KeyRouter:
         """The router as it stands, on the CPU; its LoRA in bfloat16, as adapters are written."""
@@ -229,10 +308,37 @@ class RouterTraining(FrozenBase):
         change_NH = entered[active].float() - base_NH
         return (change_NH.square().mean(0) / base_NH.var(0).clamp(min=1e-6)).mean()
 
+    @torch.no_grad()
+    def _losses_of_each(self, batch: Batch, active: Tensor) -> Tensor:
+        """What base and each adapter alone lose on the tokens, float32 [B * L, C], less the least of them.
+
+        A token that is learned has the loss of the next one. An active one before it has the mean over what is learned
+        in its conversation; all others have 0.
+        """
+        if self.lora is not None:
+            self.lora.rest()
+        learned = (batch.targets != IGNORE).flatten()
+        conversation_N = (batch.position_ids == 0).flatten().cumsum(0)
+        count_N = torch.zeros(len(learned) + 1, device=self.device).index_add(0, conversation_N, learned.float())
+        columns = []
+        for column in range(1 + len(self.folders)):
+            slots = torch.full_like(active, column - 1, dtype=torch.int32)[..., None]
+            request = RouteRequest(batch.start, slots=slots, gates=torch.ones_like(slots, dtype=torch.float32))
+            with self.decoder.requested(request):
+                hidden = self.forward_hidden(batch).flatten(0, 1)
+            loss, _ = frozen_cross_entropy(hidden[learned], Head.of(self.model), batch.targets.flatten()[learned])
+            loss_N = torch.zeros(len(learned), device=self.device).masked_scatter(learned, loss)
+            total_N = torch.zeros_like(count_N).index_add(0, conversation_N, loss_N)
+            mean_N = (total_N / count_N.clamp(min=1))[conversation_N]
+            columns.append(torch.where(learned, loss_N, torch.where(active.flatten(), mean_N, 0.0)))
+        losses_NC = torch.stack(columns, -1)
+        return losses_NC - losses_NC.amin(-1, keepdim=True)
+
     def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         weights = self.losses
         metrics: dict[str, Tensor] = {}
         active = batch.position_ids >= batch.start
+        losses_NC = self._losses_of_each(batch, active) if weights.token else None
         if self.lora is not None:
             self.lora.act(active)
         if weights.lm or weights.given:
@@ -264,6 +370,9 @@ class RouterTraining(FrozenBase):
             columns_N = torch.where(active.flatten(), columns_N, IGNORE)
         labelled = columns_N != IGNORE
         metrics["label"] = label_loss(logits_NC, columns_N)
+        if losses_NC is not None:
+            is_active = active.flatten()
+            metrics["token"] = (logits_NC[is_active].softmax(-1) * losses_NC[is_active]).sum(-1).mean()
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
         metrics["routed_right"] = (logits_NC.argmax(-1) == columns_N)[labelled].float().mean()
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)

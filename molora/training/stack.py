@@ -1,7 +1,8 @@
-"""Adapters that are trained side by side in one frozen model, each on rows of its own.
+"""Adapters in a model that is trained: side by side, each on rows of its own, or blended on the same rows.
 
-Every adapter has as many rows of a batch as any other, one's after the other's, so that its products are one of a
-batched GEMM's. All that is trained is one matrix, a row for each adapter: it is cast, clipped and stepped at once.
+Side by side, every adapter has as many rows of a batch as any other, one's after the other's, so that its products are
+one of a batched GEMM's. Blended, all are one adapter of their ranks together, with a gate for each token and rank. All
+that is trained is one matrix, a row for each adapter: it is cast, clipped and stepped at once.
 
 Legend: E adapters, B rows of a batch, L tokens a row, N = B * L / E tokens an adapter, P values an adapter, R rank,
 I in-features, O out-features.
@@ -10,7 +11,7 @@ I in-features, O out-features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ class LoraStack(nn.Module):
         for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
             linear.lora = a_ERI, b_EOR, gates_EN1
 
+    def blend(self, gates_NE: Tensor) -> None:
+        """In the forwards from now on, every adapter acts on every token by its gate; gradients reach the gates."""
+        dtype = next(iter(self.linears.values())).weight.dtype
+        gates_1NK = (gates_NE * self.scaling).to(dtype).repeat_interleave(self.rank, dim=1)[None]
+        for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
+            linear.lora = a_ERI.flatten(0, 1)[None], b_EOR.transpose(0, 1).flatten(1)[None], gates_1NK
+
     def rest(self) -> None:
         """In the forwards from now on, no adapter acts."""
         for linear in self.linears.values():
@@ -74,6 +82,16 @@ class LoraStack(nn.Module):
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """A [E, R, I] and B [E, O, R] of each linear, as views of what is trained."""
         return self._pairs(self.values.detach())
+
+    @torch.no_grad()
+    def load(self, adapter: int, weights: Mapping[str, LoraWeights]) -> None:
+        """Take an adapter's pairs by module path, of the stack's rank or less; their scaling goes into B."""
+        for path, (a_ERI, b_EOR) in zip(self.linears, self.pairs(), strict=True):
+            a_ERI[adapter].zero_()
+            b_EOR[adapter].zero_()
+            if (own := weights.get(path)) is not None:
+                a_ERI[adapter, : own.rank].copy_(own.a_RI)
+                b_EOR[adapter, :, : own.rank].copy_(own.b_OR.float() * (own.scaling / self.scaling))
 
     def weights(self, adapter: int) -> dict[str, LoraWeights]:
         """An adapter's pairs by module path, on the CPU."""
@@ -103,7 +121,7 @@ class StackedLinear(nn.Module):
     """Stands where an `nn.Linear` stood.
 
     Attributes:
-        lora: A [E, R, I], B [E, O, R] and gates [E, N, 1], the scaling included; None is the base linear.
+        lora: A [E, R, I], B [E, O, R] and gates [E, N, 1 or R], the scaling included; None is the base linear.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -122,29 +140,37 @@ class StackedLinear(nn.Module):
 
 
 class _StackedLora(torch.autograd.Function):
-    """y = W x + b + gate B (A x), for each adapter on its own tokens; gradients to x, A and B."""
+    """y = W x + b + B (gate (A x)), for each adapter on its own tokens; gradients to x, A, B and the gates."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, gates_EN1: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a_ERI: Tensor, b_EOR: Tensor, gates: Tensor
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x_ENI = x.reshape(len(a_ERI), -1, x.shape[-1])
-            h_ENR = torch.bmm(x_ENI, a_ERI.mT).mul_(gates_EN1)
+            h_ENR = torch.bmm(x_ENI, a_ERI.mT).mul_(gates)
             y = _add_product(F.linear(x, weight, bias), h_ENR, b_EOR.mT)
-        ctx.save_for_backward(x_ENI, weight, a_ERI, b_EOR, gates_EN1, h_ENR)
+        ctx.save_for_backward(x_ENI, weight, a_ERI, b_EOR, gates, h_ENR)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,), (x_ENI, weight, a_ERI, b_EOR, gates_EN1, h_ENR) = gradients, ctx.saved_tensors
+        (dy,), (x_ENI, weight, a_ERI, b_EOR, gates, h_ENR) = gradients, ctx.saved_tensors
+        of_x, _, _, of_a, of_b, of_gates = ctx.needs_input_grad
+        dx, da, db, dgates = None, None, None, None
         with torch.autocast(dy.device.type, enabled=False):
             dy_ENO = dy.reshape(len(a_ERI), -1, dy.shape[-1])
-            g_ENR = torch.bmm(dy_ENO, b_EOR).mul_(gates_EN1)
-            dx = None
-            if ctx.needs_input_grad[0]:
+            g_ENR = torch.bmm(dy_ENO, b_EOR)
+            if of_gates:
+                dgates = (g_ENR * torch.bmm(x_ENI, a_ERI.mT)).sum_to_size(gates.shape)
+            g_ENR = g_ENR * gates
+            if of_x:
                 dx = _add_product(dy @ weight, g_ENR, a_ERI)
-            return dx, None, None, torch.bmm(g_ENR.mT, x_ENI), torch.bmm(dy_ENO.mT, h_ENR), None
+            if of_a:
+                da = torch.bmm(g_ENR.mT, x_ENI)
+            if of_b:
+                db = torch.bmm(dy_ENO.mT, h_ENR)
+        return dx, None, None, da, db, dgates
 
 
 def _add_product(y: Tensor, left_EMK: Tensor, right_EKN: Tensor) -> Tensor:
