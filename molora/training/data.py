@@ -70,8 +70,9 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
 class ActivationMix:
     """Where training activates each conversation, so that an adapter works wherever it is activated.
 
-    `turn`, `response` and `between` are the shares of conversations activated at the last user turn, at the
-    generation prompt, and at a token drawn uniformly between the two; they add up to 1.
+    `first`, `before`, `turn`, `between` and `response` are the shares of conversations activated at the first token, at
+    one drawn uniformly up to the last user turn, there, at one drawn uniformly between there and the generation prompt,
+    and at that prompt; they add up to 1.
 
     An adapter that is trained alone also rests where a router may send tokens elsewhere: on the parts of other domains
     in the share `others_rest` of the conversations, and in the share `strays` on single tokens between the turn's start
@@ -81,21 +82,27 @@ class ActivationMix:
     turn: float = 0.6
     response: float = 0.2
     between: float = 0.2
+    first: float = 0.0
+    before: float = 0.0
     others_rest: float = 0.5
     strays: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in vars(self).values()):
             raise ValueError(f"activation shares {self} must be between 0 and 1.")
-        if not math.isclose(self.turn + self.response + self.between, 1):
-            raise ValueError(f"activation shares {self}: turn, response and between must add up to 1.")
+        if not math.isclose(self.first + self.before + self.turn + self.between + self.response, 1):
+            raise ValueError(f"activation shares {self}: first, before, turn, between and response must add up to 1.")
 
     def draw(self, example: Example, rng: random.Random) -> int:
         share = rng.random()
         if share < self.turn:
             return example.turn
-        if share < self.turn + self.response:
+        if share < (bound := self.turn + self.response):
             return example.response
+        if share < (bound := bound + self.first):
+            return 0
+        if share < bound + self.before:
+            return rng.randint(0, example.turn)
         return rng.randint(example.turn, example.response)
 
     def draw_rest(self, example: Example, foreign: NDArray[np.bool_], rng: random.Random) -> NDArray[np.bool_]:

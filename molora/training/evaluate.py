@@ -11,10 +11,11 @@ import math
 import re
 import statistics
 import sys
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from transformers import DynamicCache
 
 import molora
-from molora.activation import check_message
+from molora.activation import Activation, check_message
 from molora.benchmark import source_commit
 from molora.files import write_atomic
 from molora.injection import cache_argument
@@ -67,16 +68,34 @@ class Question:
         return all(verify_composite(self.domains, self.answers, text))
 
 
-def answer(m: MoLoRA, questions: Sequence[Question], routes: Sequence[Route], *, max_new_tokens: int) -> list[str]:
-    """Greedy answers on the model's engine, each question activated by its route's own policy."""
+def answer(
+    m: MoLoRA,
+    questions: Sequence[Question],
+    routes: Sequence[Route],
+    *,
+    max_new_tokens: int,
+    activations: Sequence[Activation | None] | None = None,
+) -> list[str]:
+    """Greedy answers on the model's engine.
+
+    Args:
+        activations: where each question is activated; None is by its route's own policy.
+    """
     texts: list[str] = []
-    for first in range(0, len(questions), AT_ONCE):
-        pairs = zip(questions[first : first + AT_ONCE], routes[first : first + AT_ONCE], strict=True)
-        streams = [m.stream(question.messages, route=route, max_new_tokens=max_new_tokens) for question, route in pairs]
-        for stream in streams:
-            for _ in stream:
-                pass
-            texts.append(stream.result.text)
+    running: deque[Any] = deque()
+
+    def finish() -> None:
+        stream = running.popleft()
+        for _ in stream:
+            pass
+        texts.append(stream.result.text)
+
+    for question, route, activation in zip(questions, routes, activations or repeat(None), strict=False):
+        if len(running) == AT_ONCE:
+            finish()
+        running.append(m.stream(question.messages, route=route, activation=activation, max_new_tokens=max_new_tokens))
+    while running:
+        finish()
     return texts
 
 
@@ -196,7 +215,12 @@ def routes_by_sequence(m: MoLoRA, questions: Sequence[Question], *, batch_size: 
 
 
 def evaluate(
-    m: MoLoRA, questions: Sequence[Question], ways: Sequence[str], *, max_new_tokens: int = 96
+    m: MoLoRA,
+    questions: Sequence[Question],
+    ways: Sequence[str],
+    *,
+    max_new_tokens: int = 96,
+    activations: Sequence[Activation | None] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy of each way to route, over all questions and by domain, one way after another.
 
@@ -205,13 +229,21 @@ def evaluate(
     Args:
         ways: "base", "auto", an adapter's name; "given", the right adapter on every token; "sequence", one adapter for
             the whole question, by the router; "uniform", all adapters at once in equal shares.
+        activations: where each question is activated; None is by its route's own policy. "given" takes that where a
+            question has several parts.
     """
     for way in ways:
-        texts = _answers(m, questions, way, max_new_tokens)
+        texts = _answers(m, questions, way, max_new_tokens, activations)
         yield way, score(questions, [question.is_right(text) for question, text in zip(questions, texts, strict=True)])
 
 
-def _answers(m: MoLoRA, questions: Sequence[Question], way: str, max_new_tokens: int) -> list[str]:
+def _answers(
+    m: MoLoRA,
+    questions: Sequence[Question],
+    way: str,
+    max_new_tokens: int,
+    activations: Sequence[Activation | None] | None,
+) -> list[str]:
     routes: list[Route]
     match way:
         case "given":
@@ -225,7 +257,7 @@ def _answers(m: MoLoRA, questions: Sequence[Question], way: str, max_new_tokens:
             routes = [{name: 1 / len(names) for name in names}] * len(questions)
         case _:
             routes = [way] * len(questions)
-    return answer(m, questions, routes, max_new_tokens=max_new_tokens)
+    return answer(m, questions, routes, max_new_tokens=max_new_tokens, activations=activations)
 
 
 def score(questions: Sequence[Question], is_right: Sequence[bool]) -> dict[str, Any]:

@@ -1,0 +1,224 @@
+"""Ways to answer the held-out items, a row each; every row is written to a file of its own, so a broken run goes on."""
+
+import gc
+import json
+import shutil
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from serving.machine import describe_machine
+
+import molora
+from molora.activation import Activation
+from molora.bank import Bank
+from molora.files import write_atomic
+from molora.model import MoLoRA
+from molora.router import KeyRouter
+from molora.training.evaluate import Question, evaluate, score
+from molora.training.examples import read_records
+from quality import peft_ways
+from quality.training import STAGES, seed_folder
+
+MAX_TOP_K = 8  # the most adapters that the kernels give a token
+MAX_NEW_TOKENS = 128
+STARTS = ("first", "system", "half", "turn", "response")
+SCORED = ("singles", "composites")
+
+
+class Measurement:
+    """The items, and what is found on them.
+
+    Attributes:
+        folder: where the rows of one seed are written.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self.args = args
+        self.folder = args.work / "rows" / f"seed-{args.seed}"
+        self.options: dict[str, Any] = {"base": args.base, "device": args.device, "dtype": args.dtype}
+
+    @cached_property
+    def device(self) -> torch.device:
+        return torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def questions(self, m: MoLoRA, kind: str) -> list[Question]:
+        records = list(read_records(self.args.work / "data" / f"{kind}.jsonl"))[: self.args.limit]
+        return [Question.from_record(record, m.tokenizer) for record in records]
+
+    def missing(self, labels: Sequence[str]) -> list[str]:
+        return [label for label in labels if not (self.folder / f"{label}.json").is_file()]
+
+    def write(self, label: str, rows: dict[str, dict[str, Any]], took_s: float) -> None:
+        args = self.args
+        head = describe_machine(self.device) | {"seed": args.seed, "steps": args.steps, "took_s": round(took_s)}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / f"{label}.json", json.dumps({**head, "label": label, "rows": rows}) + "\n")
+        found = "  ".join(f"{kind} {row['accuracy']:.4f}" for kind, row in rows.items())
+        print(f"{label:>24}  {found}  {took_s:.0f} s", flush=True)
+
+    def add(self, m: MoLoRA, label: str, way: str, kinds: Sequence[str] = SCORED) -> None:
+        """The items of these kinds, answered in one of `evaluate`'s ways."""
+        if not self.missing([label]):
+            return
+        begin_s = time.perf_counter()
+        rows = {
+            kind: found
+            for kind in kinds
+            for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=MAX_NEW_TOKENS)
+        }
+        self.write(label, rows, time.perf_counter() - begin_s)
+
+    @contextmanager
+    def loaded(self, bank: Path, **options: Any) -> Iterator[MoLoRA]:
+        m = molora.load(bank, **self.options, **options)
+        try:
+            yield m
+        finally:
+            m.engine.close()
+            del m
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def measure(args: Namespace) -> None:
+    here = Measurement(args)
+    for group in args.rows_of:
+        GROUPS[group](here)
+
+
+def of_bank(here: Measurement) -> None:
+    """The learned router, the adapters by themselves, and what else can be made of them."""
+    args, folder = here.args, seed_folder(here.args)
+    merges = peft_ways.MERGES
+    ways = ["auto", "given", "base", "sequence", "uniform", *args.domains]
+    if not here.missing([*ways, *merges, "random"]):
+        return
+    with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
+        for way in ways:
+            here.add(m, way, way)
+        for kind in merges:
+            merged = folder / "merged" / kind
+            peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
+            m.engine.load_adapter(kind, merged, activation="turn")
+            here.add(m, kind, kind)
+        randomize(m, args.seed)
+        here.add(m, "random", "auto")
+
+
+def of_gates(here: Measurement) -> None:
+    """The same scores as soft gates, not renormalized: of two columns, and of all, or eight."""
+    for label, top_k in (("top-2", 2), ("soft", min(MAX_TOP_K, len(here.args.domains) + 1))):
+        if here.missing([label]):
+            with here.loaded(with_soft_gates(seed_folder(here.args), label, top_k)) as m:
+                here.add(m, label, "auto")
+
+
+def of_stage(stage: str) -> Callable[[Measurement], None]:
+    """The router of another stage, and after joint fine-tuning also its adapters with the routes given; or one LoRA."""
+    ways = {
+        "joint": {"joint": "joint"},
+        "plain": {"plain": "given"},
+        "tuned": {"tuned": "auto", "tuned given": "given"},
+    }
+    # Nobody says whose the system message is, so a plain LoRA is given to single items only.
+    kinds = SCORED[:1] if stage == "plain" else SCORED
+
+    def run(here: Measurement) -> None:
+        own = ways.get(stage, {stage: "auto"})
+        if here.missing(list(own)):
+            with here.loaded(seed_folder(here.args) / stage) as m:
+                for label, way in own.items():
+                    here.add(m, label, way, kinds)
+
+    return run
+
+
+def of_starts(here: Measurement) -> None:
+    """Adapters that are named, behind an earlier exchange: from which token on does one act?"""
+    for stage, starts in (("bank", STARTS), ("plain", STARTS)):
+        labels = {start: f"{stage} from {start}" for start in starts}
+        if not here.missing(list(labels.values())):
+            continue
+        with here.loaded(seed_folder(here.args) / stage) as m:
+            questions = here.questions(m, "histories")
+            for start, label in labels.items():
+                if here.missing([label]):
+                    begin_s = time.perf_counter()
+                    points = [_start(m, question, start) for question in questions]
+                    ((_, found),) = evaluate(m, questions, ["given"], max_new_tokens=MAX_NEW_TOKENS, activations=points)
+                    here.write(label, {"histories": found}, time.perf_counter() - begin_s)
+
+
+def _start(m: MoLoRA, question: Question, start: str) -> Activation:
+    if start == "first":
+        return 0
+    if start == "half":
+        return m.render(question.messages).starts["turn"] // 2
+    return start
+
+
+def of_peft(way: str) -> Callable[[Measurement], None]:
+    """A router of PEFT's over the same adapters, as PEFT runs it: from the first token on."""
+
+    def run(here: Measurement) -> None:
+        args = here.args
+        if not here.missing([way]):
+            return
+        begin_s = time.perf_counter()
+        folder = seed_folder(args)
+        with here.loaded(folder / "bank") as m:  # for its tokenizer, prompts and items
+            asked = {kind: here.questions(m, kind)[: args.limit_peft] for kind in SCORED}
+            prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
+            tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
+            adapters = [m.bank.load_adapter(name) for name in args.domains]
+        folders = peft_ways.write_plain(adapters, folder / "peft" / way, in_all_layers=way == "arrow")
+        build = peft_ways.arrow if way == "arrow" else peft_ways.xlora
+        model = build(base_dir, folders, args, tokenizer, here.device)
+        rows = {}
+        for kind, questions in asked.items():
+            texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, MAX_NEW_TOKENS)
+            rows[kind] = score(questions, [q.is_right(text) for q, text in zip(questions, texts, strict=True)])
+        here.write(way, rows, time.perf_counter() - begin_s)
+
+    return run
+
+
+GROUPS: dict[str, Callable[[Measurement], None]] = {
+    "bank": of_bank,
+    "gates": of_gates,
+    **{stage: of_stage(stage) for stage in STAGES if stage != "bank"},
+    "starts": of_starts,
+    "arrow": of_peft("arrow"),
+    "xlora": of_peft("xlora"),
+}
+
+
+def with_soft_gates(folder: Path, label: str, top_k: int) -> Path:
+    """A copy of the bank whose router blends."""
+    copy = folder / "gates" / label
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder / "bank", copy)
+    bank = Bank.open(copy)
+    router = bank.load_router()
+    assert isinstance(router, KeyRouter)
+    router.config = replace(router.config, gate="soft", top_k=top_k)
+    bank.set_router(router)
+    return copy
+
+
+def randomize(m: MoLoRA, seed: int) -> None:
+    """Other weights at the same addresses; what the router's routes have cached is forgotten."""
+    router = m.decoder.router
+    assert isinstance(router, KeyRouter)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router.load_state_dict(KeyRouter(router.config, router.hidden_size, router.num_columns).state_dict())
+    m.engine.clear_cache()

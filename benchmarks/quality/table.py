@@ -1,0 +1,146 @@
+"""All seeds' rows together: means, paired differences, and what the targets say."""
+
+import json
+import math
+import statistics
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from molora.files import write_atomic
+from molora.training.evaluate import best_single
+
+REFERENCES = ("auto", "given", "joint")
+ORDER = (
+    *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
+    *("lm", "token", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
+)
+
+
+def make_table(args: Namespace) -> None:
+    files = sorted((args.work / "rows").glob("seed-*/*.json"))
+    if not files:
+        raise SystemExit(f"{args.work / 'rows'} has no rows yet; run the stage eval first.")
+    read = [json.loads(file.read_text()) for file in files]
+    bits: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))  # kind, label, seed
+    by_domain: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    for each in read:
+        for kind, row in each["rows"].items():
+            bits[kind][each["label"]][each["seed"]] = row["by_item"]
+            by_domain[kind][each["label"]].append(row["by_domain"])
+    domains = [label for label in args.domains if label in bits["singles"]]
+    for found in bits.values():
+        if len(domains) == len(args.domains) and all(domain in found for domain in domains):
+            seeds = set.intersection(*(set(found[domain]) for domain in domains))
+            found["best single"] = {seed: best_single([found[domain][seed] for domain in domains]) for seed in seeds}
+    rows = {
+        kind: {
+            label: summary(own)
+            | {"by_domain": mean_by_domain(by_domain[kind][label])}
+            | {f"minus {other}": difference(own, found[other]) for other in REFERENCES if other in found}
+            for label, own in sorted(found.items(), key=lambda item: _place(item[0]))
+        }
+        for kind, found in bits.items()
+    }
+    head = {name: read[0][name] for name in ("device", "versions", "commit", "steps")}
+    result = {
+        "commands": sorted({each["command"] for each in read}),
+        **head,
+        "seeds": sorted({each["seed"] for each in read}),
+        "num_items": {
+            kind: max(len(b) for row in found.values() for b in row.values()) for kind, found in bits.items()
+        },
+        "rows": rows,
+    }
+    text = markdown(result)
+    print(text)
+    if args.out is not None:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+        write_atomic(args.out.with_suffix(".md"), text)
+
+
+def summary(own: dict[int, str]) -> dict[str, Any]:
+    """A row's accuracy, the mean over seeds, and who is right, item by item."""
+    each = {seed: digits.count("1") / len(digits) for seed, digits in sorted(own.items())}
+    return {
+        "accuracy": statistics.fmean(each.values()),
+        "by_seed": each,
+        "num_items": min(map(len, own.values())),
+        "by_item": {str(seed): digits for seed, digits in sorted(own.items())},
+    }
+
+
+def mean_by_domain(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(each[name] for each in found) for name in (found[0] if found else ())}
+
+
+def difference(ours: dict[int, str], theirs: dict[int, str]) -> dict[str, float] | None:
+    """Ours less theirs on the items and seeds that both have: an item's is its mean over the seeds.
+
+    The interval is the normal 95% one, over items; `ratio` is of the accuracies.
+    """
+    seeds = sorted(set(ours) & set(theirs))
+    if not seeds:
+        return None
+    num_items = min(len(digits) for side in (ours, theirs) for seed, digits in side.items() if seed in seeds)
+    a = [statistics.fmean(int(ours[seed][i]) for seed in seeds) for i in range(num_items)]
+    b = [statistics.fmean(int(theirs[seed][i]) for seed in seeds) for i in range(num_items)]
+    each = [x - y for x, y in zip(a, b, strict=True)]
+    mean, half = statistics.fmean(each), 1.96 * statistics.pstdev(each) / math.sqrt(num_items)
+    over = statistics.fmean(b)
+    return {
+        "difference": mean,
+        "low": mean - half,
+        "high": mean + half,
+        "ratio": statistics.fmean(a) / over if over else math.nan,
+        "num_items": num_items,
+        "num_seeds": len(seeds),
+    }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    seeds = ", ".join(map(str, result["seeds"]))
+    items = ", ".join(f"{number} {kind}" for kind, number in sorted(result["num_items"].items()))
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+    lines = [
+        f"On {result['device']}, commit {result['commit'] or 'unknown'}, seeds {seeds}; {items}. {versions}.",
+        "",
+        "| row | singles | auto less this | composites | auto less this |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    singles, composites = result["rows"].get("singles", {}), result["rows"].get("composites", {})
+    for label in sorted({*singles, *composites}, key=_place):
+        cells = [label]
+        for rows in (singles, composites):
+            row = rows.get(label)
+            cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(row)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if histories := result["rows"].get("histories"):
+        lines += ["", "| behind an earlier exchange | accuracy |", "| --- | --- |"]
+        lines += [f"| {label} | {row['accuracy']:.3f} |" for label, row in histories.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _note(row: dict[str, Any], rows: dict[str, Any]) -> str:
+    seeds, items = len(row["by_seed"]), row["num_items"]
+    most_seeds = max(len(each["by_seed"]) for each in rows.values())
+    most_items = max(each["num_items"] for each in rows.values())
+    notes = []
+    if seeds < most_seeds:
+        notes.append(f"{seeds} seed" + "s" * (seeds > 1))
+    if items < most_items:
+        notes.append(f"{items} items")
+    return f" ({', '.join(notes)})" if notes else ""
+
+
+def _less(row: dict[str, Any]) -> str:
+    found = row.get("minus auto")
+    if not found:
+        return ""
+    return f"{-found['difference']:+.3f} ({-found['high']:+.3f} to {-found['low']:+.3f})"
+
+
+def _place(label: str) -> tuple[int, str]:
+    return (ORDER.index(label), "") if label in ORDER else (0, label)  # adapters behind base
