@@ -23,6 +23,7 @@ on the same data and answers the same items.
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part
     tuned, tuned given  a router that was trained while the adapters went on learning
     joint               one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens
+    nine, nine given    auto and given, with one more adapter, which the router was trained with from the start
     plain               the right adapter of those that were trained, and act, from the first token on
 
 Behind an earlier exchange ("histories"), the right adapter of the bank and of the plain ones acts from the first token,
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="a folder for data, checkpoints, banks and rows")
     parser.add_argument("--base", default=BASE, help="a local folder, or a hub name")
     parser.add_argument("--domains", nargs="+", default=list(TASKS)[:8])
+    parser.add_argument("--newcomer", default=list(TASKS)[8], help="the domain of an adapter that comes later")
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of training: initial weights, order, activation points")
     parser.add_argument("--num-train", type=int, default=12000, help="records of each adapter")
@@ -61,8 +63,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--router-layer", type=int, default=8)
     parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval")
+    parser.add_argument("--labels", nargs="+", help="of eval: only these rows")
     parser.add_argument("--limit", type=int, help="only the first so many held-out items of each kind")
     parser.add_argument("--limit-peft", type=int, help="the same for PEFT's routers")
+    parser.add_argument("--kv-cache-bytes", type=int, help="of eval's engine; several may share a device")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="of table: a JSON file to write, and a Markdown file beside it")

@@ -62,6 +62,7 @@ class MoLoRA:
         impl: Impl = "auto",
         num_extra_slots: int = 0,
         max_rank: int | None = None,
+        engine: Mapping[str, Any] | None = None,
     ) -> None:
         """See `load`."""
         self.model = model
@@ -71,6 +72,7 @@ class MoLoRA:
         self.base_digest = base_digest
         self.lock = threading.RLock()
         self._routing_thread: int | None = None
+        self._engine_settings = dict(engine or {})
         self._engine: Engine | None = None
         adapters = {entry.name: bank.load_adapter(entry.name) for entry in bank.adapters}
         modules = check_adapters(model, adapters)
@@ -122,11 +124,11 @@ class MoLoRA:
         """What `generate` and `stream` run on: many requests at once over one cache. Made when it is first needed."""
         if self._engine is None:
             # The one import that goes to the right: an engine is made for a model, and a model answers by its engine.
-            from molora.serving.engine import Engine
+            from molora.serving.engine import Engine, EngineConfig
 
             with self.lock:
                 if self._engine is None:
-                    self._engine = Engine(self)
+                    self._engine = Engine(self, EngineConfig(**self._engine_settings))
         return self._engine
 
     def generate(
@@ -475,6 +477,7 @@ def load(
     impl: Impl = "auto",
     num_extra_slots: int = 0,
     max_rank: int | None = None,
+    engine: Mapping[str, Any] | None = None,
 ) -> MoLoRA:
     """Load a bank and its base model.
 
@@ -487,6 +490,7 @@ def load(
         num_extra_slots: room for adapters that are loaded later, by the engine; with it, every linear of the decoder's
             layers can be adapted.
         max_rank: of adapters that are loaded later, if it is to be more than the bank's.
+        engine: settings of `EngineConfig` by name, such as `kv_cache_bytes` and `max_sequences`.
 
     Raises:
         FileNotFoundError, ValueError: the bank or the base model is missing, damaged, or they do not fit each other; or
@@ -507,5 +511,13 @@ def load(
         )
     model, tokenizer = load_base(base_dir, device=device, dtype=dtype)
     return MoLoRA(
-        model, tokenizer, bank, base_dir, digest, impl=impl, num_extra_slots=num_extra_slots, max_rank=max_rank
+        model,
+        tokenizer,
+        bank,
+        base_dir,
+        digest,
+        impl=impl,
+        num_extra_slots=num_extra_slots,
+        max_rank=max_rank,
+        engine=engine,
     )

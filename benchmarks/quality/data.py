@@ -15,11 +15,10 @@ from molora.training.recipes.passages import passages
 from molora.training.recipes.tasks import TASKS
 
 HELD_OUT_SEED = 1000  # of the items' generators, beyond training's
-KINDS = ("singles", "composites", "histories")
 
 
 def make_data(args: Namespace) -> None:
-    """Training files, and `KINDS`: one task, several tasks in one message, and one task behind an earlier exchange."""
+    """Training files, and held-out ones: one task, several in one message, one behind an earlier exchange."""
     folder = args.work / "data"
     names = [f"train_{domain}.jsonl" for domain in args.domains]
     joint: list[dict[str, Any]] = []
@@ -31,7 +30,10 @@ def make_data(args: Namespace) -> None:
     Random(args.data_seed).shuffle(joint)
     write_records(folder / "joint.jsonl", joint)
     material = Material(
-        Random(f"quality {args.data_seed}"), "held out", held_out_items(args), passages=passages(held_out=True)
+        Random(f"quality {args.data_seed}"),
+        "held out",
+        held_out_items(args, args.domains),
+        passages=passages(held_out=True),
     )
     singles = [material.single(domain, history=False) for _ in range(args.singles) for domain in args.domains]
     write_records(folder / "singles.jsonl", singles)
@@ -39,14 +41,34 @@ def make_data(args: Namespace) -> None:
         material.composite(some_domains(material.rng, args.domains), history=False) for _ in range(args.composites)
     ]
     write_records(folder / "composites.jsonl", several)
+    write_newcomer(args, folder)
     later = [material.single(domain, history=True) for _ in range(args.histories) for domain in args.domains]
     write_records(folder / "histories.jsonl", later)
 
 
-def held_out_items(args: Namespace) -> dict[str, Iterator[Any]]:
+def write_newcomer(args: Namespace, folder: Path) -> None:
+    """What an adapter that comes later learns from, what a router that knows it learns from, and held-out items."""
+    domains = [*args.domains, args.newcomer]
+    for name, records in build(args.data_seed, args.num_train, domains):
+        if name == f"train_{args.newcomer}.jsonl":
+            write_records(folder / name, records)
+        if name == "train_router.jsonl":
+            write_records(folder / "train_router_newcomer.jsonl", records)
+    rng = Random(f"newcomer {args.data_seed}")
+    material = Material(rng, "held out", held_out_items(args, domains))
+    own = [material.single(args.newcomer, history=False) for _ in range(args.singles)]
+    others = [rng.sample(args.domains, 2 if rng.random() < 0.2 else 1) for _ in range(args.singles)]
+    for each in others:
+        each.insert(rng.randint(0, len(each)), args.newcomer)
+    several = [material.composite(each, history=False) for each in others]
+    write_records(folder / "newcomer.jsonl", own)
+    write_records(folder / "newcomer_composites.jsonl", several)
+
+
+def held_out_items(args: Namespace, domains: list[str]) -> dict[str, Iterator[Any]]:
     """Those that `build` keeps out of training, and new ones of another seed."""
     found = {}
-    for domain in args.domains:
+    for domain in domains:
         known = TASKS[domain].items(args.data_seed, 2 * RESERVED + args.num_train)
         keys = {item.key for item in known}
         num_wanted = args.singles + args.composites + args.histories

@@ -30,6 +30,7 @@ MAX_TOP_K = 8  # the most adapters that the kernels give a token
 MAX_NEW_TOKENS = 128
 STARTS = ("first", "system", "half", "turn", "response")
 SCORED = ("singles", "composites")
+NEWCOMER = ("newcomer", "newcomer_composites")
 
 
 class Measurement:
@@ -52,14 +53,19 @@ class Measurement:
         records = list(read_records(self.args.work / "data" / f"{kind}.jsonl"))[: self.args.limit]
         return [Question.from_record(record, m.tokenizer) for record in records]
 
+    def file(self, label: str) -> Path:
+        path: Path = self.folder / f"{label.replace(' ', '-')}.json"
+        return path
+
     def missing(self, labels: Sequence[str]) -> list[str]:
-        return [label for label in labels if not (self.folder / f"{label}.json").is_file()]
+        wanted = self.args.labels or labels
+        return [label for label in labels if label in wanted and not self.file(label).is_file()]
 
     def write(self, label: str, rows: dict[str, dict[str, Any]], took_s: float) -> None:
         args = self.args
         head = describe_machine(self.device) | {"seed": args.seed, "steps": args.steps, "took_s": round(took_s)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / f"{label}.json", json.dumps({**head, "label": label, "rows": rows}) + "\n")
+        write_atomic(self.file(label), json.dumps({**head, "label": label, "rows": rows}) + "\n")
         found = "  ".join(f"{kind} {row['accuracy']:.4f}" for kind, row in rows.items())
         print(f"{label:>24}  {found}  {took_s:.0f} s", flush=True)
 
@@ -77,7 +83,8 @@ class Measurement:
 
     @contextmanager
     def loaded(self, bank: Path, **options: Any) -> Iterator[MoLoRA]:
-        m = molora.load(bank, **self.options, **options)
+        engine = {"max_sequences": 256, "kv_cache_bytes": self.args.kv_cache_bytes}
+        m = molora.load(bank, engine=engine, **self.options, **options)
         try:
             yield m
         finally:
@@ -104,12 +111,13 @@ def of_bank(here: Measurement) -> None:
     with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
         for way in ways:
             here.add(m, way, way)
-        for kind in merges:
+        for kind in here.missing(merges):
             merged = folder / "merged" / kind
             peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
             m.engine.load_adapter(kind, merged, activation="turn")
             here.add(m, kind, kind)
-        randomize(m, args.seed)
+        if here.missing(["random"]):
+            randomize(m, args.seed)
         here.add(m, "random", "auto")
 
 
@@ -139,6 +147,16 @@ def of_stage(stage: str) -> Callable[[Measurement], None]:
                     here.add(m, label, way, kinds)
 
     return run
+
+
+def of_nine(here: Measurement) -> None:
+    """One more adapter: what becomes of the old tasks, and how well the new one is done, alone and among others."""
+    kinds = (*SCORED, *NEWCOMER)
+    ways = {"nine": "auto", "nine given": "given"}
+    if here.missing(list(ways)):
+        with here.loaded(seed_folder(here.args) / "nine") as m:
+            for label, way in ways.items():
+                here.add(m, label, way, kinds if way == "auto" else NEWCOMER)
 
 
 def of_starts(here: Measurement) -> None:
@@ -194,7 +212,8 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
 GROUPS: dict[str, Callable[[Measurement], None]] = {
     "bank": of_bank,
     "gates": of_gates,
-    **{stage: of_stage(stage) for stage in STAGES if stage != "bank"},
+    **{stage: of_stage(stage) for stage in STAGES if stage not in ("bank", "nine")},
+    "nine": of_nine,
     "starts": of_starts,
     "arrow": of_peft("arrow"),
     "xlora": of_peft("xlora"),

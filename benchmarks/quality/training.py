@@ -30,6 +30,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "bank": {"losses": LABELS},
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "lm": {"losses": {"label": 0.0, "lm": 1.0, "drift": 0.03, "balance": 0.01, "z": 1e-4}},
+    "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},
 }
 STAGES = (*ROUTERS, "joint", "plain")
@@ -69,6 +70,9 @@ def write_bank(args: Namespace, name: str, folders: dict[str, Path], activation:
 
 def settings(args: Namespace, stage: str = "bank") -> BankSettings:
     data, folder = args.work / "data", seed_folder(args)
+    domains, router_data = args.domains, "train_router.jsonl"
+    if stage == "nine":
+        domains, router_data = [*args.domains, args.newcomer], "train_router_newcomer.jsonl"
     return BankSettings(
         base=args.base,
         output=str(folder / stage),
@@ -76,7 +80,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
         seed=args.seed,
         router_layer=args.router_layer,
         adapters=AdapterStage(
-            domains={domain: Domain(str(data / f"train_{domain}.jsonl")) for domain in args.domains},
+            domains={domain: Domain(str(data / f"train_{domain}.jsonl")) for domain in domains},
             model={"rank": RANK, "alpha": 2 * RANK, "schedule": {"lr": 0.002, "warmup_steps": 50}},
             data={"row_length": 512, "rows": args.rows, "activation": ACTIVATION},
             trainer=trainer(args, args.steps),
@@ -88,7 +92,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
                 **ROUTERS[stage],
             },
             data={
-                "train": str(data / "train_router.jsonl"),
+                "train": str(data / router_data),
                 "row_length": 512,
                 "rows": 2 * args.rows,
                 "activation": {"turn": 0.7, "response": 0.2, "between": 0.1},
