@@ -254,13 +254,21 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 def linears_of_layers(model: nn.Module) -> set[str]:
     """The module paths of every `nn.Linear` in the decoder's layers."""
     layers = set(find_layers(model))
+    routers = {layer.router for layer in layers if isinstance(layer, RoutingLayer)}
     return {
         f"{name}.{path}"
         for name, module in model.named_modules()
         if module in layers
-        for path, linear in module.named_modules()
+        for path, linear in _modules_outside(module, routers)
         if isinstance(linear, nn.Linear)
     }
+
+
+def _modules_outside(module: nn.Module, others: Collection[Any], prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if child not in others:
+            yield prefix + name, child
+            yield from _modules_outside(child, others, f"{prefix}{name}.")
 
 
 def find_linear(model: nn.Module, path: str) -> nn.Linear:

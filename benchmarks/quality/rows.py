@@ -237,7 +237,9 @@ def randomize(m: MoLoRA, seed: int) -> None:
     """Other weights at the same addresses; what the router's routes have cached is forgotten."""
     router = m.decoder.router
     assert isinstance(router, KeyRouter)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        router.load_state_dict(KeyRouter(router.config, router.hidden_size, router.num_columns).state_dict())
+        other = KeyRouter(router.config, router.hidden_size, router.num_columns)
+        for own, values in zip(router.parameters(), other.parameters(), strict=True):
+            own.copy_(values)
     m.engine.clear_cache()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -193,7 +194,10 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
     encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length)
     num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
     if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
-        with warnings.catch_warnings(), multiprocessing.get_context("fork").Pool(num_processes) as pool:
+        with (
+            warnings.catch_warnings(),
+            multiprocessing.get_context("fork").Pool(num_processes, _end_by_default) as pool,
+        ):
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
             encoded = pool.map(encode_chunk, chunks, chunksize=1)
     else:
@@ -210,6 +214,10 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
             stacklevel=2,
         )
     return out
+
+
+def _end_by_default() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler would outlive it
 
 
 def _encode_chunk(
