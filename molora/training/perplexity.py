@@ -83,10 +83,9 @@ def perplexity(m: MoLoRA, texts: Sequence[str], route: Route, *, batch_size: int
         raise ValueError("there are no texts to read.")
     found: dict[int, TextLoss] = {}
     for batch in _batches([len(each) for each in ids], batch_size, MAX_LOGITS // m.vocab_size):
-        width = max(len(ids[i]) for i in batch)
+        width = max(len(ids[i]) for i in batch)  # padded behind: nothing sees what follows it
         ids_BT = torch.tensor([[*ids[i], *[0] * (width - len(ids[i]))] for i in batch])
-        mask_BT = torch.tensor([[int(t < len(ids[i])) for t in range(width)] for i in batch])
-        logits_BTV, routes_BT = m.logits(ids_BT, [0] * len(batch), route, mask_BT)
+        logits_BTV, routes_BT = m.logits(ids_BT, [0] * len(batch), route)
         for i, logits_TV, routes_T in zip(batch, logits_BTV, routes_BT, strict=True):
             num_tokens = len(ids[i]) - 1
             targets_T = torch.tensor(ids[i][1:], device=logits_TV.device)

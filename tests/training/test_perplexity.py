@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from molora import MoLoRA
 from molora.cli import app
 from molora.training import perplexity as measure
-from molora.training.perplexity import Losses, TextLoss, best_single, measure_texts, perplexity, ratio
+from molora.training.perplexity import Losses, TextLoss, _batches, best_single, measure_texts, perplexity, ratio
 
 TEXTS = [
     "def f(x):\n    return x",
@@ -90,7 +90,8 @@ def test_soft_gates_share_a_token(m: MoLoRA) -> None:
     assert found.shares == pytest.approx({"base": 0.25, "x": 0.25, "y": 0.5})
 
 
-def test_bounds_on_memory_change_nothing(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_tokens", [14, 60])
+def test_bounds_on_memory_change_nothing(m: MoLoRA, monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
     expected = of(perplexity(m, TEXTS, "auto"))
     sizes = []
     logits = m.logits
@@ -100,13 +101,18 @@ def test_bounds_on_memory_change_nothing(m: MoLoRA, monkeypatch: pytest.MonkeyPa
         return logits(ids, *rest)
 
     monkeypatch.setattr(m, "logits", spied)
-    monkeypatch.setattr(measure, "MAX_LOGITS", 60 * m.vocab_size)
+    monkeypatch.setattr(measure, "MAX_LOGITS", num_tokens * m.vocab_size)
     monkeypatch.setattr(measure, "NUM_TOKENS_AT_ONCE", 7)
     assert of(perplexity(m, TEXTS, "auto", batch_size=3)) == pytest.approx(expected, rel=1e-5)
     assert sum(rows for rows, _ in sizes) == len(TEXTS)
     assert max(rows for rows, _ in sizes) > 1
-    assert all(rows == 1 or rows * width <= 60 for rows, width in sizes)
+    assert all(rows == 1 or rows * width <= num_tokens for rows, width in sizes)
     assert all(rows <= 3 for rows, _ in sizes)
+
+
+def test_a_batch_keeps_to_both_bounds() -> None:
+    assert list(_batches([5, 30, 5, 4, 6], 8, 12)) == [[3, 0], [2, 4], [1]]
+    assert list(_batches([5, 5, 5], 2, 100)) == [[0, 1], [2]]
 
 
 @pytest.mark.parametrize(
