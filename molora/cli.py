@@ -304,12 +304,18 @@ def _load(bank: Path | None, base: str | None, device: str | None, dtype: Dtype)
 @app.command("eval")
 def evaluate(
     bank: BankArgument,
-    data: Annotated[Path, typer.Option(help="Held-out items, a .jsonl file of `python -m molora.training.recipes`.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A .jsonl file of held-out items (`python -m molora.training.recipes`) or of texts "
+            "(`python -m molora.training.recipes.texts`)."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Where the figures are written, as JSON.")],
     way: Annotated[
         list[str] | None,
         typer.Option(
-            help="base, auto, given, sequence, uniform or an adapter's name; repeatable. All if none is given."
+            help="base, auto, uniform, an adapter's name or, for items, given or sequence; repeatable. All if none."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most, in tokens.")] = 96,
@@ -318,14 +324,18 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Measure a bank by verified answers, each way to route on the same items."""
+    """Measure a bank by verified answers, or by perplexity where the data holds texts, each way to route alike."""
     import shlex
     import sys
 
     model = _load(bank, base, device, dtype)
     from molora.training.evaluate import measure_bank
+    from molora.training.perplexity import holds_texts, measure_texts
 
     command = shlex.join(["molora", *sys.argv[1:]])
+    if holds_texts(data):
+        measure_texts(model, str(data), out, ways=way, limit=limit, command=command)
+        return
     measure_bank(model, str(data), out, ways=way, max_new_tokens=max_new_tokens, limit=limit, command=command)
 
 

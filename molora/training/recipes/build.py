@@ -7,7 +7,7 @@ puts them on disk; neither knows of tokenizers, models or masks.
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -136,11 +136,16 @@ def write(
         files={},
     )
     for name, records in files:
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        write_atomic(out / name, data)
-        summary["files"][name] = {"num_records": len(records), "sha256": hashlib.sha256(data).hexdigest()}
+        summary["files"][name] = write_records(out / name, records)
     write_atomic(out / "recipe.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write a .jsonl file in one step, and say what recipe.json says of it."""
+    data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    write_atomic(path, data)
+    return {"num_records": len(records), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _check(domains: Sequence[str]) -> None:

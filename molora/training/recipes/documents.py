@@ -56,15 +56,20 @@ def documents() -> list[Document]:
     return found
 
 
-def _docstrings() -> Iterator[tuple[str, str]]:
+def source_files() -> Iterator[tuple[str, Path]]:
+    """The files of `MODULES`, tests aside, each after its module's name."""
     library = Path(sysconfig.get_path("stdlib"))
     for module in MODULES.split():
         folder = library / module
         for path in sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]:
-            if not path.is_file() or "test" in path.relative_to(library).parts[1:]:
-                continue
-            for docstring in _below(ast.parse(path.read_bytes())):
-                yield _PUBLIC_NAMES.get(module, module), docstring
+            if path.is_file() and "test" not in path.relative_to(library).parts[1:]:
+                yield module, path
+
+
+def _docstrings() -> Iterator[tuple[str, str]]:
+    for module, path in source_files():
+        for docstring in _below(ast.parse(path.read_bytes())):
+            yield _PUBLIC_NAMES.get(module, module), docstring
 
 
 def _below(node: _Documented) -> Iterator[str]:
