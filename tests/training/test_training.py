@@ -52,7 +52,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return Adapter.read(folder).tensors()
 
 
-def router_config(**changes: Any) -> str:
+def router_config(*, alpha: float = 8.0, **changes: Any) -> str:
     """A config that trains a router over two adapters that were never trained (their B is random too)."""
     base = resolve_base("tiny-random/llama")
     model, _ = molora.checkpoint.load_base(base, device="cpu")
@@ -63,7 +63,7 @@ def router_config(**changes: Any) -> str:
     }
     generator = torch.Generator().manual_seed(0)
     for name in ("letters", "digits"):
-        adapter = molora.adapter.random_adapter(linears, rank=4, alpha=8, generator=generator)
+        adapter = molora.adapter.random_adapter(linears, rank=4, alpha=alpha, generator=generator)
         adapter.write(Path("adapters") / name)
     config = yaml.safe_load(Path("configs/tiny.yaml").read_text())
     config["model"] = {
@@ -340,6 +340,99 @@ def test_the_router_learns_from_the_language_model_loss_alone() -> None:
     assert untrained.losses.lm == 0
 
 
+def router_training(**settings: Any) -> tuple[RouterTraining, Any]:
+    """A training module over adapters like those of `router_config`, but stronger, and a batch."""
+    router_config(alpha=100.0)
+    training = RouterTraining(
+        ["adapters/letters", "adapters/digits"],
+        "bank",
+        base="tiny-random/llama",
+        router=molora.RouterConfig(hidden_dim=32, key_dim=16),
+        router_layer=1,
+        dtype="float32",
+        **settings,
+    )
+    training.configure_model()
+    data = examples(read_records("configs/tiny.jsonl"), training.tokenizer, max_length=256)
+    domains = ["base", "letters", "digits"]
+    loader = PackedLoader(data, domains, row_length=256, rows=2, pad_id=0, mix=ActivationMix(), seed=0)
+    return training, next(iter(loader))
+
+
+def test_the_routers_own_choice_acts_in_training_as_in_the_bank() -> None:
+    training, batch = router_training(losses=RouterLosses(label=0.0, lm=1.0))
+    training.write()
+    m = molora.load("bank", device="cpu", dtype="float32")
+    request = RouteRequest(batch.start, auto=torch.ones_like(batch.input_ids, dtype=torch.bool))
+    with torch.no_grad():
+        with training.decoder.requested(request):
+            got = training.forward_hidden(batch)
+            record = training.decoder.routes.record
+        with m.decoder.requested(request):
+            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+            wanted = m.model.get_decoder()(**inputs).last_hidden_state
+        base = training.forward_hidden(batch)
+    assert torch.allclose(got, wanted, atol=1e-3)
+    assert not torch.allclose(got, base, atol=1e-1)
+    assert record is not None
+    assert len(record.slots.unique()) > 1  # somebody acts somewhere, and nobody elsewhere
+
+
+def test_what_each_adapter_loses_is_the_loss_of_its_own_forward() -> None:
+    training, batch = router_training(losses=RouterLosses(label=0.0, token=1.0))
+    active = batch.position_ids >= batch.start
+    got_NC = training._losses_of_each(batch, active)
+    learned = (batch.targets != -100).flatten()
+    wanted = []
+    for name in ("base", "letters", "digits"):
+        slot = ["base", "letters", "digits"].index(name) - 1
+        slots = torch.full_like(batch.input_ids, slot)[..., None].int()
+        request = RouteRequest(batch.start, slots=slots, gates=torch.ones(slots.shape))
+        with training.decoder.requested(request), torch.no_grad():
+            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+            logits = training.model(**inputs).logits
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
+        wanted.append(torch.where(learned, each, 0.0))
+    wanted_NC = torch.stack(wanted, -1)
+    relative = wanted_NC - wanted_NC.amin(-1, keepdim=True)
+    assert torch.allclose(got_NC[learned], relative[learned], atol=1e-4)
+    assert relative[learned].max() > 0.1
+    # A question's tokens have the mean of their own conversation's answer.
+    row, position = 0, int(batch.start[0, 0])
+    ends = (batch.position_ids[row] == 0).nonzero().flatten().tolist()
+    end = ends[1] if len(ends) > 1 else batch.input_ids.shape[1]
+    mean_C = wanted_NC.view(2, -1, 3)[row, :end].sum(0) / (batch.targets[row, :end] != -100).sum()
+    assert torch.allclose(got_NC.view(2, -1, 3)[row, position], mean_C - mean_C.min(), atol=1e-4)
+    assert not got_NC[~active.flatten() & ~learned].any()
+
+
+def test_a_router_learns_from_each_adapters_losses() -> None:
+    fit(config=router_config(alpha=100.0, losses={"label": 0.0, "token": 1.0, "z": 1e-4}))
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    losses = column(metrics, "train/token")
+    assert 0 <= losses[-1] < 0.7 * losses[0]
+
+
+def test_adapters_may_go_on_learning_with_their_router() -> None:
+    config = router_config(losses={"given": 1.0}, adapter_lr=0.01)
+    before = {name: weights(Path("adapters") / name) for name in ("letters", "digits")}
+    fit("--trainer.max_steps", "30", config=config)
+    bank = Bank.open("bank")
+    for name, old in before.items():
+        now = bank.load_adapter(name).tensors()
+        assert now.keys() == old.keys()
+        assert any(not torch.allclose(now[key], old[key], atol=1e-2) for key in old)
+        assert all(torch.equal(weights(Path("adapters") / name)[key], old[key]) for key in old)
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    given = column(metrics, "train/given")
+    assert given[-1] < 0.8 * given[0]
+    whole = bank.config
+    (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    shutil.rmtree("bank")
+    fit("--trainer.max_steps", "30", "--ckpt_path", str(checkpoint), config=config)
+    assert Bank.open("bank").config == whole
+
+
 def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
     base = resolve_base("tiny-random/llama")
     model, tokenizer = molora.checkpoint.load_base(base, device="cpu")
@@ -363,6 +456,8 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
         (lambda: RouterTraining([], "x", router=molora.RouterConfig(lora_rank=4), router_layer=0), "layers below"),
         (lambda: RouterTraining([], "x", losses=RouterLosses(drift=1.0)), "lora_rank is 0"),
         (lambda: RouterLosses(lm=1.0, given=1.0), "set one of them to 0"),
+        (lambda: RouterTraining([], "x", losses=RouterLosses(token=1.0), keep_rows=True), "keep_rows"),
+        (lambda: RouterTraining([], "x", adapter_lr=0.1), "learn from losses.lm or losses.given"),
         (lambda: AdapterTraining("base"), "no legal name"),
     ],
 )
