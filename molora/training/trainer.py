@@ -146,7 +146,7 @@ class FSDP2(ModelParallelStrategy):
 
         module: Any = self.lightning_module
         for layer in find_layers(module.model):
-            fully_shard(layer.layer if isinstance(layer, RoutingLayer) else layer)
+            fully_shard(layer.layer if isinstance(layer, RoutingLayer) else layer, reshard_after_forward=True)
         super().setup(trainer)
 
     def post_backward(self, closure_loss: Tensor) -> None:
