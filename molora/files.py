@@ -19,7 +19,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Missing parent folders are made. After a crash `path` holds the old contents or the new ones.
 
     Raises:
-        OSError: the file cannot be written; `path` is then unchanged.
+        OSError: the file, which it names, cannot be written; `path` is then unchanged.
     """
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,8 +30,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write to a full disk does not say where
         raise
     _sync(path.parent)
 

@@ -5,6 +5,7 @@ Legend: B rows, L tokens a row, H hidden size, E adapters, R rank, I in-features
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from molora.activation import render
 from molora.adapter import Adapter, AdapterConfig, layer_index, target_suffixes
 from molora.bank import check_name
+from molora.files import atomic_directory
 from molora.training.data import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
@@ -111,16 +113,15 @@ class AdapterTraining(FrozenBase):
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.write()
-
     def write(self) -> None:
         """Write the adapters."""
-        self.has_written = True
         for name, adapter in self.adapters().items():
-            adapter.write(self.output_dir / name)
-            rank_zero_info(f"wrote the adapter {name!r} to {self.output_dir / name}")
+            target = self.output_dir / name
+            with atomic_directory(target) as folder:
+                if target.is_dir():  # a card may lie there
+                    shutil.copytree(target, folder, dirs_exist_ok=True)
+                adapter.write(folder)
+            rank_zero_info(f"wrote the adapter {name!r} to {target}")
 
     def adapters(self) -> dict[str, Adapter]:
         """The adapters as they stand, in PEFT's terms, with weights in bfloat16 to halve the files."""

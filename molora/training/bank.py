@@ -34,6 +34,7 @@ from molora.files import write_atomic
 from molora.progress import say
 from molora.training.callbacks import LastCheckpoint, Watch
 from molora.training.data import ChatData, as_list
+from molora.training.trainer import Trainer
 
 DONE = "done.json"
 DECIDES_NOTHING = frozenset(
@@ -288,15 +289,12 @@ class _Stage:
                 CSVLogger(self.folder, name="", version=f"csv-{start}"),
                 TensorBoardLogger(self.folder, name="", version=f"tensorboard-{start}"),
             ]
-        watch = Watch()
-        trainer.callbacks += [watch, LastCheckpoint(checkpoint, checkpoint_every, watch)]  # type: ignore[attr-defined]
+        trainer.callbacks += [Watch(), LastCheckpoint(checkpoint, checkpoint_every)]  # type: ignore[attr-defined]
         found = str(checkpoint) if _is_whole(checkpoint) else None
         try:
             trainer.fit(cli.model, cli.datamodule, ckpt_path=found, weights_only=False)
         except SIGTERMException:
             raise SystemExit(143) from None
-        if not cli.model.has_written:  # it was killed behind its last step
-            cli.model.write()
 
 
 def _check_sections(stage: AdapterStage | RouterStage, name: str) -> None:
@@ -322,6 +320,7 @@ def _build(config: Mapping[str, Any], section: str, **trainer: Any) -> Lightning
             warnings.filterwarnings("ignore", "LightningCLI's args parameter")  # ours come from nowhere else
             cli = LightningCLI(
                 datamodule_class=ChatData,
+                trainer_class=Trainer,
                 subclass_mode_model=True,
                 save_config_callback=None,
                 run=False,

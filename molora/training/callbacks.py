@@ -8,10 +8,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from molora.files import replace
 from molora.training.data import Batch
+from molora.training.frozen import FrozenBase
 
 CHECK_EVERY = 50  # steps: to look at the loss waits for the device
 
@@ -49,6 +51,9 @@ class Watch(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.check(trainer)  # before the module writes what it has learned
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.check(trainer)  # before it takes the place of a good one
+
     def check(self, trainer: L.Trainer) -> None:
         """
         Raises:
@@ -64,15 +69,14 @@ class Watch(L.Callback):
 
 
 class LastCheckpoint(L.Callback):
-    """Keeps one checkpoint, which is whole at any moment: a new one takes its place once it is written."""
+    """Keeps one checkpoint."""
 
-    def __init__(self, path: Path, every: int, watch: Watch) -> None:
+    def __init__(self, path: Path, every: int) -> None:
         """
         Args:
             every: so many optimizer steps.
-            watch: is asked before, so that nothing bad is kept.
         """
-        self.path, self.every, self.watch = path, every, watch
+        self.path, self.every = path, every
         self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -84,8 +88,68 @@ class LastCheckpoint(L.Callback):
         step = trainer.global_step
         took_step, self._step = step != self._step, step  # not so while gradients are accumulated
         if took_step and step % self.every == 0:
-            self.watch.check(trainer)
-            scratch = self.path.with_suffix(".new")
-            trainer.save_checkpoint(scratch)
-            if trainer.is_global_zero:
-                replace(scratch, self.path)
+            trainer.save_checkpoint(self.path)
+
+
+class EMA(EMAWeightAveraging):
+    """An exponential moving average of what is trained. Lightning's own would copy and average the frozen base, too.
+
+    Validation sees the average, and it is what is written in the end; a checkpoint holds it beside what it is made of.
+
+    Args:
+        decay: of the average, with each update.
+        update_every_n_steps: optimizer steps between updates.
+        update_starting_at_step: the first step that is averaged; None is the first of all.
+    """
+
+    def __init__(
+        self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
+    ) -> None:
+        super().__init__(None, False, decay, update_every_n_steps, update_starting_at_step)
+        self._trained = L.LightningModule()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            assert isinstance(pl_module, FrozenBase)
+            pl_module.configure_model()
+            self._trained = _tree(pl_module.trained())
+            device = trainer.strategy.root_device
+            self._average_model = AveragedModel(self._trained, device, use_buffers=False, **self._kwargs)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, self._trained, outputs, batch, batch_idx)
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_start(trainer, self._trained)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_validation_epoch_end(trainer, self._trained)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pass  # the last checkpoint needs both; and a run that is resumed behind its last step does not come here
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_end(trainer, self._trained)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint["current_model_state"] = self._trained.state_dict()
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(trainer, self._trained, checkpoint)
+
+
+def _tree(parameters: dict[str, nn.Parameter]) -> L.LightningModule:
+    """A module of these parameters, under these names."""
+    root = L.LightningModule()
+    for name, parameter in parameters.items():
+        *path, last = name.split(".")
+        module: nn.Module = root
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = module.get_submodule(part)
+        module.register_parameter(last, parameter)
+    return root

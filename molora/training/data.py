@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -239,7 +241,7 @@ class ChatData(L.LightningDataModule):
     Args:
         train, val: a source or a list of them: a `.jsonl` file, or what `datasets.load_dataset` takes. Where several
             adapters are trained side by side, they may also be given by the adapter's name.
-        row_length: tokens in a row; longer conversations are left out.
+        row_length: tokens in a row; conversations longer than this, or than the model's context, are left out.
         rows: rows in a batch (of each device), of each adapter that is trained.
         max_records: of each training source, only the first so many records; None takes all.
         val_batches: batches of a validation run.
@@ -265,21 +267,30 @@ class ChatData(L.LightningDataModule):
         self.activation, self.seed = activation, seed
         self.encoded: dict[tuple[str, ...], list[Example]] = {}
         self.tokenizer: Any = None
+        self.max_length = row_length
         self.domains: tuple[str, ...] = ()
         self.labels_needed, self.apart = False, False
 
     def prepare(
-        self, tokenizer: Any, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False
+        self,
+        tokenizer: Any,
+        domains: Sequence[str],
+        *,
+        max_context: int | None = None,
+        labels_needed: bool = False,
+        apart: bool = False,
     ) -> None:
-        """Called by the training module, which knows the tokenizer and what the domains' indices mean.
+        """Called by the training module, which knows the model and what the domains' indices mean.
 
         Args:
+            max_context: the most tokens that the model reads.
             apart: each domain is learned by itself, from rows of its own; else all are, from the same ones.
 
         Raises:
             ValueError: sources are given by other names than the domains'.
         """
         self.tokenizer, self.domains, self.labels_needed, self.apart = tokenizer, tuple(domains), labels_needed, apart
+        self.max_length = min(self.row_length, max_context or self.row_length)
         for split, sources in self.sources.items():
             if isinstance(sources, dict) and not (apart and set(sources) == set(domains)):
                 raise ValueError(
@@ -330,32 +341,46 @@ class ChatData(L.LightningDataModule):
     def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
         given = self.sources[split]
         sources = as_list(given[domains[0]] if isinstance(given, dict) else given)
-        key = (split, *sources)
+        data = [example for source in sources for example in self._encoded(split, source)]
+        _check_domains(data, joined(sources), domains, labels_needed=self.labels_needed, apart=self.apart)
+        return data
+
+    def _encoded(self, split: str, source: str) -> list[Example]:
+        key = (split, source)
         if key not in self.encoded:
-            limit = self.max_records if split == "train" else None
             if not (self.trainer and self.trainer.global_rank):
-                say(Console(stderr=True), "•", f"Reading and tokenizing {joined(sources)} ...")
-            records = (record for source in sources for record in islice(read_records(source), limit))
-            try:
-                self.encoded[key] = examples(records, self.tokenizer, max_length=self.row_length)
-            except ValueError as error:
-                raise ValueError(f"{joined(sources)}: {error}") from error
-        _check_domains(self.encoded[key], sources, domains, labels_needed=self.labels_needed)
+                say(Console(stderr=True), "•", f"Reading and tokenizing {source} ...")
+            records = islice(read_records(source), self.max_records if split == "train" else None)
+            self.encoded[key] = examples(records, self.tokenizer, max_length=self.max_length, source=str(source))
         return self.encoded[key]
 
 
 def _check_domains(
-    data: Sequence[Example], sources: Sequence[str], domains: Sequence[str], *, labels_needed: bool
+    data: Sequence[Example], source: str, domains: Sequence[str], *, labels_needed: bool, apart: bool
 ) -> None:
-    """Raise ValueError if nothing in the data is for those that are trained."""
-    found = {
-        domain for example in data for domain, learned in zip(example.domains, example.learned, strict=True) if learned
-    }
-    if found.isdisjoint({*domains, *([] if labels_needed else [None])}):
-        named = sorted(domain for domain in found if domain is not None)
+    """
+    Raises:
+        ValueError: nothing in the data is for those that are trained.
+
+    Warns:
+        UserWarning: so many records teach them nothing; or, where they are not trained apart, have domains of none.
+    """
+    known = {*domains, *([] if labels_needed else [None])}
+    learned = [
+        {domain for domain, yes in zip(example.domains, example.learned, strict=True) if yes} for example in data
+    ]
+    strange = [found for found in learned if (found.isdisjoint(known) if apart else found - known)]
+    names = Counter("no domain" if name is None else repr(name) for found in strange for name in found - known)
+    others = joined(f"{name} ({count})" for name, count in names.most_common())
+    if all(found.isdisjoint(known) for found in learned):
         raise ValueError(
-            f"no record of {list(sources)} has a domain among {list(domains)}; the data's domains are "
-            f"{named or 'not given'}. Name the adapters after their domains."
+            f"{source}: no record has a domain among {list(domains)}; the data's are {others}. Name the adapters after "
+            "their domains."
+        )
+    if strange:
+        warnings.warn(
+            f"{source}: {len(strange)} of {len(data)} records have other domains than {joined(domains)}: {others}.",
+            stacklevel=2,
         )
 
 

@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from molora.activation import check_message, render
+from molora.display import joined
 
 IGNORE = -100
 BASE = "base"
@@ -93,6 +95,9 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _encode_text(record: Mapping[str, Any], tokenizer: Any) -> Example:
+    for key in ("prompt", "completion"):
+        if not isinstance(record[key], str):
+            raise ValueError(f"a record's {key} must be text, not {record[key]!r}.")
     prompt = tokenizer(record["prompt"])["input_ids"]
     completion = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     learned = [False] * len(prompt) + [True] * len(completion)
@@ -104,9 +109,10 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     messages = record["messages"]
     if not isinstance(messages, list):
         raise ValueError(f"a record's messages must be a list, not {messages!r}.")
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError("a record's messages must end with a user message and the assistant's answer.")
     plain = [check_message(message, index) for index, message in enumerate(messages)]
+    roles = [message["role"] for message in plain]
+    if roles[-1:] != ["assistant"] or "user" not in roles:
+        raise ValueError("a record's messages must end with a user message and the assistant's answer.")
     prompt = render(tokenizer, plain[:-1])
     full = tokenizer.apply_chat_template(plain, tokenize=False)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -171,27 +177,48 @@ def _find(content: str, full: str, cursor: int) -> tuple[int, int, int]:
 def _own_domain(record: Mapping[str, Any]) -> str | None:
     """The domain of a record's last turn: None where it says nothing, base where it says null."""
     domain = record.get("domain", "")
-    return BASE if domain is None else domain if isinstance(domain, str) and domain else None
+    if isinstance(domain, list):  # of the parts
+        return None
+    return _domain(domain) if domain != "" else None
 
 
 def _parts(content: str | Sequence[Mapping[str, Any]], domain: str | None) -> list[tuple[str, str | None]]:
     if isinstance(content, str):
         return [(content, domain)]
-    return [(part["text"], part.get("domain") or BASE) for part in content]
+    return [(part["text"], _domain(part.get("domain"))) for part in content]
 
 
-def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int) -> list[Example]:
-    """Encode records, leaving out those longer than `max_length` tokens. Many are shared out among processes.
+def _domain(name: Any) -> str:
+    if not isinstance(name, str | None):
+        raise ValueError(f"a domain is {name!r}; expected a name, or null for the base.")
+    return name or BASE
+
+
+def _has_answer(record: Mapping[str, Any]) -> bool:
+    if "messages" not in record:
+        return bool(record["completion"].strip())
+    return any(text.strip() for text, _ in _parts(record["messages"][-1]["content"], None))
+
+
+def examples(
+    records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int, source: str = "data"
+) -> list[Example]:
+    """Encode records, leaving out those without an answer, or longer than `max_length` tokens.
+
+    Many are shared out among processes.
+
+    Args:
+        source: what messages call the records' origin.
 
     Raises:
         ValueError: nothing is left, or a record is malformed; the message gives its number.
 
     Warns:
-        UserWarning: records were left out.
+        UserWarning: so many records were left out, and why.
     """
     numbered = list(enumerate(records, 1))
     chunks = [numbered[first : first + CHUNK] for first in range(0, len(numbered), CHUNK)]
-    encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length)
+    encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length, source=source)
     num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
     if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
         with (
@@ -202,17 +229,16 @@ def examples(records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length
             encoded = pool.map(encode_chunk, chunks, chunksize=1)
     else:
         encoded = [encode_chunk(chunk) for chunk in chunks]
-    out = [example for chunk in encoded for example in chunk]
-    if not out:
-        raise ValueError(
-            f"no record fits into max_length={max_length} tokens." if numbered else "there are no records."
-        )
+    out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]
+    if not numbered:
+        raise ValueError(f"{source} has no records.")
     if len(numbered) > len(out):
-        warnings.warn(
-            f"{len(numbered) - len(out)} of {len(numbered)} records are longer than {max_length} tokens and were left "
-            "out.",
-            stacklevel=2,
-        )
+        reasons = Counter(each for chunk in encoded for each in chunk if isinstance(each, str))
+        why = joined(f"{count} {reason}" for reason, count in reasons.items())
+        message = f"{source}: {len(numbered) - len(out)} of {len(numbered)} records are left out: {why}."
+        if not out:
+            raise ValueError(message)
+        warnings.warn(message, stacklevel=2)
     return out
 
 
@@ -221,16 +247,19 @@ def _end_by_default() -> None:
 
 
 def _encode_chunk(
-    numbered: Iterable[tuple[int, Mapping[str, Any]]], *, tokenizer: Any, max_length: int
-) -> list[Example]:
-    out = []
+    numbered: Iterable[tuple[int, Mapping[str, Any]]], *, tokenizer: Any, max_length: int, source: str
+) -> list[Example | str]:
+    """Each record's example, or why it is left out."""
+    out: list[Example | str] = []
     for number, record in numbered:
         try:
             example = encode(record, tokenizer)
-        except KeyError as error:
-            raise ValueError(f"record {number} has no {error}.") from error
         except ValueError as error:
-            raise ValueError(f"record {number}: {error}") from error
-        if len(example.token_ids) <= max_length:
+            raise ValueError(f"{source}: record {number}: {error}") from error
+        if not _has_answer(record):
+            out.append("with an empty answer")
+        elif len(example.token_ids) > max_length:
+            out.append(f"longer than {max_length} tokens")
+        else:
             out.append(example)
     return out

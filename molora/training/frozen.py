@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.checkpoint import load_base, resolve_base
-from molora.injection import find_layers
+from molora.injection import find_layers, text_config
 from molora.routing import RoutingLayer
 from molora.training.data import Batch, ChatData
 from molora.training.examples import IGNORE
@@ -48,7 +48,6 @@ class FrozenBase(L.LightningModule):
         super().__init__()
         self.base, self.dtype_name, self.schedule, self.compile_layers = base, dtype, schedule, compile
         self.strict_loading = False
-        self.has_written = False
         self.model: Any = None
         self.tokenizer: Any = None
         self.base_dir = Path()
@@ -64,10 +63,20 @@ class FrozenBase(L.LightningModule):
             for layer in find_layers(self.model):
                 (layer.layer if isinstance(layer, RoutingLayer) else layer).compile(dynamic=False)
 
+    def on_fit_end(self) -> None:
+        """Also where a run is resumed from its last step, after an end that came before this."""
+        if self.trainer.is_global_zero:
+            self.write()
+
+    def write(self) -> None:
+        """Write what was learned."""
+        raise NotImplementedError
+
     def prepare_data_module(self, domains: Sequence[str], *, labels_needed: bool = False, apart: bool = False) -> None:
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, ChatData):
-            data.prepare(self.tokenizer, domains, labels_needed=labels_needed, apart=apart)
+            max_context = text_config(self.model).max_position_embeddings
+            data.prepare(self.tokenizer, domains, max_context=max_context, labels_needed=labels_needed, apart=apart)
 
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}

@@ -230,13 +230,8 @@ class RouterTraining(FrozenBase):
         values = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
 
-    def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
-            self.write()
-
     def write(self) -> None:
         """Write the bank."""
-        self.has_written = True
         assert self.max_rank is not None
         with TemporaryDirectory() as scratch, atomic_directory(self.output) as folder:
             bank = Bank.create(

@@ -1,3 +1,4 @@
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,11 +25,12 @@ def test_write_atomic_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
     write_atomic(path, "old")
 
     def full(descriptor):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr("molora.files.os.fsync", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         write_atomic(path, "new")
+    assert caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert names(tmp_path) == {"file"}
 

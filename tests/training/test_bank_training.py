@@ -19,7 +19,7 @@ import yaml
 import molora
 from molora.adapter import Adapter
 from molora.bank import Bank
-from molora.training import AdapterTraining, RouterTraining, callbacks
+from molora.training import AdapterTraining, RouterTraining, callbacks, trainer
 from molora.training import bank as stages
 from molora.training.bank import BankSettings, train_bank
 
@@ -122,22 +122,55 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str) -> None:
 
 def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch) -> None:
     train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
-    save, saved = L.Trainer.save_checkpoint, []
+    put, written = trainer.replace, []
 
-    def save_until_full(trainer: L.Trainer, path: Path) -> None:
-        if saved:
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        saved.append(path)
-        save(trainer, path)
+    def until_full(source: Path, target: Path) -> None:
+        written.append(target)
+        if len(written) == 2:
+            os.truncate(source, source.stat().st_size // 2)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        put(source, target)
 
     with monkeypatch.context() as patched:
-        patched.setattr(L.Trainer, "save_checkpoint", save_until_full)
-        with pytest.raises(OSError, match="No space left"):
+        patched.setattr(trainer, "replace", until_full)
+        with pytest.raises(
+            OSError, match=r"No space left on device; this checkpoint was not written, and those before"
+        ):
             train_bank(settings())
-    assert torch.load(saved[0].with_name("last.ckpt"), weights_only=False)["global_step"] == 5
+    assert torch.load(written[0], weights_only=False)["global_step"] == 5
+    assert [path.name for path in written[0].parent.glob("*.ckpt*")] == ["last.ckpt"]
     train_bank(settings())
     assert digests() == digests("whole")
+
+
+@pytest.mark.parametrize("kind", ["adapters", "router"])
+def test_a_full_disk_when_all_is_learned_loses_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_bank(settings())
+    first = digests()
+    new = settings({(kind, "model", "schedule", "lr"): 0.02})
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    is_full = False
+    write = RouterTraining.write if kind == "router" else AdapterTraining.write
+
+    def write_when_full(self: Any) -> None:
+        nonlocal is_full
+        is_full = True
+        write(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("molora.files.os.fsync", full)
+        patched.setattr(RouterTraining if kind == "router" else AdapterTraining, "write", write_when_full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train_bank(new)
+    assert digests() == first
+    train_bank(new)
+    assert digests() != first
 
 
 @pytest.mark.parametrize("module", [AdapterTraining, RouterTraining])
@@ -156,6 +189,36 @@ def test_a_run_that_is_killed_behind_its_last_checkpoint_is_written_from_it(
             train_bank(settings(even))
     train_bank(settings(even))
     assert digests() == digests("whole")
+
+
+def test_a_bank_of_averages_is_another_one_and_goes_on_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    ema = {"class_path": "molora.training.EMA", "init_args": {"decay": 0.8}}
+    averaged = {(stage, "trainer", "callbacks"): [ema] for stage in ("adapters", "router")}
+    averaged |= {(stage, "trainer", "max_steps"): 10 for stage in ("adapters", "router")}
+    train_bank(settings(averaged | {("output",): "whole", ("work",): "elsewhere"}))
+    end, write = callbacks.LastCheckpoint.on_train_batch_end, RouterTraining.write
+
+    def killed_at(step: int) -> Any:
+        def ends(self: Any, trainer: L.Trainer, *arguments: Any) -> None:
+            end(self, trainer, *arguments)
+            if trainer.global_step == step:
+                raise RuntimeError("killed")
+
+        return ends
+
+    for step in (7, 10):  # between two checkpoints, and behind the last one
+        with monkeypatch.context() as patched:
+            patched.setattr(callbacks.LastCheckpoint, "on_train_batch_end", killed_at(step))
+            with pytest.raises(RuntimeError, match="killed"):
+                train_bank(settings(averaged))
+    with monkeypatch.context() as patched:
+        patched.setattr(RouterTraining, "write", lambda _: patched.setattr(RouterTraining, "write", write) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train_bank(settings(averaged))
+    train_bank(settings(averaged))
+    assert digests() == digests("whole")
+    train_bank(settings({(stage, "trainer", "max_steps"): 10 for stage in ("adapters", "router")}))
+    assert set(digests().values()).isdisjoint(digests("whole").values())
 
 
 def test_settings_that_come_back_find_their_own_adapters() -> None:

@@ -1,6 +1,7 @@
 """From records to tokens: what is learned, and which domain each token belongs to."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,19 +117,48 @@ def test_plain_text_records() -> None:
         ({"messages": [{"role": "user", "content": "x"}]}, "must end with"),
         ({"messages": []}, "must end with"),
         ({"messages": 3}, "must be a list, not 3"),
+        ({"messages": None}, "must be a list, not None"),
+        ({"messages": ["hi", "ho"]}, "message 0 is 'hi'; expected"),
+        ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant"}]}, "has content None"),
+        ({"messages": [{"content": "x"}, {"role": "assistant", "content": "y"}]}, "expected {'role'"),
+        ({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}, "must end with"),
+        ({"prompt": "x"}, "needs 'messages'"),
+        ({"prompt": "x", "completion": None}, "completion must be text, not None"),
+        ({"prompt": ["x"], "completion": "y"}, "prompt must be text"),
+        ({"prompt": "x", "completion": "y", "domain": 3}, "a domain is 3; expected a name, or null"),
+        (
+            {"messages": [SINGLE["messages"][0], {"role": "assistant", "content": [{"text": "x", "domain": ["y"]}]}]},
+            "a domain is ['y']; expected",
+        ),
     ],
 )
 def test_malformed_records_say_which_and_why(record: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"record 2: .*{message}"):
-        examples([SINGLE, record], TOKENIZER, max_length=100)
+    with pytest.raises(ValueError, match=f"mine.jsonl: record 2: .*{re.escape(message)}"):
+        examples([SINGLE, record], TOKENIZER, max_length=100, source="mine.jsonl")
 
 
-def test_long_records_are_left_out_and_nothing_left_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_length=5"):
-        examples([SINGLE], TOKENIZER, max_length=5)
+def test_records_that_are_left_out_are_counted() -> None:
     long = {"prompt": "a" * 200, "completion": "b"}
-    with pytest.warns(UserWarning, match="1 of 2 records are longer than 150 tokens"):
-        assert examples([SINGLE, long], TOKENIZER, max_length=150) == [encode(SINGLE, TOKENIZER)]
+    blank = {"prompt": "a", "completion": " \n"}
+    parts = [{"text": "", "domain": "x"}, {"text": " ", "domain": "y"}]
+    silent = {"messages": [SINGLE["messages"][0], {"role": "assistant", "content": parts}]}
+    words = "mine.jsonl: 3 of 4 records are left out: 2 with an empty answer, 1 longer than 150 tokens."
+    with pytest.warns(UserWarning, match=words):
+        found = examples([blank, SINGLE, long, silent], TOKENIZER, max_length=150, source="mine.jsonl")
+    assert found == [encode(SINGLE, TOKENIZER)]
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([SINGLE], "1 of 1 records are left out: 1 longer than 5 tokens"),
+        ([{"prompt": "a", "completion": ""}], "1 of 1 records are left out: 1 with an empty answer"),
+        ([], "mine.jsonl has no records"),
+    ],
+)
+def test_nothing_left_is_an_error(records: list[dict[str, object]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        examples(records, TOKENIZER, max_length=5, source="mine.jsonl")
 
 
 def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:

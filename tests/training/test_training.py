@@ -2,7 +2,6 @@
 
 import csv
 import json
-import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +40,14 @@ def fit(*extra: str, config: str = "configs/tiny.yaml") -> None:
     arguments = ["train.py", "fit", "--config", config, "--trainer.enable_progress_bar", "false", *extra]
     with patch.object(sys, "argv", arguments):
         main()
+
+
+def complaint(capsys: pytest.CaptureFixture[str], *extra: str, config: str = "configs/tiny.yaml") -> str:
+    """The last line on standard error of a run that ends with status 2."""
+    with pytest.raises(SystemExit) as caught:
+        fit(*extra, config=config)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def column(file: Path, name: str) -> list[float]:
@@ -91,10 +98,7 @@ def router_config(*, alpha: float = 8.0, **changes: Any) -> str:
     ],
 )
 def test_a_file_that_is_not_there_is_one_line(config, extra, words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        fit(*extra, "--trainer.logger", "false", config=config)
-    assert caught.value.code == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    error = complaint(capsys, *extra, "--trainer.logger", "false", config=config)
     assert error.startswith("error: ")
     assert words in error
 
@@ -489,14 +493,55 @@ def test_every_config_begins_with_its_command() -> None:
         ("[]", "configs/tiny.jsonl", "expected one name, or several different ones"),
     ],
 )
-def test_names_that_do_not_fit_the_data_are_errors(name: str, train: Any, words: str) -> None:
-    with pytest.raises((ValueError, SystemExit), match=re.escape(words)):
-        fit("--model.init_args.name", name, "--data.train", json.dumps(train))
+def test_names_that_do_not_fit_the_data_are_errors(
+    name: str, train: Any, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in complaint(capsys, "--model.init_args.name", name, "--data.train", json.dumps(train))
 
 
-def test_data_without_the_trained_domain_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"domain among \['sums'\].*'letters'"):
-        fit("--model.init_args.name", "sums")
+def test_data_without_the_trained_domain_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    error = complaint(capsys, "--model.init_args.name", "sums")
+    assert "no record has a domain among ['sums']; the data's are 'letters' (80), 'digits' (20)." in error
+
+
+def test_other_domains_are_counted() -> None:
+    single = '{"prompt": "x", "completion": "y"%s}\n'
+    others = [', "domain": "digits"'] * 2 + [', "domain": "digitz"', ', "domain": null', ""]
+    Path("mine.jsonl").write_text(Path("configs/tiny.jsonl").read_text() + "".join(single % each for each in others))
+    few = ("--trainer.max_steps", "1", "--data.train", "mine.jsonl")
+    words = r"mine.jsonl: 4 of 85 records have other domains than letters: 'digits' \(2\), 'digitz' \(1\), 'base' \(1\)"
+    with pytest.warns(UserWarning, match=words):
+        fit(*few)
+    words = (
+        r"mine.jsonl: 2 of 85 records have other domains than base, letters, digits: 'digitz' \(1\), no domain \(1\)"
+    )
+    with pytest.warns(UserWarning, match=words):
+        fit(*few, config=router_config())
+
+
+def test_conversations_longer_than_the_models_context_are_left_out() -> None:
+    base = resolve_base("tiny-random/llama")
+    context = json.loads((base / "config.json").read_text())["max_position_embeddings"]
+    record = {"prompt": "a" * context, "completion": "b", "domain": "letters"}
+    Path("mine.jsonl").write_text(Path("configs/tiny.jsonl").read_text() + json.dumps(record) + "\n")
+    with pytest.warns(UserWarning, match=f"1 of 81 records are left out: 1 longer than {context} tokens"):
+        fit("--trainer.max_steps=1", "--data.train=mine.jsonl", f"--data.row_length={2 * context}", "--data.rows=1")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"messages": [{"role": "user"}, {"role": "assistant"}]}', "mine.jsonl: record 1: message 0 (user) has conte"),
+        ('{"prompt": "x"}', "mine.jsonl: record 1: a record needs 'messages', or 'prompt' and 'completion'"),
+        ('{"prompt": "x", "completion": " "}', "mine.jsonl: 1 of 1 records are left out: 1 with an empty answer"),
+        ('{"prompt": ', "mine.jsonl, line 1: not valid JSON"),
+        ("", "mine.jsonl has no records"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_bad_data_is_one_line(split: str, line: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.jsonl").write_text(line)
+    assert complaint(capsys, f"--data.{split}", "mine.jsonl").startswith(f"error: {words}")
 
 
 def test_a_folder_that_is_no_bank_is_not_replaced(tmp_path: Path) -> None:
@@ -516,9 +561,8 @@ def test_a_bank_that_is_replaced_keeps_its_card() -> None:
     assert Path("bank/README.md").read_text() == "card"
 
 
-def test_training_without_an_end_is_an_error() -> None:
-    with pytest.raises(ValueError, match="max_steps"):
-        fit("--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
+def test_training_without_an_end_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "set trainer.max_steps" in complaint(capsys, "--trainer.max_steps", "-1", "--trainer.max_epochs", "1")
 
 
 def test_epochs_of_limited_batches_go_on_where_the_last_one_stopped() -> None:
