@@ -54,7 +54,9 @@ class FrozenBase(L.LightningModule):
 
     def load_base(self) -> None:
         self.base_dir = resolve_base(self.base)
-        model, self.tokenizer = load_base(self.base_dir, device=self.device, dtype=self.dtype_name)
+        # Lightning moves the module only later; a base that is loaded elsewhere would be of that device's dtype.
+        device = self.device if self._trainer is None else self._trainer.strategy.root_device
+        model, self.tokenizer = load_base(self.base_dir, device=device, dtype=self.dtype_name)
         self.model = model
         check_head(model)
 

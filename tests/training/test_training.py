@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -342,6 +343,17 @@ def test_the_router_learns_from_the_language_model_loss_alone() -> None:
     assert any(value.abs().sum() > 0 for value in state.values())
     assert before.read_bytes() == contents  # the adapters are frozen
     assert untrained.losses.lm == 0
+
+
+@pytest.mark.parametrize("make", [lambda: AdapterTraining("letters"), lambda: RouterTraining([], "bank")])
+def test_the_base_is_loaded_where_the_trainer_will_train(make: Any) -> None:
+    training = make()
+    training.base = "tiny-random/llama"
+    training._trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("cuda", 0)))
+    stop = patch("molora.training.frozen.load_base", side_effect=RuntimeError("stop"))
+    with stop as loads, pytest.raises(RuntimeError, match="stop"):
+        training.configure_model()
+    assert loads.call_args.kwargs["device"] == torch.device("cuda", 0)
 
 
 def router_training(**settings: Any) -> tuple[RouterTraining, Any]:
