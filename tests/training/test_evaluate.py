@@ -5,7 +5,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import molora
-from molora import MoLoRA
+from molora import Bank, MoLoRA
 from molora.cli import app
 from molora.routing import RouteRequest
 from molora.training import evaluate as evaluation
@@ -126,7 +126,9 @@ def records() -> list[dict[str, Any]]:
     ]
 
 
-def test_the_router_is_measured_and_drawn(m: MoLoRA, tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["turn", "response"])
+def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn", "response"], tmp_path: Path) -> None:
+    m.bank = Bank(m.bank.path, replace(m.bank.config, activation=activation))
     data, out = tmp_path / "data.jsonl", tmp_path / "figures.json"
     data.write_text("".join(json.dumps(record) + "\n" for record in records()))
     measure_bank(m, str(data), out, ways=["base", "auto"], max_new_tokens=8)
@@ -139,12 +141,13 @@ def test_the_router_is_measured_and_drawn(m: MoLoRA, tmp_path: Path) -> None:
             hidden = m.decoder.router_input(input_ids=torch.tensor([example.token_ids]), use_cache=False)
             routes = m.decoder.router.scores(hidden)[0].argmax(-1).tolist()
         texts = [m.tokenizer.decode([token_id]) for token_id in example.token_ids]
-        for t in range(example.turn, len(routes)):
+        start = vars(example)[activation]
+        for t in range(start, len(routes)):
             label, before = example.domains[t], example.domains[t - 1]
             if label is None:
                 continue
             confusion[columns.index(label)][routes[t]] += 1
-            if t > example.turn and before is not None:
+            if t > start and before is not None:
                 goes_on = texts[t - 1].isalnum() and texts[t].isalnum()
                 num_neighbours += 1
                 num_inside += goes_on
