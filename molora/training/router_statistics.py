@@ -96,7 +96,7 @@ class RouterStatistics:
     @property
     def accuracy(self) -> float:
         """The share of tokens that are routed as labelled."""
-        return float(self.confusion_CC.trace()) / max(1, self.num_tokens)
+        return int(self.confusion_CC.diagonal().sum()) / max(1, self.num_tokens)
 
     @property
     def load(self) -> list[float]:
