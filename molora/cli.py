@@ -324,7 +324,11 @@ def evaluate(
     device: DeviceOption = None,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Measure a bank by verified answers, or by perplexity where the data holds texts, each way to route alike."""
+    """Measure a bank by verified answers, or by perplexity where the data holds texts, each way to route alike.
+
+    Where auto is among the ways of answering, the folder OUT.plots gets plots of the router (confusion matrix, load,
+    calibration, entropy, switch rate) as PNG, and routes.html: answers, each token in the colour of its adapter.
+    """
     import shlex
     import sys
 

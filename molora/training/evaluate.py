@@ -1,7 +1,8 @@
 """Measuring a bank by verified answers: molora eval BANK --data FILE --out FILE
 
 Each row of the result is one way to route the same items: base, each adapter for everything, all of them at once, the
-right ones given, and the learned router. Answers are greedy, and checked by the recipe's verifiers.
+right ones given, and the learned router. Answers are greedy, and checked by the recipe's verifiers. Plots beside it
+show what the router does token by token.
 """
 
 from __future__ import annotations
@@ -26,15 +27,20 @@ import molora
 from molora.activation import Activation, check_message
 from molora.benchmark import source_commit
 from molora.files import write_atomic
+from molora.generation import Generation
 from molora.injection import cache_argument
 from molora.model import MoLoRA, Route
 from molora.router import KeyRouter
 from molora.routing import NO_ADAPTER, RouteRequest
 from molora.training.examples import encode, read_records
+from molora.training.plots import draw, png
 from molora.training.recipes import verify, verify_composite
 from molora.training.recipes.tasks import TASKS
+from molora.training.route_page import RoutedExample, route_page
+from molora.training.router_report import column_names, routed_tokens, router_scores, router_statistics
 
 AT_ONCE = 256  # questions that the engine has; it refuses more
+NUM_EXAMPLES = 6  # of each kind that are shown with their routes
 _ENDED = re.compile(r"Answer:.*\n")
 
 
@@ -63,9 +69,13 @@ class Question:
         return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]), labels)
 
     def is_right(self, text: str) -> bool:
+        return all(self.parts_right(text))
+
+    def parts_right(self, text: str) -> tuple[bool, ...]:
+        """For each of its domains, whether its part of the answer is right."""
         if len(self.domains) == 1:
-            return verify(self.domains[0], self.answers[0], text)
-        return all(verify_composite(self.domains, self.answers, text))
+            return (verify(self.domains[0], self.answers[0], text),)
+        return tuple(verify_composite(self.domains, self.answers, text))
 
 
 def answer(
@@ -81,14 +91,27 @@ def answer(
     Args:
         activations: where each question is activated; None is by its route's own policy.
     """
-    texts: list[str] = []
+    outs = generate(m, questions, routes, max_new_tokens=max_new_tokens, activations=activations)
+    return [out.text for out in outs]
+
+
+def generate(
+    m: MoLoRA,
+    questions: Sequence[Question],
+    routes: Sequence[Route],
+    *,
+    max_new_tokens: int,
+    activations: Sequence[Activation | None] | None = None,
+) -> list[Generation]:
+    """`answer`, with all that is known of how each answer came about."""
+    outs: list[Generation] = []
     running: deque[Any] = deque()
 
     def finish() -> None:
         stream = running.popleft()
         for _ in stream:
             pass
-        texts.append(stream.result.text)
+        outs.append(stream.result)
 
     for question, route, activation in zip(questions, routes, activations or repeat(None), strict=False):
         if len(running) == AT_ONCE:
@@ -96,7 +119,7 @@ def answer(
         running.append(m.stream(question.messages, route=route, activation=activation, max_new_tokens=max_new_tokens))
     while running:
         finish()
-    return texts
+    return outs
 
 
 @torch.inference_mode()
@@ -186,32 +209,13 @@ def _decode_as_given(
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 
 
-@torch.inference_mode()
 def routes_by_sequence(m: MoLoRA, questions: Sequence[Question], *, batch_size: int = 256) -> list[Route]:
     """One route for each whole question: the router's column with most probability over the user's turn."""
-    names = ["base", *(entry.name for entry in m.bank.routable)]
-    router = m.decoder.router
-    assert isinstance(router, KeyRouter)
-    prompts = [m.render(question.messages) for question in questions]
-    found: list[Route] = []
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        width = max(len(prompt.token_ids) for prompt in batch)
-        ids = torch.zeros(len(batch), width, dtype=torch.long)
-        active = torch.zeros(len(batch), width, dtype=torch.bool)
-        starts = [prompt.starts.get("turn", 0) for prompt in batch]
-        for row, prompt in enumerate(batch):  # padded behind: nothing sees what follows it
-            ids[row, : len(prompt.token_ids)] = torch.tensor(prompt.token_ids)
-            active[row, starts[row] : len(prompt.token_ids)] = True
-        with m.lock:
-            device = m.decoder.device
-            request = RouteRequest(
-                torch.tensor(starts, device=device)[:, None], auto=torch.ones_like(active).to(device)
-            )
-            hidden = m.decoder.router_input(request, input_ids=ids.to(device), use_cache=False)
-        shares = router.scores(hidden).softmax(-1) * active.to(hidden.device)[..., None]
-        found += [names[column] for column in shares.sum(1).argmax(-1).tolist()]
-    return found
+    names, prompts = column_names(m), [m.render(question.messages) for question in questions]
+    starts = [prompt.starts.get("turn", 0) for prompt in prompts]
+    scores = router_scores(m, [prompt.token_ids for prompt in prompts], starts, batch_size=batch_size)
+    shares = (scores_TC[start:].softmax(-1).sum(0) for start, scores_TC in zip(starts, scores, strict=True))
+    return [names[column] for column in torch.stack([*shares]).argmax(-1).tolist()]
 
 
 def evaluate(
@@ -299,6 +303,9 @@ def measure_bank(
 ) -> dict[str, Any]:
     """Every way's figures on the items of a file, written as JSON after each way.
 
+    Where the router is one of the ways, and tokens have labels, its statistics on the items and their reference answers
+    are among the figures; the folder `<out>.plots` gets them as plots, and a page of example routes.
+
     Args:
         data: held-out items, a .jsonl file of the recipes.
         ways: see `evaluate`; all of them if None.
@@ -339,7 +346,42 @@ def measure_bank(
                 other["auto_minus_this"] = paired_difference(results["auto"]["by_item"], other["by_item"])
         print(f"{way:>12}  {figure['accuracy']:.3f}  {figure['by_domain']}", flush=True)
         write_atomic(out, json.dumps(figures, indent=2) + "\n")  # a long run that breaks off keeps what it has
+    if "auto" in ways and isinstance(m.decoder.router, KeyRouter):
+        starts = [m.activation_start(m.render(question.messages)) for question in questions]
+        statistics = router_statistics(m, [encode(record, m.tokenizer) for record in verified], starts)
+        if statistics.num_tokens:
+            figures["router"] = statistics.to_json(column_names(m))
+            write_atomic(out, json.dumps(figures, indent=2) + "\n")
+            folder = out.with_name(f"{out.name}.plots")
+            for name, plot in draw(statistics, column_names(m)).items():
+                write_atomic(folder / f"{name}.png", png(plot))
+            write_atomic(folder / "routes.html", _route_page(m, questions, max_new_tokens))
+            print(f"plots and example routes are in {folder}", flush=True)
     return figures
+
+
+def _route_page(m: MoLoRA, questions: Sequence[Question], max_new_tokens: int) -> str:
+    """A few questions of each kind, of as many domains as there are."""
+    seen, rounds = Counter[tuple[str, ...]](), list[int]()
+    for question in questions:
+        rounds.append(seen[question.domains])
+        seen[question.domains] += 1
+    various = [question for _, question in sorted(zip(rounds, questions, strict=True), key=lambda pair: pair[0])]
+    kinds = {
+        "One task": [question for question in various if len(question.domains) == 1],
+        "Several tasks": [question for question in various if len(question.domains) > 1],
+    }
+    examples = {kind: _examples(m, each[:NUM_EXAMPLES], max_new_tokens) for kind, each in kinds.items()}
+    return route_page(f"Routes of {m.bank.name}", column_names(m)[1:], examples)
+
+
+def _examples(m: MoLoRA, questions: Sequence[Question], max_new_tokens: int) -> list[RoutedExample]:
+    outs = generate(m, questions, ["auto"] * len(questions), max_new_tokens=max_new_tokens)
+    turns = [m.render(question.messages).starts.get("turn", 0) for question in questions]
+    return [
+        RoutedExample(question.domains, question.answers, question.parts_right(out.text), *routed_tokens(m, out, turn))
+        for question, out, turn in zip(questions, outs, turns, strict=True)
+    ]
 
 
 def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA) -> list[Question]:

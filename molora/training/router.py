@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -31,6 +32,8 @@ from molora.training.data import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
+from molora.training.plots import draw
+from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
 
 
@@ -221,14 +224,33 @@ class RouterTraining(FrozenBase):
         )  # a domain's index is its adapter's column
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss, metrics = self._loss(batch)
+        loss, metrics, _ = self._loss(batch)
         self.log_dict({f"train/{name}": value for name, value in metrics.items()}, prog_bar=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        self._statistics = RouterStatistics.zeros(self.router.num_columns, self.device)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        _, metrics = self._loss(batch)
+        _, metrics, logits_NC = self._loss(batch)
         values = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
+        labels_N = torch.where(batch.position_ids >= batch.start, batch.domains, IGNORE).flatten()
+        logits_NC = logits_NC / self.router_config.temperature
+        self._statistics += RouterStatistics.of(logits_NC, labels_N, batch.position_ids.flatten())
+
+    def on_validation_epoch_end(self) -> None:
+        statistics = self._statistics.map(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
+        if self.trainer.sanity_checking or not statistics.num_tokens:
+            return
+        values = {"entropy": statistics.mean_entropy, "switch_rate": statistics.switch_rate, "ece": statistics.ece}
+        self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
+        loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers or not self.trainer.is_global_zero:
+            return
+        for name, figure in draw(statistics, [BASE, *self.folders]).items():
+            for logger in loggers:
+                logger.experiment.add_figure(f"router/{name}", figure, self.trainer.global_step)
 
     def write(self) -> None:
         """Write the bank."""
@@ -329,7 +351,8 @@ class RouterTraining(FrozenBase):
         losses_NC = torch.stack(columns, -1)
         return losses_NC - losses_NC.amin(-1, keepdim=True)
 
-    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """The loss, its parts, and the router's scores [N, C]."""
         weights = self.losses
         metrics: dict[str, Tensor] = {}
         active = batch.position_ids >= batch.start
@@ -372,7 +395,7 @@ class RouterTraining(FrozenBase):
         metrics["routed_right"] = (logits_NC.argmax(-1) == columns_N)[labelled].float().mean()
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
-        return loss, metrics
+        return loss, metrics, logits_NC
 
 
 @contextmanager

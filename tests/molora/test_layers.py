@@ -59,6 +59,7 @@ COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/model.py"}
         ("jsonargparse", "molora/training"),
         ("datasets", "molora/training"),
         ("reasoning_gym", "molora/training"),
+        ("matplotlib", "molora/training"),
         ("fastapi", "molora/serving"),
         ("starlette", "molora/serving"),
         ("uvicorn", "molora/serving"),
@@ -104,4 +105,13 @@ def test_import_molora_is_light():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     loaded = set(result.stdout.split())
     assert "molora" in loaded
-    assert not loaded & {"lightning", "pytorch_lightning", "fastapi", "uvicorn", "datasets", "peft", "tensorboard"}
+    assert not loaded & {
+        "lightning",
+        "pytorch_lightning",
+        "fastapi",
+        "uvicorn",
+        "datasets",
+        "peft",
+        "tensorboard",
+        "matplotlib",
+    }

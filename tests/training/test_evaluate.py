@@ -5,14 +5,15 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import molora
-from molora import MoLoRA
+from molora import Bank, MoLoRA
 from molora.cli import app
 from molora.routing import RouteRequest
 from molora.training import evaluate as evaluation
@@ -26,6 +27,8 @@ from molora.training.evaluate import (
     paired_difference,
     routes_by_sequence,
 )
+from molora.training.examples import encode
+from molora.training.router_report import routed_tokens
 
 QUESTIONS = [
     Question([{"role": "user", "content": "abc" * (1 + i)}], (domain,), (reference,))
@@ -103,6 +106,116 @@ def test_one_route_a_sequence_is_the_routers_favourite(m: MoLoRA) -> None:
             hidden = m.decoder.router_input(input_ids=torch.tensor([prompt.token_ids]), use_cache=False)
             shares = m.decoder.router.scores(hidden)[0, prompt.starts["turn"] :].softmax(-1).sum(0)
         assert route == ["base", "words", "legs"][int(shares.argmax())]
+
+
+HOSTILE = "<script>alert(1)</script>"
+PARTS = [("ab12 cd,", "words"), (" 34", "legs")]
+
+
+def records() -> list[dict[str, Any]]:
+    parts = [{"type": "text", "text": text, "domain": domain} for text, domain in PARTS]
+    before = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]
+
+    def exchange(content: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+
+    return [
+        {"messages": exchange(f"spell {HOSTILE}"), "domain": "words", "answer": "x"},
+        {"messages": [*before, *exchange("count 12 cats")], "domain": "legs", "answer": "48"},
+        {"messages": exchange(parts), "domain": ["words", "legs"], "answer": ["x", "34"]},
+    ]
+
+
+@pytest.mark.parametrize("activation", ["turn", "response"])
+def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn", "response"], tmp_path: Path) -> None:
+    m.bank = Bank(m.bank.path, replace(m.bank.config, activation=activation))
+    data, out = tmp_path / "data.jsonl", tmp_path / "figures.json"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records()))
+    measure_bank(m, str(data), out, ways=["base", "auto"], max_new_tokens=8)
+    columns = ["base", "words", "legs"]
+    confusion = [[0] * 3 for _ in columns]
+    switches = inside = num_inside = num_neighbours = label_switches = label_inside = 0
+    for record in records():
+        example = encode(record, m.tokenizer)
+        with torch.inference_mode():
+            hidden = m.decoder.router_input(input_ids=torch.tensor([example.token_ids]), use_cache=False)
+            routes = m.decoder.router.scores(hidden)[0].argmax(-1).tolist()
+        texts = [m.tokenizer.decode([token_id]) for token_id in example.token_ids]
+        start = vars(example)[activation]
+        for t in range(start, len(routes)):
+            label, before = example.domains[t], example.domains[t - 1]
+            if label is None:
+                continue
+            confusion[columns.index(label)][routes[t]] += 1
+            if t > start and before is not None:
+                goes_on = texts[t - 1].isalnum() and texts[t].isalnum()
+                num_neighbours += 1
+                num_inside += goes_on
+                switches += routes[t] != routes[t - 1]
+                inside += goes_on and routes[t] != routes[t - 1]
+                label_switches += label != before
+                label_inside += goes_on and label != before
+    num_tokens = sum(map(sum, confusion))
+    router = json.loads(out.read_text())["router"]
+    assert router["columns"] == columns
+    assert router["confusion"] == confusion
+    assert router["num_tokens"] == num_tokens
+    assert router["accuracy"] == sum(confusion[c][c] for c in range(3)) / num_tokens
+    assert router["load"] == {name: sum(row[c] for row in confusion) / num_tokens for c, name in enumerate(columns)}
+    assert router["switch_rate"] == switches / num_neighbours
+    assert router["label_switch_rate"] == label_switches / num_neighbours
+    assert [router[f"{kind}_in_words"] for kind in ("neighbours", "switches", "label_switches")] == [
+        *(num_inside, inside, label_inside)
+    ]
+    assert 0 < inside < num_inside < num_neighbours
+    assert 0 < router["ece"] < 1
+    assert 0 < router["entropy"] < math.log(3)
+    folder = tmp_path / "figures.json.plots"
+    pictures = {path.stem: Image.open(path) for path in folder.glob("*.png")}
+    assert set(pictures) == {"confusion", "load", "calibration", "entropy", "switches"}
+    for picture in pictures.values():
+        picture.load()
+        assert 240 <= min(picture.size) <= max(picture.size) <= 2200
+    page = (folder / "routes.html").read_text()
+    assert "<script" not in page
+    assert "&lt;" in page
+    assert page.count("<article>") == 3
+    assert [page.count(f"<h2>{kind}</h2>") for kind in ("One task", "Several tasks")] == [1, 1]
+
+
+@pytest.mark.parametrize(("ways", "is_labelled"), [(["base"], True), (["auto"], False)])
+def test_nothing_is_drawn_without_the_router_or_labels(
+    m: MoLoRA, ways: list[str], is_labelled: bool, tmp_path: Path
+) -> None:
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    record = {"messages": messages, "domain": "words" if is_labelled else ["words"], "answer": "x"}
+    if not is_labelled:
+        record["answer"] = ["x"]
+    data, out = tmp_path / "data.jsonl", tmp_path / "figures.json"
+    data.write_text(json.dumps(record) + "\n")
+    assert "router" not in measure_bank(m, str(data), out, ways=ways, max_new_tokens=2)
+    assert [path.name for path in tmp_path.glob("figures*")] == ["figures.json"]
+
+
+def test_tokens_are_shown_with_who_read_and_who_wrote_them(m: MoLoRA) -> None:
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "say é 12"}]
+    stream = m.stream(messages, activation="response", max_new_tokens=12)
+    drawn = [*stream]
+    out = stream.result
+    turn, start = (m.render(messages).starts[each] for each in ("turn", "response"))
+    assert 0 < turn < start == out.activation_start
+    question, answer_ = routed_tokens(m, out, turn)
+    assert [token.route for token in question] == [None] * (start - turn) + out.routes[start : out.num_prompt_tokens]
+    assert [token.route for token in answer_] == out.generated_routes
+    assert len({token.name for token in answer_}) > 1
+    for token, wanted in zip(answer_, drawn, strict=True):
+        name, probability = wanted.candidates[0]
+        assert (token.name, token.probability) == (name, pytest.approx(probability, rel=1e-3))
+    assert "".join(token.text for token in question) == m.tokenizer.decode(
+        out.token_ids[turn : out.num_prompt_tokens], clean_up_tokenization_spaces=False
+    )
+    assert "é" in [token.text for token in question]
+    assert {token.text for token in question if token.is_special} <= {*m.tokenizer.all_special_tokens}
 
 
 def test_paired_differences_and_an_oracles_choice() -> None:

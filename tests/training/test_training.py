@@ -1,7 +1,9 @@
 """The two training modules, end to end on a tiny random base."""
 
 import csv
+import itertools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import molora
 from molora.adapter import Adapter
@@ -244,6 +247,108 @@ def test_the_router_learns_the_domains_and_writes_a_bank() -> None:
     m = molora.load(bank, device="cpu")
     out = m.generate([{"role": "user", "content": "3 times a"}], max_new_tokens=3)
     assert {name for route in out.generated_routes for name, _ in route} == {"letters"}
+
+
+PLOTS = {f"router/{name}" for name in ("confusion", "load", "calibration", "entropy", "switches")}
+RATES = ("val/entropy", "val/switch_rate", "val/ece")
+
+
+def events(folder: Path) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0}).Reload()
+
+
+def test_validation_of_a_router_is_logged_as_scalars_and_plots() -> None:
+    config = yaml.safe_load(Path(router_config()).read_text())
+    logger = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": {"save_dir": "second"}}
+    config["trainer"] |= {"max_steps": 20, "val_check_interval": 10}
+    config["trainer"]["logger"].append(logger)
+    Path("router.yaml").write_text(yaml.safe_dump(config))
+    fit(config="router.yaml")
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    folders = [path.parent for path in Path().rglob("events.out.tfevents*")]
+    assert len(folders) == 2
+    for log in map(events, folders):
+        assert set(log.Tags()["images"]) == PLOTS
+        for name in PLOTS:
+            images = log.Images(name)
+            assert [image.step for image in images] == [10, 20]  # and none of the sanity check
+            assert all(image.width > 300 and image.height > 200 for image in images)
+        for name in RATES:
+            assert [scalar.value for scalar in log.Scalars(name)] == pytest.approx(column(metrics, name), rel=1e-3)
+    assert all(0 < entropy < math.log(3) for entropy in column(metrics, "val/entropy"))
+
+
+def test_what_is_logged_of_a_validation_is_what_the_router_does() -> None:
+    config = router_config(schedule={"lr": 0.0}, router={"hidden_dim": 32, "key_dim": 16, "temperature": 0.5})
+    fit("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", config=config)
+    m = molora.load("bank", device="cpu")
+    data = examples(read_records("configs/tiny.jsonl"), m.tokenizer, max_length=256)
+    loader = PackedLoader(
+        data,
+        ["base", "letters", "digits"],
+        row_length=256,
+        rows=4,
+        pad_id=0,
+        mix=ActivationMix(),
+        seed=0,
+        num_batches=2,
+    )
+    entropies, changes, is_sure, is_right = [], [], [], []
+    for batch in loader:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        with torch.no_grad():
+            probs = (m.decoder.router.scores(m.decoder.router_input(**inputs)) / 0.5).softmax(-1)
+        for row, column_ in itertools.product(range(4), range(256)):
+            place, before = (row, column_), (row, column_ - 1)
+
+            def counts(place: tuple[int, int], batch: Any = batch) -> bool:
+                return bool(batch.position_ids[place] >= batch.start[place] and batch.domains[place] >= 0)
+
+            if not counts(place):
+                continue
+            entropies.append(-(probs[place] * probs[place].log()).sum())
+            is_sure.append(float(probs[place].max()))
+            is_right.append(int(probs[place].argmax() == batch.domains[place]))
+            if batch.position_ids[place] > 0 and counts(before):
+                changes.append(float(probs[place].argmax() != probs[before].argmax()))
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(metrics, "val/entropy") == pytest.approx([float(torch.stack(entropies).mean())], rel=1e-4)
+    assert column(metrics, "val/switch_rate") == pytest.approx([sum(changes) / len(changes)])
+    bins = [min(int(15 * each), 14) for each in is_sure]
+    gaps = [
+        sum(sure - right for sure, right, each in zip(is_sure, is_right, bins, strict=True) if each == b)
+        for b in range(15)
+    ]
+    assert column(metrics, "val/ece") == pytest.approx([sum(map(abs, gaps)) / len(bins)], rel=1e-3)
+
+
+@pytest.mark.parametrize("extra", [("--data.val", "null"), ("--trainer.limit_val_batches", "0")])
+def test_training_without_validation_logs_nothing_of_it(extra: tuple[str, str]) -> None:
+    fit("--trainer.max_steps", "10", *extra, config=router_config())
+    (folder,) = [path.parent for path in Path("runs/tiny").rglob("events.out.tfevents*")]
+    log = events(folder)
+    assert log.Tags()["images"] == []
+    assert log.Tags()["scalars"]
+    assert not set(log.Tags()["scalars"]) & set(RATES)
+
+
+def test_two_processes_count_together_what_one_with_all_their_rows_does() -> None:
+    config = router_config(schedule={"lr": 0.0})  # so that both have the same router
+    short = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.enable_progress_bar", "false"]
+    fit(*short, "--data.rows", "8", config=config)
+    (one,) = Path("runs/tiny").rglob("metrics.csv")
+    rates = {name: column(one, name) for name in RATES}
+    assert all(len(values) == 1 and values[0] > 0 for values in rates.values())
+    shutil.rmtree("runs")
+    command = [sys.executable, str(REPOSITORY / "train.py"), "fit", "--config", config, *short]
+    command += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]  # of four rows in each process
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    (two,) = Path("runs/tiny").rglob("metrics.csv")
+    for name in RATES:
+        assert column(two, name) == pytest.approx(rates[name], rel=1e-4), name
+    (folder,) = [path.parent for path in Path("runs/tiny").rglob("events.out.tfevents*")]
+    assert set(events(folder).Tags()["images"]) == PLOTS
 
 
 @pytest.mark.parametrize("losses", [{}, {"given": 1.0}], ids=["labels", "given"])

@@ -1,0 +1,171 @@
+"""What a router does on labelled tokens: whom it confuses, how sure and how calibrated it is, how often it switches.
+
+Legend: N tokens, C columns (base and adapters), B bins of confidence, H bins of entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 15
+NUM_ENTROPY_BINS = 30
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """Sums over labelled tokens, on their device. Those of two batches add up to those of both.
+
+    A neighbour is a pair of tokens that follow each other in one conversation, both with a label.
+
+    Attributes:
+        confusion_CC: int64, tokens by the column of their label (row) and of their route.
+        count_B: int64, tokens by confidence, the probability of the route, in equal bins from 0 to 1.
+        right_B: int64, those of them that are routed as labelled.
+        confidence_B: float32, sums of their confidence.
+        entropy_H: int64, tokens by the entropy of their probabilities, in equal bins from 0 to `max_entropy`.
+        entropy: float32, sum of the entropies in nats.
+        switches_23: int64, neighbours, those where the route changes, and those where the label does: of all tokens
+            (row 0), and inside a word or a number (row 1).
+    """
+
+    confusion_CC: Tensor
+    count_B: Tensor
+    right_B: Tensor
+    confidence_B: Tensor
+    entropy_H: Tensor
+    entropy: Tensor
+    switches_23: Tensor
+
+    @classmethod
+    def zeros(cls, num_columns: int, device: torch.device | None = None) -> RouterStatistics:
+        nothing = torch.zeros(0, dtype=torch.long, device=device)
+        return cls.of(torch.zeros(0, num_columns, device=device), nothing, nothing)
+
+    @classmethod
+    def of(
+        cls, logits_NC: Tensor, labels_N: Tensor, positions_N: Tensor, goes_on_N: Tensor | None = None
+    ) -> RouterStatistics:
+        """
+        Args:
+            logits_NC: scores, whose softmax are the probabilities.
+            labels_N: the right column; tokens with one below 0 are left out.
+            positions_N: count from 0 in each conversation.
+            goes_on_N: bool, whether a token goes on with the word or number of the one before; None is nowhere.
+        """
+        num_columns = logits_NC.shape[-1]
+        counted_N = (labels_N >= 0).long()
+        probs_NC = logits_NC.float().softmax(-1)
+        routes_N = logits_NC.argmax(-1)
+        confidence_N = probs_NC.gather(-1, routes_N[:, None])[:, 0]
+        entropy_N = torch.special.entr(probs_NC).sum(-1)
+        bin_N = _bins(confidence_N, NUM_BINS)
+        right_N = counted_N * (routes_N == labels_N)
+        return cls(
+            confusion_CC=_sums(
+                labels_N.clamp(min=0) * num_columns + routes_N, counted_N, num_columns * num_columns
+            ).view(num_columns, num_columns),
+            count_B=_sums(bin_N, counted_N, NUM_BINS),
+            right_B=_sums(bin_N, right_N, NUM_BINS),
+            confidence_B=_sums(bin_N, counted_N * confidence_N, NUM_BINS),
+            entropy_H=_sums(_bins(entropy_N / max_entropy(num_columns), NUM_ENTROPY_BINS), counted_N, NUM_ENTROPY_BINS),
+            entropy=(counted_N * entropy_N).sum(),
+            switches_23=_switches(routes_N, labels_N, positions_N, goes_on_N),
+        )
+
+    def __add__(self, other: RouterStatistics) -> RouterStatistics:
+        return RouterStatistics(**{name: value + vars(other)[name] for name, value in vars(self).items()})
+
+    def map(self, of: Callable[[Tensor], Tensor]) -> RouterStatistics:
+        """Each tensor changed: moved, or summed over processes."""
+        return RouterStatistics(**{name: of(value) for name, value in vars(self).items()})
+
+    @property
+    def num_columns(self) -> int:
+        return len(self.confusion_CC)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.confusion_CC.sum())
+
+    @property
+    def accuracy(self) -> float:
+        """The share of tokens that are routed as labelled."""
+        return int(self.confusion_CC.diagonal().sum()) / max(1, self.num_tokens)
+
+    @property
+    def load(self) -> list[float]:
+        """The share of tokens that each column takes."""
+        return [count / max(1, self.num_tokens) for count in self.confusion_CC.sum(0).tolist()]
+
+    @property
+    def label_load(self) -> list[float]:
+        """The share of tokens that each column should take."""
+        return [count / max(1, self.num_tokens) for count in self.confusion_CC.sum(1).tolist()]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error, the mean distance of confidence and accuracy (arXiv 1706.04599, eq. 3)."""
+        return float((self.right_B - self.confidence_B).abs().sum()) / max(1, self.num_tokens)
+
+    @property
+    def mean_entropy(self) -> float:
+        """Of a token's probabilities, in nats."""
+        return float(self.entropy) / max(1, self.num_tokens)
+
+    @property
+    def switch_rate(self) -> float:
+        """The share of neighbours whose routes differ."""
+        return self._rate(1)
+
+    @property
+    def label_switch_rate(self) -> float:
+        return self._rate(2)
+
+    def _rate(self, column: int) -> float:
+        return int(self.switches_23[0, column]) / max(1, int(self.switches_23[0, 0]))
+
+    def to_json(self, names: Sequence[str]) -> dict[str, Any]:
+        """The figures, with the columns' names."""
+        num_inside, inside, label_inside = self.switches_23[1].tolist()
+        return {
+            "num_tokens": self.num_tokens,
+            "accuracy": self.accuracy,
+            "ece": self.ece,
+            "entropy": self.mean_entropy,
+            "switch_rate": self.switch_rate,
+            "label_switch_rate": self.label_switch_rate,
+            "neighbours_in_words": num_inside,
+            "switches_in_words": inside,
+            "label_switches_in_words": label_inside,
+            "load": dict(zip(names, self.load, strict=True)),
+            "columns": list(names),
+            "confusion": self.confusion_CC.tolist(),
+        }
+
+
+def max_entropy(num_columns: int) -> float:
+    """Of a router that knows nothing, in nats; above 0, also where there is nothing to choose."""
+    return math.log(max(2, num_columns))
+
+
+def _bins(values_N: Tensor, num_bins: int) -> Tensor:
+    """The bin of each value, of equal ones from 0 to 1."""
+    return (values_N * num_bins).long().clamp(0, num_bins - 1)
+
+
+def _sums(index_N: Tensor, values_N: Tensor, size: int) -> Tensor:
+    return values_N.new_zeros(size).index_add(0, index_N, values_N)
+
+
+def _switches(routes_N: Tensor, labels_N: Tensor, positions_N: Tensor, goes_on_N: Tensor | None) -> Tensor:
+    counted_N = labels_N >= 0
+    pairs_N = counted_N[1:] & counted_N[:-1] & (positions_N[1:] > 0)
+    changed_N3 = torch.stack([pairs_N, *(pairs_N & (each[1:] != each[:-1]) for each in (routes_N, labels_N))], -1)
+    inside_N = torch.zeros_like(pairs_N) if goes_on_N is None else goes_on_N[1:]
+    return torch.stack([changed_N3.sum(0), (changed_N3 & inside_N[:, None]).sum(0)])
