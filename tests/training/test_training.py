@@ -528,10 +528,16 @@ def test_what_each_adapter_loses_is_the_loss_of_its_own_forward() -> None:
 
 
 def test_a_router_learns_from_each_adapters_losses() -> None:
-    fit(config=router_config(alpha=100.0, losses={"label": 0.0, "token": 1.0, "z": 1e-4}))
-    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
-    losses = column(metrics, "train/token")
-    assert 0 <= losses[-1] < 0.7 * losses[0]
+    training, batch = router_training(losses=RouterLosses(label=0.0, token=1.0))
+    optimizer = torch.optim.Adam(training.router.parameters(), lr=0.01)
+    losses = []
+    for _ in range(60):
+        loss = training._loss(batch)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]  # of what base or an adapter loses beyond the best of them
 
 
 def test_adapters_may_go_on_learning_with_their_router() -> None:
