@@ -10,50 +10,50 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
+SINGLES = {"base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"}
+SINGLES |= {"lm", "token", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain", "nine", *DOMAINS}
+STARTS = ("first", "system", "half", "turn", "response")
 
 
 def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("peft")
-    out = tmp_path / "quality.json"
-    options = ["--work", str(tmp_path / "work"), "--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1"]
-    options += ["--domains", *DOMAINS, "--num-train", "40", "--steps", "2", "--router-steps", "2", "--device", "cpu"]
-    options += ["--singles", "1", "--composites", "2", "--dtype", "float32", "--out", str(out)]
-    for stage in ("data", "train", "eval"):
+    out, work = tmp_path / "quality.json", tmp_path / "work"
+    options = ["--work", str(work), "--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1"]
+    options += ["--domains", *DOMAINS, "--newcomer", "sorting", "--num-train", "40", "--device", "cpu"]
+    options += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--dtype", "float32", "--out", str(out)]
+    options += ["--singles", "1", "--composites", "2", "--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
+
+    def run(stage: str) -> str:
         done = subprocess.run(
             [sys.executable, str(REPOSITORY / "benchmarks/quality.py"), stage, *options],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
         )
         assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for stage in ("data", "train", "eval", "table"):
+        run(stage)
     result = json.loads(out.read_text())
-    assert result["num_items"] == {"singles": 3, "composites": 2}
-    ways = {
-        "auto",
-        "given",
-        "base",
-        "sequence",
-        "uniform",
-        "best single",
-        "ties",
-        "dare",
-        "dare_ties",
-        "random",
-        "joint",
-        "top-2",
-        "soft",
-    }
-    for kind, rows in result["rows"].items():
-        assert set(rows) == ways | set(DOMAINS)
-        for row in rows.values():
-            assert len(row["by_item"]) == result["num_items"][kind]
-            assert {"difference", "low", "high"} == set(row["auto_minus_this"])
-    data = tmp_path / "work" / "data"
-    questions = [
-        {str(json.loads(line)["messages"][-2]["content"]) for line in (data / name).read_text().splitlines()}
+    assert result["num_items"]["singles"] == 3
+    assert result["num_items"]["composites"] == 2
+    rows = result["rows"]
+    assert set(rows["singles"]) == SINGLES
+    assert set(rows["composites"]) == SINGLES - {"plain"}
+    assert set(rows["histories"]) == {f"{bank} from {start}" for bank in ("bank", "plain") for start in STARTS}
+    assert set(rows["newcomer"]) == set(rows["newcomer_composites"]) == {"nine", "nine given"}
+    for label, row in rows["singles"].items():
+        assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
+        assert row["minus auto"]["num_items"] == len(row["by_item"]["0"])
+    assert "| xlora | 0.000 (1 items)" in out.with_suffix(".md").read_text()
+    held_out, learned = (
+        {str(json.loads(line)["messages"][-2]["content"]) for line in (work / "data" / name).read_text().splitlines()}
         for name in ("singles.jsonl", "joint.jsonl")
-    ]
-    assert all(questions)
-    assert not questions[0] & questions[1]
+    )
+    assert held_out
+    assert not held_out & learned
+    (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
+    assert [line.split()[0] for line in run("eval").splitlines()] == ["given"]

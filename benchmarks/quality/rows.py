@@ -27,7 +27,6 @@ from quality import peft_ways
 from quality.training import STAGES, seed_folder
 
 MAX_TOP_K = 8  # the most adapters that the kernels give a token
-MAX_NEW_TOKENS = 128
 STARTS = ("first", "system", "half", "turn", "response")
 SCORED = ("singles", "composites")
 NEWCOMER = ("newcomer", "newcomer_composites")
@@ -77,7 +76,7 @@ class Measurement:
         rows = {
             kind: found
             for kind in kinds
-            for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=MAX_NEW_TOKENS)
+            for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=self.args.max_new_tokens)
         }
         self.write(label, rows, time.perf_counter() - begin_s)
 
@@ -171,7 +170,9 @@ def of_starts(here: Measurement) -> None:
                 if here.missing([label]):
                     begin_s = time.perf_counter()
                     points = [_start(m, question, start) for question in questions]
-                    ((_, found),) = evaluate(m, questions, ["given"], max_new_tokens=MAX_NEW_TOKENS, activations=points)
+                    ((_, found),) = evaluate(
+                        m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
+                    )
                     here.write(label, {"histories": found}, time.perf_counter() - begin_s)
 
 
@@ -202,7 +203,7 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         model = build(base_dir, folders, args, tokenizer, here.device)
         rows = {}
         for kind, questions in asked.items():
-            texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, MAX_NEW_TOKENS)
+            texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, args.max_new_tokens)
             rows[kind] = score(questions, [q.is_right(text) for q, text in zip(questions, texts, strict=True)])
         here.write(way, rows, time.perf_counter() - begin_s)
 

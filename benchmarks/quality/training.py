@@ -21,7 +21,6 @@ from molora.checkpoint import resolve_base
 from molora.digest import base_digest
 from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage, train_adapters, train_bank
 
-RANK = 8
 ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
@@ -81,13 +80,13 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
         router_layer=args.router_layer,
         adapters=AdapterStage(
             domains={domain: Domain(str(data / f"train_{domain}.jsonl")) for domain in domains},
-            model={"rank": RANK, "alpha": 2 * RANK, "schedule": {"lr": 0.002, "warmup_steps": 50}},
-            data={"row_length": 512, "rows": args.rows, "activation": ACTIVATION},
+            model={"rank": args.rank, "alpha": 2 * args.rank, "schedule": {"lr": 0.002, "warmup_steps": 50}},
+            data={"row_length": 512, "rows": args.rows, "activation": ACTIVATION | {"strangers": args.strangers}},
             trainer=trainer(args, args.steps),
         ),
         router=RouterStage(
             model={
-                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": RANK},
+                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": 8},
                 "schedule": {"lr": 0.001, "warmup_steps": 50, "weight_decay": 0.01},
                 **ROUTERS[stage],
             },
@@ -104,7 +103,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
 
 def joint_settings(args: Namespace) -> BankSettings:
     """One LoRA of the total rank, on as many tokens as all adapters together; the same scaling, 2."""
-    own, rank = settings(args), RANK * len(args.domains)
+    own, rank = settings(args), args.rank * len(args.domains)
     stage = AdapterStage(
         domains={"joint": Domain(str(args.work / "data" / "joint.jsonl"))},
         model=own.adapters.model | {"rank": rank, "alpha": 2 * rank},

@@ -31,7 +31,8 @@ class AdapterTraining(FrozenBase):
 
     The adapter acts on a conversation from an activation point that the data module varies. In a conversation whose
     parts have domains, it learns only its own parts; on those of others, and here and there on its own question, it
-    acts or rests at random, as it will when a router shares the conversation among several adapters.
+    acts or rests at random, as it will when a router shares the conversation among several adapters; or something is
+    written there that is not its own.
 
     Args:
         name: the adapter's name, and the domain of the data that it learns; or a list, to train several.
@@ -156,7 +157,7 @@ class AdapterTraining(FrozenBase):
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Mean loss [E] and accuracy [E] of each adapter on its own rows."""
-        self.stack.act((batch.position_ids >= batch.start) & ~batch.rest)
+        self.stack.act((batch.position_ids >= batch.start) & ~batch.rest, batch.signs)
         hidden = self.forward_hidden(batch)
         targets = torch.where(batch.domains == OTHER, IGNORE, batch.targets)
         return self.lm_losses(hidden, targets, num_groups=len(self.names))

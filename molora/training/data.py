@@ -34,6 +34,7 @@ from molora.training.examples import IGNORE, Example, examples, read_records
 NEVER = 1 << 30  # an activation start that no position reaches
 OTHER = -1
 MAX_STRAY_CHANCE = 0.5
+NUM_SIGNS = 62  # ranks that a stranger's signs are drawn for; more have the same again
 
 
 @dataclass
@@ -47,6 +48,7 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
         domains: int64, index of the token's domain in the loader's list, OTHER for one that is not in it, or -100
             where none is known.
         rest: bool, whether an adapter that is trained alone rests on the token.
+        signs: int64, whose bits say which of its ranks act with the opposite sign there, as a stranger would.
         rows: int64 [B], numbers of the rows, the same in every epoch.
         adapter: int64 [B], index of the adapter that learns the row, where several are trained side by side.
     """
@@ -57,6 +59,7 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
     start: Tensor
     domains: Tensor
     rest: Tensor
+    signs: Tensor
     rows: Tensor
     adapter: Tensor
 
@@ -78,7 +81,9 @@ class ActivationMix:
 
     An adapter that is trained alone also rests where a router may send tokens elsewhere: on the parts of other domains
     in the share `others_rest` of the conversations, and in the share `strays` on single tokens between the turn's start
-    and the response, each with a chance drawn for the conversation between 0 and `MAX_STRAY_CHANCE`.
+    and the response, each with a chance drawn for the conversation between 0 and `MAX_STRAY_CHANCE`. In the share
+    `strangers` it meets what other adapters may have written: on the parts of other domains, and from the turn's start
+    to a token drawn uniformly before the response, each of its ranks acts with a random sign.
     """
 
     turn: float = 0.6
@@ -88,6 +93,7 @@ class ActivationMix:
     before: float = 0.0
     others_rest: float = 0.5
     strays: float = 0.0
+    strangers: float = 0.0
 
     def __post_init__(self) -> None:
         if not all(0 <= share <= 1 for share in vars(self).values()):
@@ -107,15 +113,22 @@ class ActivationMix:
             return rng.randint(0, example.turn)
         return rng.randint(example.turn, example.response)
 
-    def draw_rest(self, example: Example, foreign: NDArray[np.bool_], rng: random.Random) -> NDArray[np.bool_]:
-        """For each token, whether the adapter rests on it; `foreign` marks the parts of other domains."""
+    def draw_others(
+        self, example: Example, foreign: NDArray[np.bool_], rng: random.Random
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+        """For each token, `Batch.rest` and `Batch.signs`; `foreign` marks the parts of other domains."""
         others_rest = rng.random() < self.others_rest
         chance = rng.uniform(0, MAX_STRAY_CHANCE) if rng.random() < self.strays else 0.0
+        signs = np.zeros(len(foreign), np.int64)
+        if self.strangers and rng.random() < self.strangers:
+            others_rest = False
+            signs[foreign] = rng.getrandbits(NUM_SIGNS)
+            signs[example.turn : rng.randint(example.turn, example.response)] = rng.getrandbits(NUM_SIGNS)
         rest = foreign & others_rest
         if chance:
             for i in range(example.turn, example.response):
                 rest[i] = rest[i] or rng.random() < chance
-        return rest
+        return rest, signs
 
 
 class PackedLoader:
@@ -193,13 +206,15 @@ class PackedLoader:
         rng = random.Random(f"{self.seed}/row/{index}")
         own = self._read(row)
         start, rest = np.full(self.row_length, NEVER), np.zeros(self.row_length, bool)
+        signs = np.zeros(self.row_length, np.int64)
         foreign, begin = own["domains"] == OTHER, 0
         for example in self.packed[row]:
             end = begin + len(example.token_ids)
             start[begin:end] = self.mix.draw(example, rng)
-            rest[begin:end] = self.mix.draw_rest(example, foreign[begin:end], rng)
+            rest[begin:end], signs[begin:end] = self.mix.draw_others(example, foreign[begin:end], rng)
             begin = end
-        return own | {"start": start, "rest": rest, "rows": np.int64(row), "adapter": np.int64(self.adapter)}
+        drawn = {"start": start, "rest": rest, "signs": signs}
+        return own | drawn | {"rows": np.int64(row), "adapter": np.int64(self.adapter)}
 
     def _read_row(self, row: int) -> dict[str, NDArray[np.int64]]:
         """What is the same whenever a row is served. Padding is one more conversation, of which nothing is learned."""

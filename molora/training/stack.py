@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
 from molora.injection import find_layers, recompute_layers
+from molora.training.data import NUM_SIGNS
 
 
 class LoraStack(nn.Module):
@@ -54,12 +55,20 @@ class LoraStack(nn.Module):
             a_ERI.copy_(torch.empty(a_ERI.shape[1:]).uniform_(-bound, bound, generator=generator))
             b_EOR.zero_()
 
-    def act(self, active_BL: Tensor) -> None:
-        """In the forwards from now on, the adapters act on these tokens, the first one on the first B / E rows."""
+    def act(self, active_BL: Tensor, signs_BL: Tensor | None = None) -> None:
+        """In the forwards from now on, the adapters act on these tokens, the first one on the first B / E rows.
+
+        Args:
+            signs_BL: int64, `Batch.signs`.
+        """
         dtype = next(iter(self.linears.values())).weight.dtype
-        gates_EN1 = (active_BL.to(dtype) * self.scaling).reshape(len(self.values), -1, 1)
+        gates = (active_BL.to(dtype) * self.scaling).reshape(len(self.values), -1, 1)
+        if signs_BL is not None:
+            bits_R = torch.arange(self.rank, device=signs_BL.device) % NUM_SIGNS
+            is_opposite_ENR = (signs_BL.reshape(len(self.values), -1, 1) >> bits_R) & 1
+            gates = gates * (1 - 2 * is_opposite_ENR).to(dtype)
         for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
-            linear.lora = a_ERI, b_EOR, gates_EN1
+            linear.lora = a_ERI, b_EOR, gates
 
     def blend(self, gates_NE: Tensor) -> None:
         """In the forwards from now on, every adapter acts on every token by its gate; gradients reach the gates."""

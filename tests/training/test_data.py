@@ -110,8 +110,32 @@ def test_an_adapter_rests_where_the_mix_says() -> None:
         assert ends[length].turn <= column - begin < ends[length].response
 
 
+def test_strangers_write_the_parts_of_others_and_the_questions_beginning() -> None:
+    batch = next(iter(loader(ActivationMix(strangers=1, others_rest=1))))
+    foreign, signs = batch.domains == OTHER, batch.signs
+    assert not batch.rest.any()
+    assert not next(iter(loader(ActivationMix(others_rest=1)))).signs.any()
+    assert (signs[foreign] != 0).all()
+    ends = {len(each.token_ids): each for each in DATA}
+    num_begun = 0
+    for row, positions in enumerate(batch.position_ids):
+        begins = [*(positions == 0).nonzero().flatten().tolist(), len(positions)]
+        for begin, end in pairwise(begins):
+            example = ends.get(end - begin)
+            if example is None:
+                continue
+            own = (signs[row, begin:end] != 0) & ~foreign[row, begin:end]
+            assert not own[: example.turn].any()
+            assert not own[example.response :].any()
+            written = signs[row, begin:end][own]
+            num_begun += bool(own.any())
+            assert len(written.unique()) <= 1
+            assert own[example.turn] == own.any() or foreign[row, begin + example.turn]
+    assert num_begun > 3
+
+
 def test_shares_are_shares() -> None:
-    for shares in ({"strays": 1.5}, {"others_rest": -0.1}, {"turn": float("nan")}):
+    for shares in ({"strays": 1.5}, {"others_rest": -0.1}, {"strangers": 2}, {"turn": float("nan")}):
         with pytest.raises(ValueError, match="between 0 and 1"):
             ActivationMix(**shares)
 

@@ -65,6 +65,18 @@ def test_side_by_side_and_blended_are_the_same_adapters(stack: tuple[Model, Lora
     assert torch.allclose(model.proj(x.reshape(1, -1, NUM_IN)).view_as(wanted), wanted)
 
 
+def test_a_strangers_ranks_have_the_signs_of_the_bits(stack: tuple[Model, LoraStack]) -> None:
+    model, adapters = stack
+    x = torch.randn(NUM_ADAPTERS, NUM_TOKENS, NUM_IN, dtype=torch.float64)
+    signs = torch.tensor([0b0000, 0b1010, 0b0001, 0b1111, 0b0110]).repeat(NUM_ADAPTERS, 1)
+    adapters.act(torch.ones(NUM_ADAPTERS, NUM_TOKENS, dtype=torch.bool), signs)
+    update = model.proj(x) - nn.functional.linear(x, model.proj.weight, model.proj.bias)
+    ((a_ERI, b_EOR),) = adapters.pairs()
+    signs_NR = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [-1, 1, 1, 1], [-1, -1, -1, -1], [1, -1, -1, 1]])
+    wanted = torch.einsum("eni,eri,nr,eor->eno", x, a_ERI, signs_NR.double(), b_EOR) * (ALPHA / RANK)
+    assert torch.allclose(update, wanted)
+
+
 def test_loaded_adapters_act_with_their_own_ranks_and_scalings(stack: tuple[Model, LoraStack]) -> None:
     model, adapters = stack
     own = LoraWeights(torch.randn(2, NUM_IN), torch.randn(NUM_OUT, 2), scaling=0.7)
