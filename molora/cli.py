@@ -343,6 +343,23 @@ def evaluate(
     measure_bank(model, str(data), out, ways=way, max_new_tokens=max_new_tokens, limit=limit, command=command)
 
 
+@app.command()
+def convert(
+    gguf: Annotated[Path, typer.Argument(metavar="GGUF", help="A GGUF file, of any quantization.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The base model's folder, which is made.")],
+    chat_template: Annotated[
+        Path | None, typer.Option(help="A Jinja file, for a model that comes without a chat template.")
+    ] = None,
+) -> None:
+    """Make a base model of a GGUF file, in bfloat16: a folder that --base takes."""
+    template = None if chat_template is None else chat_template.read_text(encoding="utf-8")
+    from molora.gguf import convert_gguf
+    from molora.progress import step
+
+    with step(make_console(stderr=True), f"Converting {gguf}"):
+        convert_gguf(gguf, folder, chat_template=template)
+
+
 @train_app.command("bank")
 def train_bank(
     config: Annotated[Path, typer.Option("--config", help="A YAML file such as configs/bank.yaml.")],

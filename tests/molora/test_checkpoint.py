@@ -22,6 +22,7 @@ import molora
 from molora import checkpoint
 from molora import wheel as wheels
 from molora.checkpoint import default_cache_dir, load_base, resolve_base, resolve_device
+from molora.gguf import convert_gguf
 from molora.tiny import make_tiny_base
 from molora.wheel import WheelSource
 
@@ -249,6 +250,31 @@ def test_the_wheel_is_converted_once(pip, base, tmp_path, console, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_any_gguf_file_becomes_a_base(base, tmp_path):
+    write_gguf(base, tmp_path / "tiny.gguf")
+    template = "{% for message in messages %}{{ message.content }}{{ eos_token }}{% endfor %}"
+    convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny", chat_template=template)
+    model, tokenizer = load_base(resolve_base(str(tmp_path / "tiny")), device="cpu")
+    expected = load_file(base / "model.safetensors")
+    assert all(
+        torch.equal(value, expected[name].bfloat16())
+        for name, value in model.bfloat16().state_dict().items()
+        if name in expected
+    )
+    assert tokenizer.chat_template == template
+    with pytest.raises(FileExistsError, match="exists already"):
+        convert_gguf(tmp_path / "tiny.gguf", tmp_path / "tiny")
+
+
+def test_what_is_no_gguf_file_is_an_error_and_leaves_nothing(tmp_path):
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ValueError, match="is no GGUF file"):
+        convert_gguf(tmp_path / "text.gguf", tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        convert_gguf(tmp_path / "none.gguf", tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["text.gguf"]
+
+
 def test_a_broken_copy_is_made_again(pip, tmp_path, console):
     folder = resolve_base(NAME, cache_dir=tmp_path / "cache", console=console)
     (folder / "model.safetensors").unlink()
@@ -274,7 +300,7 @@ def test_a_failed_conversion_leaves_nothing(pip, tmp_path, console, monkeypatch)
         (folder / "half").touch()
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(wheels, "_convert", failing)
+    monkeypatch.setattr(wheels, "convert", failing)
     with pytest.raises(RuntimeError, match="no memory"):
         resolve_base(NAME, cache_dir=tmp_path / "cache", console=console)
     assert list((tmp_path / "cache").iterdir()) == []
