@@ -10,6 +10,8 @@ a step's time is the median between ends of steps, with the device waited for.
 
     one      one adapter, against one PEFT run
     eight    eight adapters side by side, against eight runs of PEFT's, of which one is run
+    router   a router over eight frozen adapters by the language model loss, against the frozen model's forward and its
+             backward down to the router layer, alone; here steps are run without a trainer
 """
 
 import argparse
@@ -34,12 +36,15 @@ from torch.utils.data import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from molora.checkpoint import DTYPES
+from molora.injection import find_layers
 from molora.tiny import byte_tokenizer
-from molora.training import AdapterTraining
+from molora.training import AdapterTraining, RouterTraining
 from molora.training.data import ActivationMix, Batch, ChatData
 from molora.training.examples import IGNORE, Example
+from molora.training.loss import Head, frozen_cross_entropy
+from molora.training.router import RouterLosses
 
-LEAST_ONE, LEAST_EIGHT = 1.2, 4.0
+LEAST_ONE, LEAST_EIGHT, MOST_ROUTER = 1.2, 4.0, 1.15
 NUM_WARM = 5  # steps before the clock counts
 MOST_DIFFERENT = {torch.float32: 1e-3, torch.bfloat16: 0.05}
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -157,8 +162,17 @@ class RandomTraining(AdapterTraining):
     def load_base(self) -> None:
         self.model, self.tokenizer = self.setting.model(), byte_tokenizer()
 
-    def on_train_end(self) -> None:
+    def write(self) -> None:
         """Nothing is kept."""
+
+
+class RandomRouter(RouterTraining):
+    def __init__(self, setting: Setting, **arguments: Any) -> None:
+        super().__init__(base="random", **arguments)
+        self.setting = setting
+
+    def load_base(self) -> None:
+        self.model, self.tokenizer = self.setting.model(), byte_tokenizer()
 
 
 class Stopwatch:
@@ -237,6 +251,83 @@ def peft(setting: Setting) -> tuple[float, float]:
         trainer = Trainer(model, arguments, train_dataset=Rows(setting), callbacks=[TrainerLaps(watch)])
         memory = measured(setting, trainer.train)
     return watch.step_s, memory
+
+
+def router(setting: Setting) -> float:
+    """Seconds of a step that trains a router by the language model loss."""
+    names = [f"adapter-{index}" for index in range(8)]
+    with TemporaryDirectory() as folder:
+        adapters = setting.training(names, folder)
+        adapters.configure_model()
+        for a_ERI, b_EOR in adapters.stack.pairs():
+            a_ERI.normal_(0, 0.02)
+            b_EOR.normal_(0, 0.02)
+        for name, adapter in adapters.adapters().items():
+            adapter.write(Path(folder) / name)
+        training = RandomRouter(
+            setting,
+            adapters={name: str(Path(folder) / name) for name in names},
+            output=str(Path(folder) / "bank"),
+            router_layer=setting.shape.router_layer,
+            losses=RouterLosses(label=0.0, lm=1.0),
+        )
+        training.configure_model()
+    training.to(setting.device).train()
+    training.on_fit_start()
+    optimizer = torch.optim.AdamW(training.trained().values(), fused=setting.device.type == "cuda")
+
+    def step(batch: Batch) -> None:
+        training._loss(batch)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return seconds_a_step(setting, names, step)
+
+
+def frozen(setting: Setting) -> float:
+    """Seconds of the frozen model's forward and loss, and of its backward down to the router layer."""
+    model = setting.model()
+    layers = find_layers(model)
+    for layer in layers:
+        if setting.device.type == "cuda":
+            layer.compile(dynamic=False)
+
+    layers[setting.shape.router_layer] = GradientFromHere(layers[setting.shape.router_layer])
+
+    def step(batch: Batch) -> None:
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        hidden = model.get_decoder()(**inputs).last_hidden_state
+        learned = batch.targets != IGNORE
+        frozen_cross_entropy(hidden[learned], Head.of(model), batch.targets[learned])[0].mean().backward()
+
+    return seconds_a_step(setting, ["adapter-0"], step)
+
+
+class GradientFromHere(torch.nn.Module):
+    """A layer at whose input the backward pass ends."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden.detach().requires_grad_(), *args, **kwargs)
+
+
+def seconds_a_step(setting: Setting, names: list[str], step: Callable[[Batch], None]) -> float:
+    data = RandomData(setting.shape, setting.seed)
+    data.prepare(byte_tokenizer(), names)
+    watch = Stopwatch(setting.device)
+    for batch, _ in zip(data.train_dataloader(), range(NUM_WARM + 1 + setting.num_steps), strict=False):
+        step(batch.to(setting.device))
+        watch.lap()
+    return watch.step_s
 
 
 def peft_model(setting: Setting) -> Any:
@@ -358,6 +449,15 @@ def main() -> None:
             )
             if memory["peft"]:
                 report.add(f"{name}: memory over one PEFT run's", memory[name] / memory["peft"], "x")
+        whole_s, frozen_s = (min(side(setting) for _ in range(args.turns)) for side in (router, frozen))
+        report.add(
+            "router: by the language model loss, over the frozen passes",
+            whole_s / frozen_s,
+            "x",
+            at_most=MOST_ROUTER,
+            step_ms=1e3 * whole_s,
+            frozen_step_ms=1e3 * frozen_s,
+        )
     print(f"\n{head['device']}, {head['commit']}\n\n{report.table()}")
 
 
