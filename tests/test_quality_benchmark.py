@@ -57,3 +57,21 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert not held_out & learned
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
     assert [line.split()[0] for line in run("eval").splitlines()] == ["given"]
+
+
+@pytest.mark.parametrize(
+    ("begins", "label"),
+    [
+        ("base", "base"),
+        ("one adapter for the whole sequence", "sequence"),
+        ("the router, an adapter", "auto"),
+        ("the router, soft gates", "soft"),
+        ("the right adapter", "given"),
+        ("one LoRA of eight times", "joint"),
+    ],
+)
+def test_the_readme_says_what_was_measured(begins: str, label: str) -> None:
+    rows = json.loads((REPOSITORY / "benchmarks/results/quality-h100.json").read_text())["rows"]
+    (line,) = [line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith(f"| {begins}")]
+    measured = [f"{rows[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites")]
+    assert [cell.strip() for cell in line.split("|")[2:4]] == measured

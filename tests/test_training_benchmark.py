@@ -29,6 +29,7 @@ def test_both_sides_have_the_same_gradients_and_are_timed(tmp_path: Path) -> Non
     assert {figure["name"] for figure in result["figures"]} == {
         "one: PEFT's time over ours",
         "eight: PEFT's time over ours",
+        "router: by the language model loss, over the frozen passes",
     }
     assert all(figure["value"] > 0 and figure["reached"] is None for figure in result["figures"])
 
