@@ -1,10 +1,19 @@
 """A set of ways to say one thing, divided between the splits."""
 
+import re
 from dataclasses import dataclass
+from random import Random
 from typing import Generic, Literal, TypeVar
 
 T = TypeVar("T")
 Split = Literal["train", "val", "held out"]
+
+ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")
+
+
+def settle(template: str, rng: Random) -> str:
+    """Put one option in the place of each `[a|b]` of a template; nothing is drawn where it has none."""
+    return ALTERNATIVES.sub(lambda found: rng.choice(found[1].split("|")), template)
 
 
 @dataclass(frozen=True)
@@ -16,7 +25,7 @@ class Choices(Generic[T]):
     Attributes:
         training: for the training and the validation files.
         held_out: for the held-out files.
-        more: for the training files alone.
+        more: for the training files alone, maybe with alternatives: see `settle`.
     """
 
     training: tuple[T, ...]

@@ -10,7 +10,7 @@ from itertools import accumulate
 from random import Random
 from typing import Literal, TypedDict
 
-from molora.training.recipes.choices import Split
+from molora.training.recipes.choices import Split, settle
 from molora.training.recipes.documents import Document
 from molora.training.recipes.everyday import EVERYDAY
 from molora.training.recipes.items import Item
@@ -100,7 +100,7 @@ class Material:
         """One task as one question."""
         item = next(self.items[domain])
         wording = self.rng.choice(WORDINGS[domain].indices(self.split))
-        question = self._framed(WORDINGS[domain][wording].format_map(item.facts))
+        question = self._framed(settle(WORDINGS[domain][wording], self.rng).format_map(item.facts))
         return Record(
             messages=[*self._history(history), *_exchange(question, item.reply)],
             domain=domain,
@@ -113,15 +113,16 @@ class Material:
         """Two or three tasks in one message, answered in order in one reply."""
         wording = self.rng.choice(SURFACE_FORMS.indices(self.split))
         form = SURFACE_FORMS[wording]
+        intro = settle(form.intro, self.rng).format(count=("two", "three")[len(domains) - 2])
         items = [next(self.items[domain]) for domain in domains]
         questions: list[Part] = []
         replies: list[Part] = []
         for place, (domain, item) in enumerate(zip(domains, items, strict=True)):
             mark = form.marks[place]
-            template = self.rng.choice(self.inline_wordings[domain])
+            template = settle(self.rng.choice(self.inline_wordings[domain]), self.rng)
             if form.lower and mark:
                 template = _lower_first(template)
-            gap = form.gap if place else form.intro.format(count=("two", "three")[len(domains) - 2])
+            gap = form.gap if place else intro
             reply_gap = form.gap.replace(" ", "\n") if place else ""
             questions.append(_part(gap + mark + template.format_map(item.facts), domain))
             replies.append(_part(reply_gap + form.reply_marks[place] + item.reply, domain))

@@ -1,6 +1,7 @@
 """How the questions of the tasks beyond the demo's are put. Plain data, as in `wordings`."""
 
 from molora.training.recipes.choices import Choices
+from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 MORE_WORDINGS: dict[str, Choices[str]] = {
     "equations": Choices(
@@ -64,6 +65,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "Guess my number: I {steps}, and that makes {right}.",
             "Algebra exercise: {equation}. Value of {variable}?",
             "pleas solve this equation: {starred}",
+            *VARIED_WORDINGS["equations"],
         ),
     ),
     "clock": Choices(
@@ -127,6 +129,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "Determine the period between {start} and {end}.",
             "The cake goes in at {start} and comes out at {end}. How long does it bake?",
             "how mcuh time is there from {start} to {end}?",
+            *VARIED_WORDINGS["clock"],
         ),
     ),
     "filtering": Choices(
@@ -190,6 +193,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "Keep the order, but {do} the numbers {which}: {commas}.",
             "The ages in the room are {prose}. Name those that are {kept}.",
             "pls fliter this list, {do} numbers {which}: {commas}",
+            *VARIED_WORDINGS["filtering"],
         ),
     ),
     "tastes": Choices(
@@ -253,6 +257,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "{story} The name of the person who {asked}?",
             "Consider the following people. {story} Which of these {asked}?",
             "{story} whihc of them {asked}?",
+            *VARIED_WORDINGS["tastes"],
         ),
     ),
     "angles": Choices(
@@ -316,6 +321,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "Missing angle, please: {shape}, {degrees}.",
             "Interior angles of a {shape}, one lost: {commas}. Which one is lost?",
             "wht is the {last} angle in a {shape} with {signs}?",
+            *VARIED_WORDINGS["angles"],
         ),
     ),
 }

@@ -12,7 +12,7 @@ class SurfaceForm:
     Attributes:
         marks: what opens the first, second and third task.
         reply_marks: what opens their answers.
-        intro: text before the first task; `{count}` becomes "two" or "three".
+        intro: text before the first task, maybe with alternatives `[a|b]`; `{count}` becomes "two" or "three".
         gap: what stands between two tasks; in the reply it is a line break where this is a space.
         lower: tasks continue the mark's sentence, in lower case.
     """
@@ -85,6 +85,52 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
         SurfaceForm(_NONE, _NUMBERS, intro="Help me with {count} things, and number your answers.\n"),
         SurfaceForm(_NUMBERS, _NONE, intro="No need to number the answers.\n"),
         SurfaceForm(("Step 1: ", "Step 2: ", "Step 3: "), ("Step 1: ", "Step 2: ", "Step 3: "), gap="\n"),
+        SurfaceForm(("i. ", "ii. ", "iii. "), ("i. ", "ii. ", "iii. ")),
+        SurfaceForm(
+            ("I) ", "II) ", "III) "),
+            ("I) ", "II) ", "III) "),
+            "[Please answer|Kindly answer|Answer] all [parts|of these].\n",
+            "\n\n",
+        ),
+        SurfaceForm(("Q) ", "Q) ", "Q) "), ("A) ", "A) ", "A) ")),
+        SurfaceForm(("### 1\n", "### 2\n", "### 3\n"), ("### 1\n", "### 2\n", "### 3\n"), gap="\n\n"),
+        SurfaceForm(
+            ("## First\n", "## Second\n", "## Third\n"),
+            _NONE,
+            "[Some|A few] headings, each with a [question|task] [below|under it].\n\n",
+            "\n\n",
+        ),
+        SurfaceForm(("**1.** ", "**2.** ", "**3.** "), _NUMBERS, "[Here goes|Please do these|My worksheet]:\n\n"),
+        SurfaceForm(("-> ", "-> ", "-> "), _NONE),
+        SurfaceForm(("", "---\n", "---\n"), _NONE),
+        SurfaceForm(
+            _NONE,
+            _NONE,
+            "[These are|Here come|Below are] {count} [separate|different] requests, [one a line|line by line].\n",
+        ),
+        SurfaceForm(("", "and then ", "and then "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("", "After that, ", "And after that, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("To begin with, ", "In addition, ", "To finish, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("first, ", "then, ", "and finally, "), _NONE, lower=True),
+        SurfaceForm(("", "Oh, and ", "Oh, and "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("", "By the way, ", "And by the way, "), _NONE, gap="\n\n", lower=True),
+        SurfaceForm(("", "While you are at it, ", "And as I have you here, "), _NONE, gap=" ", lower=True),
+        SurfaceForm(("Start with this: ", "Go on with this: ", "End with this: "), _NONE, gap=" "),
+        SurfaceForm(("Item 1: ", "Item 2: ", "Item 3: "), ("Item 1: ", "Item 2: ", "Item 3: ")),
+        SurfaceForm(
+            ("1st: ", "2nd: ", "3rd: "), ("1st: ", "2nd: ", "3rd: "), "[hey|ok|so], {count} [things|questions]\n"
+        ),
+        SurfaceForm(
+            ("No. 1: ", "No. 2: ", "No. 3: "),
+            _NUMBERS,
+            "You are [an assistant|a helpful clerk|a tutor]. [Your tasks|To do]:\n",
+        ),
+        SurfaceForm(("A: ", "B: ", "C: "), ("A: ", "B: ", "C: "), gap=" "),
+        SurfaceForm(
+            ("~ ", "~ ", "~ "),
+            _NONE,
+            "[My teacher|My boss|A friend] [left me|gave me|sent] {count} [things to do|questions].\n",
+        ),
     ),
 )
 
@@ -124,6 +170,26 @@ OPENERS: tuple[str, ...] = (
     "Something came up at work.",
     "I am stuck.",
     "Could I ask you something?",
+    "Yo!",
+    "Good afternoon.",
+    "Hello again.",
+    "Listen,",
+    "Look,",
+    "Here is one for you.",
+    "Next question.",
+    "Something else:",
+    "I was wondering about this.",
+    "My friends and I disagree.",
+    "This has been bugging me.",
+    "A colleague asked me this.",
+    "Need a hand here.",
+    "Sorry to bother you.",
+    "New task.",
+    "Help needed:",
+    "I saw this in a magazine.",
+    "Got a minute?",
+    "My turn to ask.",
+    "You seem clever.",
 )
 
 CLOSERS: tuple[str, ...] = (
@@ -148,4 +214,21 @@ CLOSERS: tuple[str, ...] = (
     "Please be careful.",
     "I can't do it myself.",
     "thx",
+    "Thank you!",
+    "Ta!",
+    "Please keep it short.",
+    "Please hurry.",
+    "I am waiting.",
+    "This is important to me.",
+    "Much obliged.",
+    "Over to you.",
+    "Any help is welcome.",
+    "It has been a long day.",
+    "My class starts soon.",
+    "I owe you one.",
+    "Sorry for the trouble.",
+    "tia",
+    "That is all.",
+    "I could not find it anywhere.",
+    "You are the best.",
 )

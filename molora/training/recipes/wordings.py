@@ -8,6 +8,7 @@ import codecs
 
 from molora.training.recipes.choices import Choices
 from molora.training.recipes.more_wordings import MORE_WORDINGS
+from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 WORDINGS: dict[str, Choices[str]] = {
     "arithmetic": Choices(
@@ -72,6 +73,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "We began the day with {first} in stock; {steps}. How many do we have?",
             "I always get this wrong: {expression}. What is it really?",
             "waht is {spoken}?",
+            *VARIED_WORDINGS["arithmetic"],
         ),
     ),
     "words": Choices(
@@ -134,6 +136,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "Let us play: I say {word}, you spell it in reverse.",
             '"{word}": reverse it.',
             "revrese the letters in {word} please",
+            *VARIED_WORDINGS["words"],
         ),
     ),
     "family": Choices(
@@ -196,6 +199,7 @@ WORDINGS: dict[str, Choices[str]] = {
             'It says here: "{story}" So what is {a} to {b}?',
             "In the family described next, {a} is what to {b}? {story}",
             "{story} whats the relation of {a} to {b}?",
+            *VARIED_WORDINGS["family"],
         ),
     ),
     "sorting": Choices(
@@ -258,6 +262,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "Someone mixed up my tickets, numbers {prose}. What is their {change} order?",
             "pls order {commas}, {first} first",
             "List in {change} order: {semicolons}",
+            *VARIED_WORDINGS["sorting"],
         ),
     ),
     "legs": Choices(
@@ -320,6 +325,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "Count every leg: {plus}.",
             "Together, {prose} have how many legs?",
             "hwo many legs have {prose} in all?",
+            *VARIED_WORDINGS["legs"],
         ),
     ),
     **MORE_WORDINGS,
