@@ -11,7 +11,21 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
 SINGLES = {"base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"}
-SINGLES |= {"lm", "token", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain", "nine", *DOMAINS}
+SINGLES |= {
+    "lm",
+    "token",
+    "own",
+    "auto",
+    "top-2",
+    "soft",
+    "given",
+    "tuned",
+    "tuned given",
+    "joint",
+    "plain",
+    "nine",
+    *DOMAINS,
+}
 STARTS = ("first", "system", "half", "turn", "response")
 
 

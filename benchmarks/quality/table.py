@@ -14,7 +14,7 @@ from molora.training.evaluate import best_single
 REFERENCES = ("auto", "given", "joint")
 ORDER = (
     *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
-    *("lm", "token", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
+    *("lm", "token", "own", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
 )
 
 
