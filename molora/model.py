@@ -468,6 +468,19 @@ def _check_starts(activation_start: Sequence[int]) -> list[int]:
     return starts
 
 
+def _check_engine(settings: Mapping[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: one is unknown, or has a wrong value.
+    """
+    from molora.serving.engine import EngineConfig
+
+    known = EngineConfig.__dataclass_fields__
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"engine has unknown settings {unknown}; expected {', '.join(known)}.")
+    EngineConfig(**settings)
+
+
 def load(
     bank: str | Path | Bank,
     *,
@@ -499,6 +512,7 @@ def load(
     Warns:
         UserWarning: the base's weights are not those that the bank was trained on.
     """
+    _check_engine(engine or {})
     device = resolve_device(device)
     bank = bank if isinstance(bank, Bank) else Bank.open(bank)
     base_dir = resolve_base(str(base) if base is not None else bank.config.base.name)

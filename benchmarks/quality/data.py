@@ -1,6 +1,5 @@
 """The recipe's training data, the joint LoRA's, and held-out items that no training shows."""
 
-import json
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
 from itertools import cycle
@@ -8,8 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from molora.files import write_atomic
-from molora.training.recipes.build import RESERVED, build
+from molora.training.recipes.build import RESERVED, build, write_records
 from molora.training.recipes.conversations import Material
 from molora.training.recipes.passages import passages
 from molora.training.recipes.tasks import TASKS
@@ -20,6 +18,7 @@ HELD_OUT_SEED = 1000  # of the items' generators, beyond training's
 def make_data(args: Namespace) -> None:
     """Training files, and held-out ones: one task, several in one message, one behind an earlier exchange."""
     folder = args.work / "data"
+    folder.mkdir(parents=True, exist_ok=True)
     names = [f"train_{domain}.jsonl" for domain in args.domains]
     joint: list[dict[str, Any]] = []
     for name, records in build(args.data_seed, args.num_train, args.domains):
@@ -90,8 +89,3 @@ def without_domains(record: Mapping[str, Any]) -> dict[str, Any]:
         return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
     return {"messages": [message | {"content": text(message["content"])} for message in record["messages"]]}
-
-
-def write_records(file: Path, records: list[Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))

@@ -133,7 +133,7 @@ def answers(
     for first in range(0, len(order), BATCH):
         batch = order[first : first + BATCH]
         width = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), width), tokenizer.pad_token_id)
+        ids = torch.full((len(batch), width), tokenizer.pad_token_id or 0)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(batch):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])

@@ -87,7 +87,8 @@ class Measurement:
         try:
             yield m
         finally:
-            m.engine.close()
+            if m._engine is not None:
+                m.engine.close()
             del m
             gc.collect()
             if self.device.type == "cuda":
@@ -198,6 +199,7 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
             prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
             tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
             adapters = [m.bank.load_adapter(name) for name in args.domains]
+        del m
         folders = peft_ways.write_plain(adapters, folder / "peft" / way, in_all_layers=way == "arrow")
         build = peft_ways.arrow if way == "arrow" else peft_ways.xlora
         model = build(base_dir, folders, args, tokenizer, here.device)

@@ -44,6 +44,9 @@ def make_table(args: Namespace) -> None:
         for kind, found in bits.items()
     }
     head = {name: read[0][name] for name in ("device", "versions", "commit", "steps")}
+    for name, value in head.items():
+        if any(each[name] != value for each in read):
+            raise SystemExit(f"the rows differ in their {name}; measure them again, in another folder.")
     result = {
         "commands": sorted({each["command"] for each in read}),
         **head,

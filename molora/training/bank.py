@@ -259,7 +259,7 @@ class _Work:
             "seed_everything": self.settings.seed,
             "model": {"class_path": f"molora.training.{module}", "init_args": dict(init_args)},
             "data": dict(data),
-            "trainer": {"enable_checkpointing": False, "use_distributed_sampler": False, **trainer},
+            "trainer": {"devices": 1, "enable_checkpointing": False, "use_distributed_sampler": False, **trainer},
         }
 
 

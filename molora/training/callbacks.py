@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -122,16 +123,25 @@ class EMA(EMAWeightAveraging):
         super().on_train_batch_end(trainer, self._trained, outputs, batch, batch_idx)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_epoch_start(trainer, self._trained)
+        if self._has_average:
+            super().on_validation_epoch_start(trainer, self._trained)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_validation_epoch_end(trainer, self._trained)
+        if self._has_average:
+            super().on_validation_epoch_end(trainer, self._trained)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         pass  # the last checkpoint needs both; and a run that is resumed behind its last step does not come here
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_end(trainer, self._trained)
+        if self._has_average:
+            super().on_train_end(trainer, self._trained)
+        else:
+            rank_zero_warn("EMA: the run ended before its first update; what was trained is written as it is.")
+
+    @property
+    def _has_average(self) -> bool:
+        return self._average_model is not None and int(self._average_model.n_averaged) > 0
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

@@ -162,7 +162,7 @@ def _decode_as_given(
     rendered = [m.render(question.messages) for question in questions]
     prompts = [prompt.token_ids for prompt in rendered]
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     chosen = torch.full((len(prompts), width, 1), NO_ADAPTER, dtype=torch.int32)
     for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
@@ -253,7 +253,8 @@ def _answers(
         case "given":
             if any(len(question.domains) > 1 for question in questions):
                 return answer_as_given(m, questions, max_new_tokens=max_new_tokens)
-            routes = [question.domains[0] for question in questions]
+            known = {entry.name for entry in m.bank.adapters}  # what none of them answers is base's
+            routes = [domain if (domain := question.domains[0]) in known else "base" for question in questions]
         case "sequence":
             routes = routes_by_sequence(m, questions)
         case "uniform":
@@ -326,7 +327,13 @@ def measure_bank(
         raise ValueError(f"unknown ways {unknown}; expected base, auto, given, sequence, uniform or one of {names}.")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; expected a file to write.")
-    ways = ways or ["base", *names, "uniform", "given", *(["sequence", "auto"] if m.bank.has_router else [])]
+    has_keys = isinstance(m.decoder.router, KeyRouter)
+    if "sequence" in (ways or ()) and not has_keys:
+        raise ValueError("way 'sequence' asks the scores of a router, and this bank has none that gives any.")
+    if "uniform" in (ways or ()) and not names:
+        raise ValueError("way 'uniform' blends adapters, and this bank has none.")
+    routed = [way for way, applies in (("sequence", has_keys), ("auto", m.bank.has_router)) if applies]
+    ways = ways or ["base", *names, *(["uniform"] if names else []), "given", *routed]
     results: dict[str, Any] = {}
     figures = {
         "command": command,
@@ -389,8 +396,10 @@ def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA) -> li
     for number, record in enumerate(records, 1):
         try:
             questions.append(Question.from_record(record, m.tokenizer))
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{data}, verifiable record {number}: {error!r}") from None
+        except KeyError as error:
+            raise ValueError(f"{data}, verifiable record {number} has no {error}; expected held-out items.") from None
+        except ValueError as error:
+            raise ValueError(f"{data}, verifiable record {number}: {error}") from None
         strange = sorted(set(questions[-1].domains) - set(TASKS))
         if strange or not questions[-1].domains:
             raise ValueError(f"{data}, verifiable record {number}: no verifier for {strange}; there are {list(TASKS)}.")

@@ -19,6 +19,8 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -221,12 +223,14 @@ def examples(
     encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length, source=source)
     num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
     if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
-        with (
-            warnings.catch_warnings(),
-            multiprocessing.get_context("fork").Pool(num_processes, _end_by_default) as pool,
-        ):
+        context = multiprocessing.get_context("fork")
+        with warnings.catch_warnings(), ProcessPoolExecutor(num_processes, context, _end_by_default) as pool:
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
-            encoded = pool.map(encode_chunk, chunks, chunksize=1)
+            try:
+                encoded = list(pool.map(encode_chunk, chunks))
+            except BrokenProcessPool:
+                message = f"{source}: a process that tokenizes it was killed, perhaps for want of memory."
+                raise OSError(message) from None
     else:
         encoded = [encode_chunk(chunk) for chunk in chunks]
     out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]

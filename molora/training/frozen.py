@@ -18,6 +18,7 @@ from molora.routing import RoutingLayer
 from molora.training.data import Batch, ChatData
 from molora.training.examples import IGNORE
 from molora.training.loss import Head, check_head, frozen_cross_entropy
+from molora.training.stack import LoraStack
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class FrozenBase(L.LightningModule):
 
     def on_fit_end(self) -> None:
         """Also where a run is resumed from its last step, after an end that came before this."""
+        for module in self.modules():
+            if isinstance(module, LoraStack):
+                module.rest()  # what acted in the last batch
         if self.trainer.is_global_zero:
             self.write()
 
@@ -102,6 +106,17 @@ class FrozenBase(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = self.trained()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the checkpoint is of another module or of other settings: what it holds is not trained here.
+        """
+        differing = sorted(set(checkpoint["state_dict"]) ^ set(self.trained()))
+        if differing:
+            raise ValueError(
+                f"the checkpoint was made with other settings: it and what is trained here differ in {differing}."
+            )
 
     def forward_hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [B, L, H] of packed rows."""

@@ -73,6 +73,13 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         at_once = max(1, MAX_LOGITS // len(head.weight_VH))
+        if not ctx.needs_input_grad[0]:
+            losses = [
+                _losses(hidden_NH[begin : begin + at_once], head, targets_N[begin : begin + at_once])
+                for begin in range(0, max(1, len(hidden_NH)), at_once)
+            ]
+            loss_N, is_right_N = (torch.cat(each) for each in zip(*losses, strict=True))
+            return loss_N, is_right_N
         parts = [
             _part(hidden_NH[begin : begin + at_once], head, targets_N[begin : begin + at_once])
             for begin in range(0, max(1, len(hidden_NH)), at_once)
@@ -86,6 +93,13 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
         return (gradient_NH * gradients[0][:, None]).to(gradient_NH.dtype), None, None
+
+
+def _losses(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        logits_NV = head.logits(hidden_NH)
+        loss_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
+        return loss_N, (logits_NV.argmax(-1) == targets_N).float()
 
 
 def _part(hidden_NH: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -198,7 +198,7 @@ def measure_texts(
 
 
 def _domain(record: Mapping[str, Any]) -> str:
-    domains = {part["domain"] for part in record.get("parts", ())}
+    domains = {part.get("domain") or "text" for part in record.get("parts", ())}
     return "mixed" if len(domains) > 1 else domains.pop() if domains else "text"
 
 

@@ -32,7 +32,7 @@ def draw(statistics: RouterStatistics, names: Sequence[str]) -> dict[str, Figure
         "load": load(statistics, names),
         "calibration": calibration(statistics),
         "entropy": entropy(statistics),
-        "switches": switches(statistics),
+        **({"switches": switches(statistics)} if statistics.switches_23[0, 0] else {}),
     }
 
 

@@ -25,8 +25,9 @@ ABOUT = (
 
 
 def winner(route: TokenRoute) -> str:
-    """The adapter of the largest gate, or base."""
-    return max(route, key=lambda pair: abs(pair[1]))[0] if route else BASE
+    """The adapter of the largest gate, or base where its share, which acts nowhere, is larger."""
+    name, gate = max(route, key=lambda pair: abs(pair[1]), default=(BASE, 1.0))
+    return name if abs(gate) >= 1 - sum(abs(each) for _, each in route) else BASE
 
 
 @dataclass(frozen=True)

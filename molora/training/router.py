@@ -44,8 +44,8 @@ class RouterLosses:
     Args:
         label: cross entropy against the domains of the data, a column each.
         token: the loss to be expected on the next token if base or an adapter were drawn by the router's probabilities,
-            each acting on the whole conversation; needs no labels, and a forward for each. A token of the question has
-            what each loses in the answer.
+            each acting from the activation point on; needs no labels, and a forward for each. A token of the question
+            has what each loses in the answer.
         lm: the language model loss, through straight-through gates; needs no labels.
         given: the language model loss where the labels' adapters act. It keeps the router's own LoRA from disturbing
             what they read, and needs the whole model where the labels alone stop at the router layer.
@@ -142,9 +142,13 @@ class RouterTraining(FrozenBase):
         seed: int = 0,
     ) -> None:
         super().__init__(base, dtype, schedule, compile)
+        if router.kind != "keys":
+            raise ValueError(f"router.kind is {router.kind!r}, which learns nothing; expected 'keys'.")
+        if adapter_lr is not None and not adapter_lr > 0:
+            raise ValueError(f"adapter_lr is {adapter_lr}; expected a rate above 0, or null for frozen adapters.")
         if keep_rows and losses.needs_whole_model:
             raise ValueError(
-                "keep_rows works without a language model loss only; set losses.token, losses.lm and losses.given to 0."
+                "keep_rows never runs the whole model, as losses.token, losses.lm and losses.given do; set them to 0."
             )
         if adapter_lr is not None and not (losses.lm or losses.given):
             raise ValueError("with adapter_lr, adapters learn from losses.lm or losses.given, and both are 0; set one.")
@@ -157,6 +161,8 @@ class RouterTraining(FrozenBase):
         self.keep_rows = keep_rows
         self._kept: dict[int, Tensor] = {}
         by_name = adapters if isinstance(adapters, dict) else {Path(folder).name: folder for folder in adapters}
+        if len(by_name) < len(adapters):
+            raise ValueError(f"adapters {adapters} share a name; give them by name instead, as {{name: folder}}.")
         self.folders = {check_name(name): Path(folder) for name, folder in by_name.items()}
         self.output = Path(output)
         if self.output.exists() and any(self.output.iterdir()) and not (self.output / BANK_FILE).is_file():
@@ -173,9 +179,11 @@ class RouterTraining(FrozenBase):
         adapters = {name: Adapter.read(folder) for name, folder in self.folders.items()}
         for name, adapter in adapters.items():
             check_base_name(name, adapter, self.base)  # now, and not when the bank is written
+        if not adapters:
+            raise ValueError("adapters names none.")
         modules = check_adapters(self.model, adapters)
         self._check_layers(adapters)
-        rank = max((adapter.max_rank for adapter in adapters.values()), default=1)
+        rank = max(adapter.max_rank for adapter in adapters.values())
         self.max_rank = self.max_rank or rank
         if rank > self.max_rank:
             raise ValueError(f"max_rank is {self.max_rank}, and an adapter has rank {rank}.")
@@ -390,9 +398,11 @@ class RouterTraining(FrozenBase):
         metrics["label"] = label_loss(logits_NC, columns_N)
         if losses_NC is not None:
             is_active = active.flatten()
-            metrics["token"] = (logits_NC[is_active].softmax(-1) * losses_NC[is_active]).sum(-1).mean()
+            probs_NC = (logits_NC[is_active] / self.router_config.temperature).softmax(-1)
+            metrics["token"] = (probs_NC * losses_NC[is_active]).sum(-1).mean()
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
-        metrics["routed_right"] = (logits_NC.argmax(-1) == columns_N)[labelled].float().mean()
+        is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
+        metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics, logits_NC

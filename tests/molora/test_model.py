@@ -345,3 +345,17 @@ class TestParity:
             together = m.model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
         for b, out in enumerate(alone):
             assert together[b, 14 : 14 + out.num_generated_tokens].tolist() == out.generated_ids, wanted[b]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [({"max_sequence": 3}, r"unknown settings \['max_sequence'\]"), ({"max_sequences": 0}, "is 0")],
+)
+def test_wrong_settings_of_the_engine_are_errors_at_once(settings, words):
+    with pytest.raises(ValueError, match=words):
+        molora.load("nowhere", engine=settings)
+
+
+def test_the_engine_has_the_settings_that_were_given(m):
+    model = molora.load(m.bank, base=m.base_dir, device="cpu", engine={"max_sequences": 3})
+    assert model.engine.config.max_sequences == 3

@@ -1,7 +1,9 @@
 """From records to tokens: what is learned, and which domain each token belongs to."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,14 @@ def test_any_datasets_source_is_read(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(SINGLE) + "\n")
     (record,) = read_records(tmp_path)
     assert encode(record, TOKENIZER) == encode(SINGLE, TOKENIZER)
+
+
+def test_a_killed_process_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("molora.training.examples.encode", kill)
+    monkeypatch.setattr("molora.training.examples.os.cpu_count", lambda: 2)
+    records = [{"prompt": "a", "completion": "b"}] * 5000
+    with pytest.raises(OSError, match=r"names\.jsonl: a process that tokenizes it was killed"):
+        examples(records, byte_tokenizer(), max_length=64, source="names.jsonl")

@@ -40,6 +40,9 @@ def test_losses_and_gradients_are_those_of_the_models_own_logits(
         if is_ours:
             hidden = model.get_decoder()(inputs_embeds=inputs, use_cache=False).last_hidden_state[0]
             losses, is_right = frozen_cross_entropy(hidden, Head.of(model), targets[0])
+            without = frozen_cross_entropy(hidden.detach(), Head.of(model), targets[0])
+            torch.testing.assert_close(without[0].double(), losses.detach().double(), rtol=1e-5, atol=1e-6)
+            assert torch.equal(without[1], is_right)
         else:
             logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
             losses = F.cross_entropy(logits, targets[0], reduction="none")

@@ -3,11 +3,12 @@
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import molora
-from molora.training.route_page import RoutedExample, RoutedToken, route_page
+from molora.training.route_page import RoutedExample, RoutedToken, route_page, winner
 
 STYLE = Path(molora.__file__).parent / "serving" / "static" / "style.css"
 HOSTILE = "<script>alert('\"&$title')</script>"
@@ -89,3 +90,11 @@ def test_colours_are_those_of_the_chat_page() -> None:
     for name in ("page", "ink", "tint", "stroke", "letter"):
         (value,) = re.findall(rf"--{name}: (light-dark.*);", chat)
         assert f"--{name}: {value};" in page
+
+
+@pytest.mark.parametrize(
+    ("route", "name"),
+    [((), "base"), ((("a", 1.0),), "a"), ((("a", 0.3), ("b", 0.6)), "b"), ((("a", 0.1),), "base")],
+)
+def test_the_base_wins_where_its_share_is_the_largest(route: Any, name: str) -> None:
+    assert winner(route) == name

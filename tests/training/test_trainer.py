@@ -98,6 +98,17 @@ EVERY_STEP = ("--trainer.max_steps=4", "--trainer.val_check_interval=2", "--trai
 AVERAGED = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5")
 
 
+def test_an_average_that_never_began_replaces_nothing() -> None:
+    train(*EVERY_STEP, config="configs/tiny.yaml")
+    (plain,) = Path("runs").rglob("adapter_model.safetensors")
+    wanted = plain.read_bytes()
+    shutil.rmtree("runs")
+    with pytest.warns(UserWarning, match="ended before its first update"):
+        train(*EVERY_STEP, *AVERAGED, "--trainer.callbacks.update_starting_at_step=100", config="configs/tiny.yaml")
+    (written,) = Path("runs").rglob("adapter_model.safetensors")
+    assert written.read_bytes() == wanted
+
+
 @pytest.mark.parametrize("kind", ["adapter", "router"])
 def test_what_is_written_is_the_average_of_what_is_trained(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = "configs/tiny.yaml" if kind == "adapter" else router_config()

@@ -394,6 +394,13 @@ def test_a_routers_lora_is_kept_from_drifting() -> None:
     assert 0 < kept < 0.2 * free
 
 
+def test_a_checkpoint_of_other_settings_is_an_error() -> None:
+    fit("--trainer.max_steps", "20", config=router_config())
+    (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    with pytest.raises(SystemExit):
+        fit("--trainer.max_steps", "20", "--ckpt_path", str(checkpoint), config=router_config(router_layer=0))
+
+
 def test_a_trained_lora_routes_as_it_did_in_training() -> None:
     fit("--trainer.max_steps", "10", config=router_config(router={"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}))
     m = molora.load("bank", device="cpu", dtype="float32")
@@ -585,6 +592,15 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
         (lambda: RouterLosses(lm=1.0, given=1.0), "set one of them to 0"),
         (lambda: RouterTraining([], "x", losses=RouterLosses(token=1.0), keep_rows=True), "keep_rows"),
         (lambda: RouterTraining([], "x", adapter_lr=0.1), "learn from losses.lm or losses.given"),
+        (lambda: RouterTraining([], "x", adapter_lr=-1, losses=RouterLosses(given=1.0)), "a rate above 0"),
+        (lambda: RouterTraining(["a/letters", "b/letters"], "x"), "share a name"),
+        (lambda: RouterTraining([], "x", base="tiny-random/llama").configure_model(), "adapters names none"),
+        (
+            lambda: RouterTraining(
+                [], "x", router=molora.RouterConfig(kind="token_ranges", ranges=((0, 9, "letters"),))
+            ),
+            "learns nothing",
+        ),
         (lambda: AdapterTraining("base"), "no legal name"),
     ],
 )
