@@ -253,7 +253,7 @@ def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("record", "ways", "words"),
     [
-        ({"domain": "words"}, None, "verifiable record 1: KeyError('answer')"),
+        ({"domain": "words"}, None, "verifiable record 1 has no 'answer'"),
         ({"domain": "letters", "answer": "x"}, None, "no verifier for ['letters']"),
         ({"domain": [], "answer": []}, None, "no verifier for []"),
         ({"domain": "words", "answer": "x"}, ["base", "nope"], "unknown ways ['nope']"),
