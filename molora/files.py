@@ -32,7 +32,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         temporary.replace(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        if isinstance(error, OSError) and error.errno and error.filename is None:
             error.filename = str(path)  # a write to a full disk does not say where
         raise
     _sync(path.parent)
