@@ -37,6 +37,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 
 from molora.checkpoint import DTYPES
 from molora.injection import find_layers
+from molora.routing import Routes, RoutingLayer
 from molora.tiny import byte_tokenizer
 from molora.training import AdapterTraining, RouterTraining
 from molora.training.data import ActivationMix, Batch, ChatData
@@ -303,21 +304,14 @@ def frozen(setting: Setting) -> float:
     return seconds_a_step(setting, ["adapter-0"], step)
 
 
-class GradientFromHere(torch.nn.Module):
+class GradientFromHere(RoutingLayer):
     """A layer at whose input the backward pass ends."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer, Routes(0), None, None)
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.layer(hidden.detach().requires_grad_(), *args, **kwargs)
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.layer(hidden_states.detach().requires_grad_(), *args, **kwargs)
 
 
 def seconds_a_step(setting: Setting, names: list[str], step: Callable[[Batch], None]) -> float:

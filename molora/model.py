@@ -28,7 +28,7 @@ from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, read_r
 from molora.text_limit import TextLimit, text_limit
 
 if TYPE_CHECKING:
-    from molora.serving.engine import Engine
+    from molora.serving.engine import Engine, EngineConfig
     from molora.serving.stream import Stream
 
 MAX_WEIGHT = 1e6
@@ -62,7 +62,7 @@ class MoLoRA:
         impl: Impl = "auto",
         num_extra_slots: int = 0,
         max_rank: int | None = None,
-        engine: Mapping[str, Any] | None = None,
+        engine: EngineConfig | None = None,
     ) -> None:
         """See `load`."""
         self.model = model
@@ -72,7 +72,7 @@ class MoLoRA:
         self.base_digest = base_digest
         self.lock = threading.RLock()
         self._routing_thread: int | None = None
-        self._engine_settings = dict(engine or {})
+        self._engine_config = engine
         self._engine: Engine | None = None
         adapters = {entry.name: bank.load_adapter(entry.name) for entry in bank.adapters}
         modules = check_adapters(model, adapters)
@@ -124,11 +124,11 @@ class MoLoRA:
         """What `generate` and `stream` run on: many requests at once over one cache. Made when it is first needed."""
         if self._engine is None:
             # The one import that goes to the right: an engine is made for a model, and a model answers by its engine.
-            from molora.serving.engine import Engine, EngineConfig
+            from molora.serving.engine import Engine
 
             with self.lock:
                 if self._engine is None:
-                    self._engine = Engine(self, EngineConfig(**self._engine_settings))
+                    self._engine = Engine(self, self._engine_config)
         return self._engine
 
     def generate(
@@ -468,7 +468,7 @@ def _check_starts(activation_start: Sequence[int]) -> list[int]:
     return starts
 
 
-def _check_engine(settings: Mapping[str, Any]) -> None:
+def _engine_config(settings: Mapping[str, Any]) -> EngineConfig:
     """
     Raises:
         ValueError: one is unknown, or has a wrong value.
@@ -478,7 +478,7 @@ def _check_engine(settings: Mapping[str, Any]) -> None:
     known = EngineConfig.__dataclass_fields__
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"engine has unknown settings {unknown}; expected {', '.join(known)}.")
-    EngineConfig(**settings)
+    return EngineConfig(**settings)
 
 
 def load(
@@ -512,7 +512,7 @@ def load(
     Warns:
         UserWarning: the base's weights are not those that the bank was trained on.
     """
-    _check_engine(engine or {})
+    engine_config = None if engine is None else _engine_config(engine)
     device = resolve_device(device)
     bank = bank if isinstance(bank, Bank) else Bank.open(bank)
     base_dir = resolve_base(str(base) if base is not None else bank.config.base.name)
@@ -533,5 +533,5 @@ def load(
         impl=impl,
         num_extra_slots=num_extra_slots,
         max_rank=max_rank,
-        engine=engine,
+        engine=engine_config,
     )

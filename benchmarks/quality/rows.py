@@ -89,7 +89,6 @@ class Measurement:
         finally:
             if m._engine is not None:
                 m.engine.close()
-            del m
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -118,7 +117,7 @@ def of_bank(here: Measurement) -> None:
             here.add(m, kind, kind)
         if here.missing(["random"]):
             randomize(m, args.seed)
-        here.add(m, "random", "auto")
+            here.add(m, "random", "auto")
 
 
 def of_gates(here: Measurement) -> None:
@@ -161,8 +160,8 @@ def of_nine(here: Measurement) -> None:
 
 def of_starts(here: Measurement) -> None:
     """Adapters that are named, behind an earlier exchange: from which token on does one act?"""
-    for stage, starts in (("bank", STARTS), ("plain", STARTS)):
-        labels = {start: f"{stage} from {start}" for start in starts}
+    for stage in ("bank", "plain"):
+        labels = {start: f"{stage} from {start}" for start in STARTS}
         if not here.missing(list(labels.values())):
             continue
         with here.loaded(seed_folder(here.args) / stage) as m:

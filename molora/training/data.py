@@ -105,11 +105,11 @@ class ActivationMix:
         share = rng.random()
         if share < self.turn:
             return example.turn
-        if share < (bound := self.turn + self.response):
+        if share < self.turn + self.response:
             return example.response
-        if share < (bound := bound + self.first):
+        if share < self.turn + self.response + self.first:
             return 0
-        if share < bound + self.before:
+        if share < self.turn + self.response + self.first + self.before:
             return rng.randint(0, example.turn)
         return rng.randint(example.turn, example.response)
 

@@ -335,14 +335,7 @@ def measure_bank(
     routed = [way for way, applies in (("sequence", has_keys), ("auto", m.bank.has_router)) if applies]
     ways = ways or ["base", *names, *(["uniform"] if names else []), "given", *routed]
     results: dict[str, Any] = {}
-    figures = {
-        "command": command,
-        "data": data,
-        "num_items": len(questions),
-        "bank": {"name": m.bank.name, "router": None if m.bank.config.router is None else m.bank.config.router.digest},
-        "environment": environment(m),  # before the run: a checkout may move on while it lasts
-        "results": results,
-    }
+    figures = source(m, data, command) | {"num_items": len(questions), "results": results}
     for way, figure in evaluate(m, questions, ways, max_new_tokens=max_new_tokens):
         results[way] = figure
         alone = [results[name]["by_item"] for name in names if name in results]
@@ -404,6 +397,17 @@ def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA) -> li
         if strange or not questions[-1].domains:
             raise ValueError(f"{data}, verifiable record {number}: no verifier for {strange}; there are {list(TASKS)}.")
     return questions
+
+
+def source(m: MoLoRA, data: str, command: str) -> dict[str, Any]:
+    """Where figures come from; asked for before the run, since a checkout may move on while it lasts."""
+    router = m.bank.config.router
+    return {
+        "command": command,
+        "data": data,
+        "bank": {"name": m.bank.name, "router": None if router is None else router.digest},
+        "environment": environment(m),
+    }
 
 
 def environment(m: MoLoRA) -> dict[str, str]:

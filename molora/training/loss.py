@@ -73,19 +73,13 @@ class _FrozenCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, head: Head, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         at_once = max(1, MAX_LOGITS // len(head.weight_VH))
-        if not ctx.needs_input_grad[0]:
-            losses = [
-                _losses(hidden_NH[begin : begin + at_once], head, targets_N[begin : begin + at_once])
-                for begin in range(0, max(1, len(hidden_NH)), at_once)
-            ]
-            loss_N, is_right_N = (torch.cat(each) for each in zip(*losses, strict=True))
-            return loss_N, is_right_N
+        part: Any = _part if ctx.needs_input_grad[0] else _losses
         parts = [
-            _part(hidden_NH[begin : begin + at_once], head, targets_N[begin : begin + at_once])
+            part(hidden_NH[begin : begin + at_once], head, targets_N[begin : begin + at_once])
             for begin in range(0, max(1, len(hidden_NH)), at_once)
         ]
-        loss_N, is_right_N, gradient_NH = (torch.cat(each) for each in zip(*parts, strict=True))
-        ctx.save_for_backward(gradient_NH)
+        loss_N, is_right_N, *gradient = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.save_for_backward(*gradient)
         ctx.mark_non_differentiable(is_right_N)
         return loss_N, is_right_N
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molora.files import write_atomic
 from molora.model import MoLoRA, Route
-from molora.training.evaluate import environment
+from molora.training.evaluate import source
 from molora.training.examples import BASE, read_records
 
 MAX_LOGITS = 1 << 28  # of a batch of more than one text: a GiB in float32
@@ -175,14 +175,7 @@ def measure_texts(
         groups.setdefault(_domain(record), []).append(index)
     ways = ways or ["base", *names, *(["uniform"] if names else []), *(["auto"] if m.bank.has_router else [])]
     results: dict[str, Any] = {}
-    figures: dict[str, Any] = {
-        "command": command,
-        "data": data,
-        "num_texts": len(records),
-        "bank": {"name": m.bank.name, "router": None if m.bank.config.router is None else m.bank.config.router.digest},
-        "environment": environment(m),  # before the run: a checkout may move on while it lasts
-        "results": results,
-    }
+    figures = source(m, data, command) | {"num_texts": len(records), "results": results}
     losses: dict[str, Losses] = {}
     for way in ways:
         route: Route = {name: 1 / len(names) for name in names} if way == "uniform" else way

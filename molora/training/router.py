@@ -32,7 +32,6 @@ from molora.training.data import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
-from molora.training.plots import draw
 from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
 
@@ -256,6 +255,8 @@ class RouterTraining(FrozenBase):
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers or not self.trainer.is_global_zero:
             return
+        from molora.training.plots import draw  # its matplotlib takes a second
+
         for name, figure in draw(statistics, [BASE, *self.folders]).items():
             for logger in loggers:
                 logger.experiment.add_figure(f"router/{name}", figure, self.trainer.global_step)

@@ -172,7 +172,7 @@ class _StackedLora(torch.autograd.Function):
             g_ENR = torch.bmm(dy_ENO, b_EOR)
             if of_gates:
                 dgates = (g_ENR * torch.bmm(x_ENI, a_ERI.mT)).sum_to_size(gates.shape)
-            g_ENR = g_ENR * gates
+            g_ENR.mul_(gates)
             if of_x:
                 dx = _add_product(dy @ weight, g_ENR, a_ERI)
             if of_a:
