@@ -19,6 +19,7 @@ on the same data and answers the same items.
     auto                the learned router, by labels, one adapter a token
     token, lm           the same by each adapter's loss on the token, and by the language model loss alone
     own                 the same by labels, whose language model loss is under its own choice, not the labels'
+    steady              the same by labels, with a price on switches between tokens of one domain
     top-2, soft         auto's scores as soft gates, not renormalized: of the two likeliest columns, and of all, or the
                         eight likeliest
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part

@@ -27,3 +27,16 @@ def load_balance_loss(logits_NC: Tensor) -> Tensor:
 def z_loss(logits_NC: Tensor) -> Tensor:
     """Mean squared log-partition of the scores, which keeps them small. ST-MoE (arXiv 2202.08906), eq. 5."""
     return torch.logsumexp(logits_NC, -1).square().mean()
+
+
+def switch_loss(logits_NC: Tensor, neighbours_N: Tensor) -> Tensor:
+    """How likely a token and the one before it would be given different columns, drawn by their probabilities; a mean.
+
+    Args:
+        neighbours_N: bool, whether the token's route should be that of the one before it. The first token's is not
+            read.
+    """
+    probs_NC = torch.softmax(logits_NC, -1)
+    agree_N = (probs_NC[1:] * probs_NC[:-1]).sum(-1)
+    wanted_N = neighbours_N[1:]
+    return ((1 - agree_N) * wanted_N).sum() / wanted_N.sum().clamp(min=1)

@@ -18,6 +18,7 @@ SINGLES |= {
     "auto",
     "top-2",
     "soft",
+    "steady",
     "given",
     "tuned",
     "tuned given",
@@ -62,6 +63,19 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     for label, row in rows["singles"].items():
         assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
         assert row["minus auto"]["num_items"] == len(row["by_item"]["0"])
+    assert set(result["routes"]["singles"]) == {
+        "auto",
+        "random",
+        "token",
+        "lm",
+        "own",
+        "steady",
+        "top-2",
+        "soft",
+        "tuned",
+        "nine",
+    }
+    assert result["routes"]["composites"]["steady"]["neighbours_in_words"] > 0
     assert "| xlora | 0.000 (1 items)" in out.with_suffix(".md").read_text()
     held_out, learned = (
         {str(json.loads(line)["messages"][-2]["content"]) for line in (work / "data" / name).read_text().splitlines()}

@@ -5,7 +5,7 @@ import json
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -22,7 +22,8 @@ from molora.files import write_atomic
 from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.evaluate import Question, evaluate, score
-from molora.training.examples import read_records
+from molora.training.examples import encode, read_records
+from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
 from quality.training import STAGES, seed_folder
 
@@ -48,9 +49,11 @@ class Measurement:
     def device(self) -> torch.device:
         return torch.device(self.args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
+    def records(self, kind: str) -> list[Mapping[str, Any]]:
+        return list(read_records(self.args.work / "data" / f"{kind}.jsonl"))[: self.args.limit]
+
     def questions(self, m: MoLoRA, kind: str) -> list[Question]:
-        records = list(read_records(self.args.work / "data" / f"{kind}.jsonl"))[: self.args.limit]
-        return [Question.from_record(record, m.tokenizer) for record in records]
+        return [Question.from_record(record, m.tokenizer) for record in self.records(kind)]
 
     def file(self, label: str) -> Path:
         path: Path = self.folder / f"{label.replace(' ', '-')}.json"
@@ -60,16 +63,24 @@ class Measurement:
         wanted = self.args.labels or labels
         return [label for label in labels if label in wanted and not self.file(label).is_file()]
 
-    def write(self, label: str, rows: dict[str, dict[str, Any]], took_s: float) -> None:
+    def write(
+        self,
+        label: str,
+        rows: dict[str, dict[str, Any]],
+        took_s: float,
+        routes: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
         args = self.args
         head = describe_machine(self.device) | {"seed": args.seed, "steps": args.steps, "took_s": round(took_s)}
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.file(label), json.dumps({**head, "label": label, "rows": rows}) + "\n")
+        write_atomic(
+            self.file(label), json.dumps({**head, "label": label, "rows": rows, "routes": routes or {}}) + "\n"
+        )
         found = "  ".join(f"{kind} {row['accuracy']:.4f}" for kind, row in rows.items())
         print(f"{label:>24}  {found}  {took_s:.0f} s", flush=True)
 
     def add(self, m: MoLoRA, label: str, way: str, kinds: Sequence[str] = SCORED) -> None:
-        """The items of these kinds, answered in one of `evaluate`'s ways."""
+        """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does."""
         if not self.missing([label]):
             return
         begin_s = time.perf_counter()
@@ -78,7 +89,14 @@ class Measurement:
             for kind in kinds
             for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=self.args.max_new_tokens)
         }
-        self.write(label, rows, time.perf_counter() - begin_s)
+        routes = {kind: self.routes(m, kind) for kind in kinds} if way == "auto" else None
+        self.write(label, rows, time.perf_counter() - begin_s, routes)
+
+    def routes(self, m: MoLoRA, kind: str) -> dict[str, Any]:
+        """`RouterStatistics` on the items with their reference answers."""
+        starts = [m.activation_start(m.render(question.messages)) for question in self.questions(m, kind)]
+        conversations = [encode(record, m.tokenizer) for record in self.records(kind)]
+        return router_statistics(m, conversations, starts).to_json(column_names(m))
 
     @contextmanager
     def loaded(self, bank: Path, **options: Any) -> Iterator[MoLoRA]:

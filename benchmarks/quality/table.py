@@ -11,10 +11,19 @@ from typing import Any
 from molora.files import write_atomic
 from molora.training.evaluate import best_single
 
+MEASURES = {
+    "accuracy": "routed right",
+    "ece": "calibration error",
+    "entropy": "entropy (nats)",
+    "switch_rate": "switches",
+    "label_switch_rate": "the labels'",
+    "switches_in_words": "inside words",
+    "label_switches_in_words": "the labels'",
+}  # of what a router does
 REFERENCES = ("auto", "given", "joint")
 ORDER = (
     *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
-    *("lm", "token", "own", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
+    *("lm", "token", "own", "steady", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
 )
 
 
@@ -25,7 +34,10 @@ def make_table(args: Namespace) -> None:
     read = [json.loads(file.read_text()) for file in files]
     bits: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))  # kind, label, seed
     by_domain: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
+    routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for each in read:
+        for kind, found in each["routes"].items():
+            routes[kind][each["label"]].append(found)
         for kind, row in each["rows"].items():
             bits[kind][each["label"]][each["seed"]] = row["by_item"]
             by_domain[kind][each["label"]].append(row["by_domain"])
@@ -55,6 +67,10 @@ def make_table(args: Namespace) -> None:
             kind: max(len(b) for row in found.values() for b in row.values()) for kind, found in bits.items()
         },
         "rows": rows,
+        "routes": {
+            kind: {label: _mean_routes(found[label]) for label in sorted(found, key=_place)}
+            for kind, found in routes.items()
+        },
     }
     text = markdown(result)
     print(text)
@@ -77,6 +93,12 @@ def summary(own: dict[int, str]) -> dict[str, Any]:
 
 def mean_by_domain(found: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(each[name] for each in found) for name in (found[0] if found else ())}
+
+
+def _mean_routes(found: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean over seeds of what a router does on the items' labelled tokens."""
+    wanted = ("num_tokens", "neighbours_in_words", *MEASURES)
+    return {"num_seeds": len(found)} | {name: statistics.fmean(each[name] for each in found) for name in wanted}
 
 
 def difference(ours: dict[int, str], theirs: dict[int, str]) -> dict[str, float] | None:
@@ -120,6 +142,11 @@ def markdown(result: dict[str, Any]) -> str:
             row = rows.get(label)
             cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(row)]
         lines.append(f"| {' | '.join(cells)} |")
+    for kind, found in result["routes"].items():
+        lines += ["", f"| routes of {kind} | {' | '.join(MEASURES.values())} |", "| --- " * (len(MEASURES) + 1) + "|"]
+        lines += [
+            f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in MEASURES)} |" for label, row in found.items()
+        ]
     if histories := result["rows"].get("histories"):
         lines += ["", "| behind an earlier exchange | accuracy |", "| --- | --- |"]
         lines += [f"| {label} | {row['accuracy']:.3f} |" for label, row in histories.items()]

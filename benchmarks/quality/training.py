@@ -3,6 +3,9 @@
 bank    the adapters, side by side, and a router by labels, with a LoRA of its own
 token   another router over the same adapters, by what each of them loses on each token
 lm      another one, by the language model loss alone
+own     another one by labels, whose language model loss is under its own choice
+steady  the bank's router again, with a price on switches between tokens of one domain
+nine    one adapter more, and a router that knows it from the start
 tuned   the bank's router again, from the start, while the adapters go on learning with it
 joint   one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens, from the user's turn
 plain   the adapters again, as plain LoRAs: active on every token
@@ -21,7 +24,7 @@ from molora.checkpoint import resolve_base
 from molora.digest import base_digest
 from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage, train_adapters, train_bank
 
-ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
+ACTIVATION = {"first": 0.05, "before": 0.1, "turn": 0.6, "between": 0.1, "response": 0.15, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
 LABELS = {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
@@ -30,6 +33,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "lm": {"losses": {"label": 0.0, "lm": 1.0, "drift": 0.03, "balance": 0.01, "z": 1e-4}},
     "own": {"losses": {"label": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
+    "steady": {"losses": LABELS | {"switch": 0.1}},
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},
 }

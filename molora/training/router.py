@@ -25,7 +25,7 @@ from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, 
 from molora.digest import base_digest
 from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, text_config
-from molora.losses import label_loss, load_balance_loss, z_loss
+from molora.losses import label_loss, load_balance_loss, switch_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
 from molora.routing import NO_ADAPTER, RouteRecord, RouteRequest, Routes, RoutingLayer
 from molora.training.data import Batch
@@ -51,6 +51,8 @@ class RouterLosses:
         drift: how far the router's own LoRA moves what enters the router layer, as the mean square of the change over
             that of the base's, channel by channel.
         balance: Switch's load-balance loss, 1 when all columns are used alike.
+        switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
+            tokens whose labels, where both have one, are the same.
         z: squared log-partition, which keeps scores small.
     """
 
@@ -60,6 +62,7 @@ class RouterLosses:
     given: float = 0.0
     drift: float = 0.0
     balance: float = 0.0
+    switch: float = 0.0
     z: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -402,11 +405,19 @@ class RouterTraining(FrozenBase):
             probs_NC = (logits_NC[is_active] / self.router_config.temperature).softmax(-1)
             metrics["token"] = (probs_NC * losses_NC[is_active]).sum(-1).mean()
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
+        metrics["switch"] = switch_loss(logits_NC, _neighbours(batch, active, columns_N))
         is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
         metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics, logits_NC
+
+
+def _neighbours(batch: Batch, active: Tensor, columns_N: Tensor) -> Tensor:
+    """Whether a token [N] and the one before it are active, of one conversation, and not of different domains."""
+    active_N, before_N = active.flatten(), columns_N.roll(1)
+    agree_N = (columns_N == before_N) | (columns_N == IGNORE) | (before_N == IGNORE)
+    return active_N & active_N.roll(1) & (batch.position_ids.flatten() > 0) & agree_N
 
 
 @contextmanager

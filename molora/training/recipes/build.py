@@ -27,7 +27,7 @@ NUM_HELD_OUT_COMPOSITES = 500
 NUM_HELD_OUT_DOCUMENTS = 200
 NUM_HELD_OUT_PROSE = 40  # single items a domain, and questions about passages, in heldout_prose.jsonl
 
-COMPOSITE_SHARE = 0.3  # of an adapter's training records
+COMPOSITE_SHARE = 0.5  # of an adapter's training records
 HISTORY_SHARE = 0.3  # of all task records in training
 EVERYDAY_SHARE = 0.25  # of base records in training
 
