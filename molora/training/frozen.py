@@ -20,6 +20,8 @@ from molora.training.examples import IGNORE
 from molora.training.loss import Head, check_head, frozen_cross_entropy
 from molora.training.stack import LoraStack
 
+NUM_GRAPHS = 32  # of a decoder layer, at most
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -63,6 +65,9 @@ class FrozenBase(L.LightningModule):
 
     def on_fit_start(self) -> None:
         if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
+            # With and without adapters, gradients, and something below that learns: each is a graph of its own.
+            dynamo = torch._dynamo.config
+            dynamo.recompile_limit = max(dynamo.recompile_limit, NUM_GRAPHS)
             for layer in find_layers(self.model):
                 (layer.layer if isinstance(layer, RoutingLayer) else layer).compile(dynamic=False)
 
