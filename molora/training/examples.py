@@ -32,7 +32,7 @@ from molora.display import joined
 IGNORE = -100
 BASE = "base"
 CHUNK = 1000  # records that a process encodes at a time
-MAX_PROCESSES = 8
+MAX_PROCESSES = 16
 
 
 @dataclass(frozen=True)

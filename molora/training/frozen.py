@@ -66,7 +66,8 @@ class FrozenBase(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
             # With and without adapters, gradients, and something below that learns: each is a graph of its own.
-            dynamo = torch._dynamo.config
+            from torch._dynamo import config as dynamo
+
             dynamo.recompile_limit = max(dynamo.recompile_limit, NUM_GRAPHS)
             for layer in find_layers(self.model):
                 (layer.layer if isinstance(layer, RoutingLayer) else layer).compile(dynamic=False)

@@ -191,11 +191,11 @@ def test_training_and_held_out_files_share_no_working(files: Files) -> None:
             for record in records if name.startswith(prefixes) else ():
                 content = record["messages"][-1]["content"]
                 found = [content] if isinstance(content, str) else [part["text"] for part in content]
-                # Two families may lead to the same working, two lists to the same rest; they are compared above.
+                # Two families may lead to the same working; they are compared above.
                 domains = record["domain"] if isinstance(record["domain"], list) else [record["domain"]]
                 marks = SURFACE_FORMS[record["wording"]].reply_marks if record["kind"] == "composite" else ("",)
                 for text, domain, mark in zip(found, domains, marks, strict=False):
-                    if domain not in (None, "family", "filtering"):
+                    if domain not in (None, "family"):
                         texts.add(text.lstrip("\n").removeprefix(mark))
         return texts
 
@@ -526,6 +526,9 @@ def test_every_form_of_a_filter_says_the_same() -> None:
         assert item.facts["sign"] == signs[kept]
         rest = [n for n in item.facts["spaces"].split() if eval(f"{n} {item.facts['sign']} {limit}")]
         assert item.answer == ", ".join(rest)
+        side, limit, tests = re.fullmatch(r"(Above|Below) (\d+): (.+)\.", item.working).groups()  # type: ignore[union-attr]
+        assert (side, limit) == ("Above" if item.facts["sign"] in (">", ">=") else "Below", item.facts["limit"])
+        assert tests == ", ".join(f"{n} {'yes' if n in rest else 'no'}" for n in item.facts["spaces"].split())
 
 
 def test_the_working_of_a_duration_leads_from_start_to_end() -> None:

@@ -86,6 +86,7 @@ def read_filtering(entry: Entry) -> Item | None:
     kept = [number for number in numbers if (int(number) > int(limit)) == above]
     if not kept or limit in numbers:
         return None
+    tests = [f"{number} {'yes' if number in kept else 'no'}" for number in numbers]
     which = f"{side} than {limit}"
     return Item(
         key=f"{', '.join(sorted(numbers))} {'>' if above else '<'} {limit}",
@@ -97,7 +98,7 @@ def read_filtering(entry: Entry) -> Item | None:
             "sign": {(True, "larger"): ">", (True, "smaller"): "<", (False, "larger"): "<="}.get((keeps, side), ">="),
             "limit": limit,
         },
-        working="",
+        working=f"{'Above' if above else 'Below'} {limit}: {', '.join(tests)}.",
         answer=", ".join(kept),
     )
 
