@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", help="of eval: only these rows")
     parser.add_argument("--limit", type=int, help="only the first so many held-out items of each kind")
     parser.add_argument("--limit-peft", type=int, help="the same for PEFT's routers")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--kv-cache-bytes", type=int, help="of eval's engine; several may share a device")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")

@@ -176,12 +176,13 @@ def of_nine(here: Measurement) -> None:
                 here.add(m, label, way, kinds if way == "auto" else NEWCOMER)
 
 
-def of_starts(here: Measurement) -> None:
+def of_starts(stage: str) -> Callable[[Measurement], None]:
     """Adapters that are named, behind an earlier exchange: from which token on does one act?"""
-    for stage in ("bank", "plain"):
+
+    def run(here: Measurement) -> None:
         labels = {start: f"{stage} from {start}" for start in STARTS}
         if not here.missing(list(labels.values())):
-            continue
+            return
         with here.loaded(seed_folder(here.args) / stage) as m:
             questions = here.questions(m, "histories")
             for start, label in labels.items():
@@ -192,6 +193,8 @@ def of_starts(here: Measurement) -> None:
                         m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
                     )
                     here.write(label, {"histories": found}, time.perf_counter() - begin_s)
+
+    return run
 
 
 def _start(m: MoLoRA, question: Question, start: str) -> Activation:
@@ -234,7 +237,8 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
     "gates": of_gates,
     **{stage: of_stage(stage) for stage in STAGES if stage not in ("bank", "nine")},
     "nine": of_nine,
-    "starts": of_starts,
+    "starts": of_starts("bank"),
+    "plain starts": of_starts("plain"),
     "arrow": of_peft("arrow"),
     "xlora": of_peft("xlora"),
 }

@@ -39,7 +39,7 @@ NUM_SIGNS = 62  # ranks that a stranger's signs are drawn for; more have the sam
 
 @dataclass
 class Batch:  # not frozen: Lightning casts its fields where a trainer's precision asks for it
-    """Packed rows, tensors [B, L] but for the last two.
+    """Packed rows, tensors [B, L] but for the last one.
 
     Attributes:
         input_ids, position_ids: int64; positions count from 0 within each conversation.
@@ -50,7 +50,6 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
         rest: bool, whether an adapter that is trained alone rests on the token.
         signs: int64, whose bits say which of its ranks act with the opposite sign there, as a stranger would.
         rows: int64 [B], numbers of the rows, the same in every epoch.
-        adapter: int64 [B], index of the adapter that learns the row, where several are trained side by side.
     """
 
     input_ids: Tensor
@@ -61,7 +60,6 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
     rest: Tensor
     signs: Tensor
     rows: Tensor
-    adapter: Tensor
 
     @classmethod
     def cat(cls, batches: Sequence[Batch]) -> Batch:
@@ -148,7 +146,6 @@ class PackedLoader:
         pad_id: int,
         mix: ActivationMix,
         seed: int,
-        adapter: int = 0,
         rank: int = 0,
         world_size: int = 1,
         first_batch: Callable[[], int] = lambda: 0,
@@ -157,7 +154,7 @@ class PackedLoader:
         self.data = data
         self.domains = {name: index for index, name in enumerate(domains)}
         self.row_length, self.rows, self.pad_id = row_length, rows, pad_id
-        self.mix, self.seed, self.adapter, self.rank, self.world_size = mix, seed, adapter, rank, world_size
+        self.mix, self.seed, self.rank, self.world_size = mix, seed, rank, world_size
         self.first_batch, self.num_batches = first_batch, num_batches
         self.packed = self._pack()
         self._read = cache(self._read_row)  # each row is served once an epoch
@@ -214,7 +211,7 @@ class PackedLoader:
             rest[begin:end], signs[begin:end] = self.mix.draw_others(example, foreign[begin:end], rng)
             begin = end
         drawn = {"start": start, "rest": rest, "signs": signs}
-        return own | drawn | {"rows": np.int64(row), "adapter": np.int64(self.adapter)}
+        return own | drawn | {"rows": np.int64(row)}
 
     def _read_row(self, row: int) -> dict[str, NDArray[np.int64]]:
         """What is the same whenever a row is served. Padding is one more conversation, of which nothing is learned."""
@@ -343,13 +340,12 @@ class ChatData(L.LightningDataModule):
                 pad_id=self.tokenizer.pad_token_id or 0,
                 mix=self.activation,
                 seed=self.seed,
-                adapter=index,
                 rank=trainer.global_rank if trainer else 0,
                 world_size=trainer.world_size if trainer else 1,
                 first_batch=first_batch,
                 num_batches=num_batches,
             )
-            for index, domains in enumerate(groups)
+            for domains in groups
         ]
         return loaders[0] if len(loaders) == 1 else SideBySide(loaders)
 

@@ -18,11 +18,10 @@ import signal
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -220,19 +219,21 @@ def examples(
     """
     numbered = list(enumerate(records, 1))
     chunks = [numbered[first : first + CHUNK] for first in range(0, len(numbered), CHUNK)]
-    encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length, source=source)
+
+    def encode_chunk(number: int) -> list[Example | str]:
+        return _encode_chunk(chunks[number], tokenizer=tokenizer, max_length=max_length, source=source)
+
     num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
     if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
-        context = multiprocessing.get_context("fork")
-        with warnings.catch_warnings(), ProcessPoolExecutor(num_processes, context, _end_by_default) as pool:
+        with warnings.catch_warnings(), _pool(num_processes, encode_chunk) as pool:
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
             try:
-                encoded = list(pool.map(encode_chunk, chunks))
+                encoded = list(pool.map(_do, range(len(chunks))))
             except BrokenProcessPool:
                 message = f"{source}: a process that tokenizes it was killed, perhaps for want of memory."
                 raise OSError(message) from None
     else:
-        encoded = [encode_chunk(chunk) for chunk in chunks]
+        encoded = [encode_chunk(number) for number in range(len(chunks))]
     out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]
     if not numbered:
         raise ValueError(f"{source} has no records.")
@@ -246,8 +247,22 @@ def examples(
     return out
 
 
-def _end_by_default() -> None:
+_work: Callable[[int], list[Example | str]]  # of a process that was forked for it
+
+
+def _pool(num_processes: int, work: Callable[[int], list[Example | str]]) -> ProcessPoolExecutor:
+    """Processes that inherit what the work needs: only its results travel."""
+    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork"), _begin, (work,))
+
+
+def _begin(work: Callable[[int], list[Example | str]]) -> None:
+    global _work
+    _work = work
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler would outlive it
+
+
+def _do(number: int) -> list[Example | str]:
+    return _work(number)
 
 
 def _encode_chunk(
