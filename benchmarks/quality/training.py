@@ -96,7 +96,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
                 **ROUTERS[stage],
             },
             data={
-                "train": str(data / router_data),
+                "train": [str(data / router_data), str(data / "train_unknown.jsonl")],
                 "row_length": 512,
                 "rows": 2 * args.rows,
                 "activation": {"turn": 0.7, "response": 0.2, "between": 0.1},

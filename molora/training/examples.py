@@ -6,7 +6,8 @@ A record is what a line of JSONL holds:
     {"prompt": "...", "completion": "...", "domain": ...}
 
 `domain` is optional. A message's content may be a list of text parts, each with a domain of its own (null is base):
-the parts of one answer that different adapters should write.
+the parts of one answer that different adapters should write. With `"labels_only": true` nothing of the answer is
+learned but whose it is.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Example:
 
     Attributes:
         token_ids: the prompt and the completion, its end token included.
-        learned: for each token, whether predicting it is learned (it belongs to the completion).
+        learned: for each token, whether predicting it is learned (it belongs to the completion, if that is learned).
         domains: for each token, the domain it belongs to: a name, "base", or None where nothing is known.
         turn: index of the first token of the last user message (0 for plain text).
         response: index of the first token of the generation prompt (of the completion for plain text).
@@ -75,10 +76,15 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
         ValueError: the record has neither `messages` nor `prompt` and `completion`, or does not end in an answer.
     """
     if "messages" in record:
-        return _encode_messages(record, tokenizer)
-    if "prompt" in record and "completion" in record:
-        return _encode_text(record, tokenizer)
-    raise ValueError(f"a record needs 'messages', or 'prompt' and 'completion'; this one has {sorted(record)}.")
+        example = _encode_messages(record, tokenizer)
+    elif "prompt" in record and "completion" in record:
+        example = _encode_text(record, tokenizer)
+    else:
+        raise ValueError(f"a record needs 'messages', or 'prompt' and 'completion'; this one has {sorted(record)}.")
+    labels_only = record.get("labels_only", False)
+    if not isinstance(labels_only, bool):
+        raise ValueError(f"a record's labels_only is {labels_only!r}; expected true or false.")
+    return replace(example, learned=(False,) * len(example.learned)) if labels_only else example
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

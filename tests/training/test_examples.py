@@ -37,6 +37,15 @@ def test_only_the_answer_and_its_end_are_learned() -> None:
     assert learned[-1] == TOKENIZER.eos_token_id
 
 
+@pytest.mark.parametrize("record", [SINGLE, {"prompt": "a b", "completion": " c", "domain": "letters"}])
+def test_of_some_records_only_the_labels_are_learned(record: dict[str, object]) -> None:
+    example = encode({**record, "labels_only": True}, TOKENIZER)
+    assert not any(example.learned)
+    assert example.domains == encode({**record, "labels_only": False}, TOKENIZER).domains
+    with pytest.raises(ValueError, match="labels_only is 'yes'; expected true or false"):
+        encode({**record, "labels_only": "yes"}, TOKENIZER)
+
+
 def test_turn_and_response_are_where_their_headers_begin() -> None:
     example = encode(SINGLE, TOKENIZER)
     assert decode(example.token_ids[example.turn :]).startswith("<|im_start|>user\n2 times a")

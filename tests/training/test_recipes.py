@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise, product
 from operator import add, gt, lt, sub, truediv
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 from reasoning_gym import get_score_answer_fn  # type: ignore[import-untyped]
@@ -25,6 +26,7 @@ from molora.training.recipes import (
     Record,
     build,
     num_files,
+    unknown,
     verify,
     verify_composite,
     write,
@@ -39,6 +41,7 @@ from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
 from molora.training.recipes.wordings import WORDINGS
 
 NUM_TRAIN = 60
+UNKNOWN = "train_unknown.jsonl"
 Files = dict[str, list[Record]]
 
 
@@ -48,8 +51,14 @@ def domains(request: pytest.FixtureRequest) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def files(domains: tuple[str, ...]) -> Files:
+def built(domains: tuple[str, ...]) -> dict[str, Any]:
     return dict(build(seed=0, num_train=NUM_TRAIN, domains=domains))
+
+
+@pytest.fixture(scope="module")
+def files(built: dict[str, Any]) -> Files:
+    """Those whose records are the recipes' own conversations."""
+    return {name: records for name, records in built.items() if name != UNKNOWN}
 
 
 def text_of(message: Message) -> str:
@@ -80,8 +89,9 @@ def singles(records: list[Record]) -> list[Record]:
     return [record for record in records if record["kind"] == "single"]
 
 
-def test_counts(files: Files, domains: tuple[str, ...]) -> None:
-    assert len(files) == num_files(domains)
+def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -> None:
+    assert len(built) == num_files(domains)
+    assert len(built[UNKNOWN]) == NUM_TRAIN // 4
     assert len(files["heldout.jsonl"]) == 200 * len(domains)
     assert len(files["heldout_composite.jsonl"]) == 500
     assert len(files["heldout_base.jsonl"]) == 200
@@ -90,7 +100,7 @@ def test_counts(files: Files, domains: tuple[str, ...]) -> None:
         assert len(files[f"val_{domain}.jsonl"]) == 200
         train = files[f"train_{domain}.jsonl"]
         assert len(train) == NUM_TRAIN
-        assert len(singles(train)) == round(0.7 * NUM_TRAIN)
+        assert len(singles(train)) == round(0.5 * NUM_TRAIN)
         assert {record["domain"] for record in singles(train)} == {domain}
         assert all(domain in (record["domain"] or ()) for record in train)
     held_out = files["heldout.jsonl"]
@@ -106,15 +116,15 @@ def test_counts(files: Files, domains: tuple[str, ...]) -> None:
 
 
 def test_every_command_of_one_seed_writes_the_same_bytes(
-    files: Files, domains: tuple[str, ...], tmp_path: Path
+    built: dict[str, Any], domains: tuple[str, ...], tmp_path: Path
 ) -> None:
-    summary = write(tmp_path / "here", files.items(), seed=0, num_train=NUM_TRAIN, domains=domains)
+    summary = write(tmp_path / "here", built.items(), seed=0, num_train=NUM_TRAIN, domains=domains)
     module = [sys.executable, "-m", "molora.training.recipes"]
     command = [*module, "--out", str(tmp_path / "there"), "--num-train", str(NUM_TRAIN)]
     command += [] if domains == DEMO else ["--domains", *domains]
     subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"})
     names = sorted(path.name for path in (tmp_path / "here").iterdir())
-    assert names == sorted(["recipe.json", *files])
+    assert names == sorted(["recipe.json", *built])
     for name in names:
         assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
     assert json.loads((tmp_path / "here" / "recipe.json").read_text()) == summary
@@ -200,6 +210,20 @@ def test_training_and_held_out_files_share_no_working(files: Files) -> None:
         return texts
 
     assert not replies(("train",)) & replies(("heldout", "val"))
+
+
+def test_what_no_adapter_knows_is_no_adapter_s_and_not_held_out(built: dict[str, Any], files: Files) -> None:
+    assert not {*unknown.TASKS} & {task.dataset for task in TASKS.values()}
+    records = unknown.unknown(600, 0, ["one text of five words", "and another"])
+    assert {record.get("task") for record in records} == {None, *unknown.TASKS}
+    assert sum("prompt" in record for record in records) == 240
+    held_out = [record for name in files if name.startswith("heldout") for record in files[name]]
+    asked = " ".join(text_of(message) for record in held_out for message in record["messages"])
+    for record in built[UNKNOWN]:
+        assert record["domain"] is None
+        assert record["labels_only"]
+        if "prompt" in record:
+            assert record["prompt"] + record["completion"] not in asked
 
 
 def test_held_out_documents_are_not_trained_on(files: Files) -> None:

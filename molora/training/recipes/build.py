@@ -20,6 +20,7 @@ from molora.training.recipes.documents import documents
 from molora.training.recipes.items import Item
 from molora.training.recipes.passages import passages
 from molora.training.recipes.tasks import DEMO, TASKS
+from molora.training.recipes.unknown import unknown
 
 NUM_VAL = 200  # records in each val_<domain>.jsonl
 NUM_HELD_OUT = 200  # single items a domain in heldout.jsonl
@@ -48,15 +49,17 @@ class Summary(TypedDict):
 
 def num_files(domains: Sequence[str] = DEMO) -> int:
     """How many files `build` makes."""
-    return 2 * len(domains) + 5
+    return 2 * len(domains) + 6
 
 
-def build(seed: int, num_train: int, domains: Sequence[str] = DEMO) -> Iterator[tuple[str, list[Record]]]:
+def build(
+    seed: int, num_train: int, domains: Sequence[str] = DEMO
+) -> Iterator[tuple[str, Sequence[Mapping[str, Any]]]]:
     """Make every file's records, file by file.
 
     Args:
         seed: equal seeds give equal records.
-        num_train: records in each adapter's training file; the router's follows from it.
+        num_train: records in each adapter's training file; the router's follow from it.
         domains: the tasks, at least three; their order counts too.
 
     Yields:
@@ -114,11 +117,15 @@ def build(seed: int, num_train: int, domains: Sequence[str] = DEMO) -> Iterator[
             _base(train, num_train // 4),
         ),
     )
+    yield (
+        "train_unknown.jsonl",
+        unknown(num_train // 4, seed, [*(text.body for text in texts), *(passage.text for passage in train.passages)]),
+    )
 
 
 def write(
     out: Path,
-    files: Iterable[tuple[str, list[Record]]],
+    files: Iterable[tuple[str, Sequence[Mapping[str, Any]]]],
     *,
     seed: int,
     num_train: int,

@@ -1,0 +1,57 @@
+"""What no adapter knows: other tasks of reasoning-gym, and plain text. A router learns to leave it to the base model.
+
+Of such a record only the label is learned: the base model cannot write these answers, and is not to.
+"""
+
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import Any
+
+TASKS = (  # none like an adapter's, and each the same in every process
+    "aiw",
+    "base_conversion",
+    "caesar_cipher",
+    "calendar_arithmetic",
+    "coin_flip",
+    "complex_arithmetic",
+    "count_bits",
+    "count_primes",
+    "fraction_simplification",
+    "gcd",
+    "knights_knaves",
+    "lcm",
+    "letter_counting",
+    "palindrome_generation",
+    "prime_factorization",
+    "sentence_reordering",
+    "syllogism",
+)
+TEXT_SHARE = 0.4  # of the records
+ANNOUNCED_SHARE = 0.5  # of the answers: as the adapters announce theirs
+_SEED = 7_000_000  # far from those of the adapters' items
+
+
+def unknown(num_records: int, seed: int, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """Questions, as many of each task, and texts, in any order. Equal seeds give equal ones."""
+    rng = Random(f"unknown {seed}")
+    num_texts = round(TEXT_SHARE * num_records)
+    records = [_text(rng.choice(texts), rng) for _ in range(num_texts)]
+    for index, task in enumerate(TASKS):
+        first, last = ((num_records - num_texts) * place // len(TASKS) for place in (index, index + 1))
+        records += _questions(task, last - first, seed, rng)
+    rng.shuffle(records)
+    return records
+
+
+def _text(text: str, rng: Random) -> dict[str, Any]:
+    border = max(1, text.rfind(" ", 0, rng.randint(len(text) // 5, len(text) // 2)))
+    return {"prompt": text[:border], "completion": text[border:], "domain": None, "labels_only": True}
+
+
+def _questions(task: str, num_records: int, seed: int, rng: Random) -> Iterator[dict[str, Any]]:
+    from reasoning_gym import create_dataset
+
+    for entry in create_dataset(task, seed=_SEED + seed, size=num_records) if num_records else ():
+        answer = f"{'Answer: ' if rng.random() < ANNOUNCED_SHARE else ''}{entry['answer']}"
+        messages = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": answer}]
+        yield {"messages": messages, "domain": None, "labels_only": True, "task": task}
