@@ -140,7 +140,7 @@ def markdown(result: dict[str, Any]) -> str:
         cells = [label]
         for rows in (singles, composites):
             row = rows.get(label)
-            cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(row)]
+            cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(label, row)]
         lines.append(f"| {' | '.join(cells)} |")
     for kind, found in result["routes"].items():
         lines += ["", f"| routes of {kind} | {' | '.join(MEASURES.values())} |", "| --- " * (len(MEASURES) + 1) + "|"]
@@ -165,9 +165,9 @@ def _note(row: dict[str, Any], rows: dict[str, Any]) -> str:
     return f" ({', '.join(notes)})" if notes else ""
 
 
-def _less(row: dict[str, Any]) -> str:
+def _less(label: str, row: dict[str, Any]) -> str:
     found = row.get("minus auto")
-    if not found:
+    if not found or label == "auto":
         return ""
     return f"{-found['difference']:+.3f} ({-found['high']:+.3f} to {-found['low']:+.3f})"
 

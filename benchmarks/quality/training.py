@@ -24,7 +24,7 @@ from molora.checkpoint import resolve_base
 from molora.digest import base_digest
 from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage, train_adapters, train_bank
 
-ACTIVATION = {"first": 0.05, "before": 0.1, "turn": 0.6, "between": 0.1, "response": 0.15, "strays": 0.5}
+ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
 LABELS = {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
