@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from molora_kernels import backend
 
 import molora
 from molora import Adapter, Bank, BaseInfo, KeyRouter, MoLoRA, RouterConfig
@@ -24,6 +25,7 @@ from molora.checkpoint import load_base
 from molora.digest import base_digest
 from molora.injection import linears_of_layers
 from molora.router import Router
+from molora.serving import engine as engine_module
 from molora.serving.engine import Engine, EngineConfig
 from molora.tiny import make_tiny_base
 
@@ -54,6 +56,22 @@ def _router_lora(model: Any, config: RouterConfig) -> dict[str, LoraWeights]:
     }
     generator = torch.Generator().manual_seed(7)
     return random_adapter(shapes, rank=config.lora_rank, alpha=config.lora_alpha, generator=generator, std=0.2).weights
+
+
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> Iterator[None]:
+    """None: plans of a CPU have no tables for kernels, as in use. Tests of kernels have a fixture of this name, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "INTERPRETED", False)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_caches() -> Iterator[None]:
+    """For engines that are given no size: the zeros of the 1 GB that they take otherwise need most of a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "CPU_CACHE_BYTES", 1 << 27)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,11 @@ README = (REPOSITORY / "README.md").read_text()
 CARD = (REPOSITORY / "banks" / "smollm2-demo" / "README.md").read_text()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small_caches() -> None:
+    """None: all is as a newcomer has it."""
+
+
 @pytest.fixture(scope="module")
 def base() -> Path:
     bank = Bank.open(demo_bank_path())

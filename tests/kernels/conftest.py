@@ -24,6 +24,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker("gpu")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> None:
+    """Without a GPU the kernels run in it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """The tensors of one call. Its `args` and `out_features=` make a call of routed_linears."""

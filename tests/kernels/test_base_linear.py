@@ -22,10 +22,9 @@ def relative_error(y: Tensor, x: Tensor, w: Tensor, bias: Tensor | None) -> floa
     return float((y.double() - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("dtype", "bias"), [(torch.float16, False), (torch.bfloat16, True)])
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 64])
 @pytest.mark.parametrize(("num_in", "num_out"), [(64, 64), (200, 33), (2048, 130), (4104, 7)])
-@pytest.mark.parametrize("bias", [False, True])
 def test_the_kernel_gives_the_product(
     device: torch.device, num_tokens: int, num_in: int, num_out: int, dtype: torch.dtype, bias: bool
 ) -> None:

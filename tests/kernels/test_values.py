@@ -43,7 +43,7 @@ def test_small_integers_are_exact(make_problem: Callable, solve: Callable, impl:
     assert torch.equal(y.cpu().double(), solve(problem))
 
 
-@pytest.mark.parametrize(("dtype", "routes"), list(itertools.product(LIMITS, ROUTES)))
+@pytest.mark.parametrize(("dtype", "routes"), list(zip(itertools.cycle(LIMITS), ROUTES, strict=False)))
 def test_error_against_float64(
     make_problem: Callable, solve: Callable, impl: str, dtype: torch.dtype, routes: str
 ) -> None:

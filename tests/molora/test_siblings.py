@@ -12,6 +12,11 @@ from molora.siblings import Siblings, merge_siblings, with_others
 WIDTHS = (24, 8, 10)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> None:
+    """Without a GPU the kernels run in it."""
+
+
 @pytest.fixture
 def routes() -> Routes:
     return Routes(3)

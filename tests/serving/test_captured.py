@@ -29,6 +29,22 @@ BLEND = {"x": 0.5, "y": 0.25}
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def interpreter() -> None:
+    """Without a GPU the kernels run in it."""
+
+
+@pytest.fixture
+def make_small_bank(make_bank, make_adapter, tmp_path) -> Any:
+    """A bank on a base of fewer layers: the interpreter is slow. In two of three, the router's adapters act."""
+
+    def make(*, num_layers: int = 2, **options: Any) -> Any:
+        adapters = {name: make_adapter(seed=seed, last_layer=num_layers - 1) for name, seed in (("x", 1), ("y", 2))}
+        return make_bank(tmp_path, adapters=adapters, num_hidden_layers=num_layers, **options)
+
+    return make
+
+
 @pytest.fixture
 def captured(monkeypatch) -> Any:
     """An engine whose small steps go through the buffers."""
@@ -57,9 +73,14 @@ def captured(monkeypatch) -> Any:
         engine.close()
 
 
-@pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT], ids=["hard", "soft"])
-def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_ids, tmp_path, router):
-    m = molora.load(make_bank(tmp_path, router=key_router(router)), device=DEVICE, dtype="float32")
+@pytest.mark.parametrize(
+    ("router", "num_layers"),
+    [(RouterConfig(hidden_dim=32, key_dim=16), 3), (SOFT, 2)],  # layers that are alike share what was compiled
+    ids=["hard", "soft"],
+)
+def test_it_answers_as_full_forwards_do(make_small_bank, key_router, captured, random_ids, router, num_layers):
+    bank = make_small_bank(num_layers=num_layers, router=key_router(router))
+    m = molora.load(bank, device=DEVICE, dtype="float32")
     engine = captured(m, max_step_tokens=20, max_sequences=4)
     routes = ["base", "x", "auto", BLEND]
     requests = [
@@ -85,9 +106,9 @@ def test_it_answers_as_full_forwards_do(make_bank, key_router, captured, random_
     assert all(linear.siblings is not None for path, linear in m.decoder.linears.items() if "q_proj" in path)
 
 
-def test_steps_that_are_launched_ahead_change_no_answer(make_bank, key_router, captured, random_ids, tmp_path):
+def test_steps_that_are_launched_ahead_change_no_answer(make_small_bank, key_router, captured, random_ids):
     """Beside answers that go on, some end where only the host can tell, and some need their tokens known."""
-    bank = make_bank(tmp_path, router=key_router())
+    bank = make_small_bank(router=key_router())
     engine = captured(molora.load(bank, device=DEVICE, dtype="float32"), max_step_tokens=40, max_sequences=8)
     reference = molora.load(bank, device="cpu", dtype="float32").engine
     prompt = random_ids(9)
@@ -123,9 +144,9 @@ def test_steps_that_are_launched_ahead_change_no_answer(make_bank, key_router, c
     assert stats.num_recomputed_tokens == 0
 
 
-def test_a_step_that_fails_takes_no_answer_with_it_that_had_ended(make_bank, captured, random_ids, tmp_path):
+def test_a_step_that_fails_takes_no_answer_with_it_that_had_ended(make_small_bank, captured, random_ids):
     """The end token comes out of step k; step k + 1, which it is in as well, cannot be launched, or fails later."""
-    engine = captured(molora.load(make_bank(tmp_path), device=DEVICE, dtype="float32"), max_sequences=4)
+    engine = captured(molora.load(make_small_bank(), device=DEVICE, dtype="float32"), max_sequences=4)
     sampling = Sampling(max_new_tokens=7, ignore_eos=True)
     request = Request(prompt=random_ids(9), route="base", sampling=sampling)
     (whole,) = engine.generate(request)

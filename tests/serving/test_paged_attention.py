@@ -254,17 +254,17 @@ def shared_batch(lengths: Sequence[int], num_shared: int, **options: Any) -> tup
 
 
 @pytest.mark.parametrize(
-    ("lengths", "num_shared", "options"),
+    ("lengths", "num_shared", "options", "sinks"),
     [
-        ([60, 61, 62, 63, 64], 48, {}),
-        ([64] * 9, 56, {}),
-        ([64, 64, 40, 80, 64, 17], 40, {}),  # one of them cuts its keys elsewhere
-        ([64] * 5, 64 - 8, {"group": 1}),
-        ([64] * 5, 64 - 8, {"group": 16}),  # no tile has room for two
-        ([64] * 6, 64 - 8, {"group": 5, "dtype": torch.bfloat16}),
+        ([60, 61, 62, 63, 64], 48, {}, False),
+        ([60, 61, 62, 63, 64], 48, {}, True),
+        ([64] * 9, 56, {"num_heads": 1}, False),
+        ([64, 64, 40, 80, 64, 17], 40, {"num_heads": 1}, True),  # one of them cuts its keys elsewhere
+        ([64] * 5, 64 - 8, {"group": 1}, True),
+        ([64] * 5, 64 - 8, {"group": 16, "num_heads": 1}, False),  # no tile has room for two
+        ([64] * 6, 64 - 8, {"group": 5, "dtype": torch.bfloat16}, True),
     ],
 )
-@pytest.mark.parametrize("sinks", [False, True])
 def test_who_reads_the_same_blocks_gets_the_bits_it_would_get_alone(
     lengths: list[int], num_shared: int, options: dict[str, Any], sinks: bool
 ) -> None:

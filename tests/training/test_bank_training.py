@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,17 +43,20 @@ TINY: dict[str, Any] = {
         "trainer": {"accelerator": "cpu", "max_steps": 12, "enable_progress_bar": False},
     },
 }
+Changes = dict[tuple[str, ...], Any]
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning and jsonargparse warn of their own deprecations
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     shutil.copy(REPOSITORY / "configs" / "tiny.jsonl", "tiny.jsonl")
 
 
-def settings(changes: dict[tuple[str, ...], Any] | None = None) -> BankSettings:
+def settings(changes: Changes | None = None) -> BankSettings:
     values = yaml.safe_load(yaml.safe_dump(TINY))
     for (*path, last), value in (changes or {}).items():
         inner = values
@@ -64,14 +68,38 @@ def settings(changes: dict[tuple[str, ...], Any] | None = None) -> BankSettings:
     return BankSettings.read(file)
 
 
-def digests(folder: str = "bank") -> dict[str, str]:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """The folder of a bank and of the work for it, trained once for all tests that need no more of it."""
+    made: dict[str, Path] = {}
+
+    def by(changes: Changes | None = None) -> Path:
+        key = repr(changes)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("trained")
+            with pytest.MonkeyPatch.context() as patched:
+                patched.chdir(made[key])
+                patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+                shutil.copy(REPOSITORY / "configs" / "tiny.jsonl", "tiny.jsonl")
+                assert train_bank(settings(changes)) == Path("bank")
+        return made[key]
+
+    return by
+
+
+def take(trained: Path) -> None:
+    for name in ("bank", "work"):
+        shutil.copytree(trained / name, name)
+
+
+def digests(folder: str | Path = "bank") -> dict[str, str]:
     bank = Bank.open(folder)
     assert bank.config.router is not None
     return {"router": bank.config.router.digest} | {entry.name: entry.digest for entry in bank.adapters}
 
 
-def test_a_bank_is_trained_once_and_routes() -> None:
-    assert train_bank(settings()) == Path("bank")
+def test_a_bank_is_trained_once_and_routes(trained: Callable[..., Path]) -> None:
+    take(trained())
     m = molora.load("bank", device="cpu")
     assert m.generate([{"role": "user", "content": "3 times a"}], max_new_tokens=3).num_generated_tokens
     first, checkpoints = digests(), {path: path.stat().st_mtime_ns for path in Path("work").rglob("last.ckpt")}
@@ -81,8 +109,10 @@ def test_a_bank_is_trained_once_and_routes() -> None:
     assert {path: path.stat().st_mtime_ns for path in Path("work").rglob("last.ckpt")} == checkpoints
 
 
-def test_a_bank_that_has_gone_is_written_again_and_other_settings_are_another_stage() -> None:
-    train_bank(settings())
+def test_a_bank_that_has_gone_is_written_again_and_other_settings_are_another_stage(
+    trained: Callable[..., Path],
+) -> None:
+    take(trained())
     first = digests()
     shutil.rmtree("bank")
     train_bank(settings())
@@ -99,9 +129,9 @@ def test_a_bank_that_has_gone_is_written_again_and_other_settings_are_another_st
 
 
 @pytest.mark.parametrize("kind", ["adapters", "router"])
-def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str) -> None:
+def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str, trained: Callable[..., Path]) -> None:
     long = {(stage, "trainer", "max_steps"): 40 for stage in ("adapters", "router")}
-    train_bank(settings(long | {("output",): "whole", ("work",): "elsewhere"}))
+    whole = digests(trained(long) / "bank")
     settings(long)
     code = "from molora.cli import app; app()"
     command = [sys.executable, "-c", code, "train", "bank", "--config", "bank.yaml"]
@@ -111,17 +141,18 @@ def test_a_run_that_is_killed_goes_on_to_the_same_result(kind: str) -> None:
         while not list(Path("work").glob(f"{kind}-*/last.ckpt")):
             assert running.poll() is None
             assert time.monotonic() < deadline
-            time.sleep(0.001)
+            time.sleep(0.01)
     finally:
         running.send_signal(signal.SIGKILL)
         running.wait()
     assert not Path("bank").exists()
     train_bank(settings(long))
-    assert digests() == digests("whole")
+    assert digests() == whole
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+def test_a_full_disk_leaves_the_checkpoint_before(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     put, written = trainer.replace, []
 
     def until_full(source: Path, target: Path) -> None:
@@ -140,12 +171,14 @@ def test_a_full_disk_leaves_the_checkpoint_before(monkeypatch: pytest.MonkeyPatc
     assert torch.load(written[0], weights_only=False)["global_step"] == 5
     assert [path.name for path in written[0].parent.glob("*.ckpt*")] == ["last.ckpt"]
     train_bank(settings())
-    assert digests() == digests("whole")
+    assert digests() == digests(trained() / "bank")
 
 
 @pytest.mark.parametrize("kind", ["adapters", "router"])
-def test_a_full_disk_when_all_is_learned_loses_nothing(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    train_bank(settings())
+def test_a_full_disk_when_all_is_learned_loses_nothing(
+    kind: str, trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(trained())
     first = digests()
     new = settings({(kind, "model", "schedule", "lr"): 0.02})
     fsync = os.fsync
@@ -175,10 +208,9 @@ def test_a_full_disk_when_all_is_learned_loses_nothing(kind: str, monkeypatch: p
 
 @pytest.mark.parametrize("module", [AdapterTraining, RouterTraining])
 def test_a_run_that_is_killed_behind_its_last_checkpoint_is_written_from_it(
-    module: type[Any], monkeypatch: pytest.MonkeyPatch
+    module: type[Any], trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     even = {(stage, "trainer", "max_steps"): 10 for stage in ("adapters", "router")}
-    train_bank(settings(even | {("output",): "whole", ("work",): "elsewhere"}))
 
     def killed(_: Any) -> None:
         raise RuntimeError("killed")
@@ -188,7 +220,7 @@ def test_a_run_that_is_killed_behind_its_last_checkpoint_is_written_from_it(
         with pytest.raises(RuntimeError, match="killed"):
             train_bank(settings(even))
     train_bank(settings(even))
-    assert digests() == digests("whole")
+    assert digests() == digests(trained(even) / "bank")
 
 
 def test_a_bank_of_averages_is_another_one_and_goes_on_after_a_kill(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +253,8 @@ def test_a_bank_of_averages_is_another_one_and_goes_on_after_a_kill(monkeypatch:
     assert set(digests().values()).isdisjoint(digests("whole").values())
 
 
-def test_settings_that_come_back_find_their_own_adapters() -> None:
-    train_bank(settings())
+def test_settings_that_come_back_find_their_own_adapters(trained: Callable[..., Path]) -> None:
+    take(trained())
     first = digests()
     other = {("adapters", "model", "rank"): 2, ("adapters", "model", "alpha"): 4}
     train_bank(settings(other))
@@ -231,8 +263,10 @@ def test_settings_that_come_back_find_their_own_adapters() -> None:
     assert digests() == first
 
 
-def test_what_decides_nothing_trains_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_bank(settings())
+def test_what_decides_nothing_trains_nothing_again(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(trained())
     names: list[str] = []
     run = stages._Stage.run
     monkeypatch.setattr(
@@ -248,8 +282,8 @@ def test_what_decides_nothing_trains_nothing_again(monkeypatch: pytest.MonkeyPat
     assert names == ["router"]
 
 
-def test_a_bank_that_somebody_has_changed_is_not_replaced() -> None:
-    train_bank(settings())
+def test_a_bank_that_somebody_has_changed_is_not_replaced(trained: Callable[..., Path]) -> None:
+    take(trained())
     Bank.open("bank").remove("digits")
     with pytest.raises(ValueError, match="bank holds a bank that this command has not written, or that was changed"):
         train_bank(settings())
@@ -276,13 +310,12 @@ def test_resuming_while_gradients_are_accumulated(monkeypatch: pytest.MonkeyPatc
     assert digests() == digests("whole")
 
 
-def test_a_broken_checkpoint_is_put_aside() -> None:
-    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+def test_a_broken_checkpoint_is_put_aside(trained: Callable[..., Path]) -> None:
     stage = stages._Work(settings()).group(list(settings().adapters.domains))
     stage.folder.mkdir(parents=True)
     (stage.folder / "last.ckpt").write_bytes(b"half of it")
     train_bank(settings())
-    assert digests() == digests("whole")
+    assert digests() == digests(trained() / "bank")
     assert (stage.folder / "last.broken").read_bytes() == b"half of it"
 
 
@@ -319,8 +352,9 @@ def test_told_to_stop_it_ends_with_the_signals_status() -> None:
         running.kill()
 
 
-def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_bank(settings({("output",): "whole", ("work",): "elsewhere"}))
+def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, sizes = stages._Stage.run, []
 
     def limited(stage: Any, checkpoint_every: int) -> None:
@@ -330,11 +364,12 @@ def test_memory_that_does_not_hold_all_side_by_side_is_enough_for_fewer(monkeypa
                 raise torch.cuda.OutOfMemoryError("out of memory")
         run(stage, checkpoint_every)
 
+    whole = trained() / "bank"
     monkeypatch.setattr(stages._Stage, "run", limited)
     train_bank(settings())
     assert sizes == [2, 1, 1]
     for name in ("letters", "digits"):
-        ours, theirs = (Adapter.read(Path(bank) / "adapters" / name).tensors() for bank in ("bank", "whole"))
+        ours, theirs = (Adapter.read(Path(bank) / "adapters" / name).tensors() for bank in ("bank", whole))
         for key, tensor in ours.items():
             torch.testing.assert_close(tensor, theirs[key], rtol=1e-2, atol=1e-4)
 

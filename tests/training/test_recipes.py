@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta
 from difflib import SequenceMatcher
 from itertools import accumulate, pairwise, product
@@ -33,7 +33,7 @@ from molora.training.recipes import (
 )
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import ALTERNATIVES, Choices, Split, settle
-from molora.training.recipes.documents import MAX_BODY_WORDS, documents
+from molora.training.recipes.documents import MAX_BODY_WORDS, Document, documents
 from molora.training.recipes.everyday import EVERYDAY
 from molora.training.recipes.passages import MAX_ANSWER_WORDS, MAX_WORDS, MIN_WORDS, passages
 from molora.training.recipes.readings import DOCUMENT_WORDINGS, PASSAGE_WORDINGS
@@ -43,6 +43,18 @@ from molora.training.recipes.wordings import WORDINGS
 NUM_TRAIN = 60
 UNKNOWN = "train_unknown.jsonl"
 Files = dict[str, list[Record]]
+
+
+@pytest.fixture(scope="module")
+def found_documents() -> list[Document]:
+    return documents()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _documents_are_read_once(found_documents: list[Document]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys.modules[build.__module__], "documents", lambda: list(found_documents))
+        yield
 
 
 @pytest.fixture(scope="module", params=[DEMO, DOMAINS], ids=["demo", "all"])
@@ -59,6 +71,20 @@ def built(domains: tuple[str, ...]) -> dict[str, Any]:
 def files(built: dict[str, Any]) -> Files:
     """Those whose records are the recipes' own conversations."""
     return {name: records for name, records in built.items() if name != UNKNOWN}
+
+
+@pytest.fixture(scope="module")
+def commanded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with "demo" and "all" as the command writes them, in a process where strings have other hashes."""
+    folder = tmp_path_factory.mktemp("commanded")
+    options = ["--num-train", str(NUM_TRAIN)]
+    runs = [["--out", str(folder / "demo"), *options], ["--out", str(folder / "all"), *options, "--domains", *DOMAINS]]
+    command = "sys.argv[1:] = run; runpy.run_module('molora.training.recipes', run_name='__main__')"
+    code = f"import runpy, sys\nfor run in {runs!r}:\n    {command}"
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    return folder
 
 
 def text_of(message: Message) -> str:
@@ -116,18 +142,15 @@ def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -
 
 
 def test_every_command_of_one_seed_writes_the_same_bytes(
-    built: dict[str, Any], domains: tuple[str, ...], tmp_path: Path
+    built: dict[str, Any], domains: tuple[str, ...], commanded: Path, tmp_path: Path
 ) -> None:
-    summary = write(tmp_path / "here", built.items(), seed=0, num_train=NUM_TRAIN, domains=domains)
-    module = [sys.executable, "-m", "molora.training.recipes"]
-    command = [*module, "--out", str(tmp_path / "there"), "--num-train", str(NUM_TRAIN)]
-    command += [] if domains == DEMO else ["--domains", *domains]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "7"})
-    names = sorted(path.name for path in (tmp_path / "here").iterdir())
-    assert names == sorted(["recipe.json", *built])
+    summary = write(tmp_path, built.items(), seed=0, num_train=NUM_TRAIN, domains=domains)
+    there = commanded / ("demo" if domains == DEMO else "all")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(path.name for path in there.iterdir()) == sorted(["recipe.json", *built])
     for name in names:
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "there" / name).read_bytes(), name
-    assert json.loads((tmp_path / "here" / "recipe.json").read_text()) == summary
+        assert (tmp_path / name).read_bytes() == (there / name).read_bytes(), name
+    assert json.loads((tmp_path / "recipe.json").read_text()) == summary
     assert summary["command"].endswith(f"--num-train {NUM_TRAIN}" if domains == DEMO else " ".join(domains))
 
 
@@ -138,7 +161,9 @@ def test_the_demo_is_the_default() -> None:
 
 
 def test_another_seed_asks_other_things(files: Files, domains: tuple[str, ...]) -> None:
-    assert dict(build(seed=1, num_train=NUM_TRAIN, domains=domains))["heldout.jsonl"] != files["heldout.jsonl"]
+    name, records = next(build(seed=1, num_train=NUM_TRAIN, domains=domains))
+    assert name == "heldout.jsonl"
+    assert records != files[name]
 
 
 def test_too_few_records_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -564,8 +589,8 @@ def test_the_working_of_a_duration_leads_from_start_to_end() -> None:
         assert now.strftime("%H:%M") == item.facts["end"]
 
 
-def test_documents_are_prose_cut_between_sentences() -> None:
-    found = documents()
+def test_documents_are_prose_cut_between_sentences(found_documents: list[Document]) -> None:
+    found = found_documents
     assert len(found) > 500
     assert len({document.body for document in found}) == len({document.summary for document in found}) == len(found)
     for document in found:

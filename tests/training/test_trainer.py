@@ -1,6 +1,8 @@
 """What Lightning is given: averages of weights, a range test, two processes, and checkpoints that survive anything."""
 
+import csv
 import errno
+import json
 import os
 import shutil
 import signal
@@ -13,6 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from molora.adapter import Adapter, random_adapter
@@ -28,26 +31,29 @@ pytestmark = pytest.mark.filterwarnings("default")  # Lightning and jsonargparse
 
 
 @pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _in_an_empty_folder(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
 
 
+def fit_arguments(*extra: str, config: str = "configs/tiny.yaml", command: str = "fit") -> list[str]:
+    return [command, "--config", config, "--trainer.enable_progress_bar", "false", *extra]
+
+
 def train(*extra: str, config: str = "configs/tiny.yaml", command: str = "fit") -> None:
-    arguments = ["train.py", command, "--config", config, "--trainer.enable_progress_bar", "false", *extra]
-    with patch.object(sys, "argv", arguments):
+    with patch.object(sys, "argv", ["train.py", *fit_arguments(*extra, config=config, command=command)]):
         main()
 
 
-def train_in_a_process(
-    *extra: str, config: str = "configs/tiny.yaml", code: str = ""
-) -> subprocess.CompletedProcess[str]:
-    """As `train`, in a process of its own, which runs `code` before."""
-    Path("child.py").write_text(f"{code}\nfrom molora.training.cli import main\nmain()\n")
-    command = [sys.executable, "child.py", "fit", "--config", config, "--trainer.enable_progress_bar", "false", *extra]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(Path.cwd()), *sys.path])}
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+def run_in_a_process(script: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Write and run a script, which finds what lies beside it."""
+    script.write_text(code)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(script.parent), *sys.path])}
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def weights(folder: str) -> dict[str, Tensor]:
@@ -182,10 +188,9 @@ def test_a_learning_rate_is_suggested_and_nothing_else_is_left(
     drawn: list[Tensor] = []
     draw = trainer._draw
     monkeypatch.setattr(trainer, "_draw", lambda *args: (drawn.extend(args[:2]), draw(*args)))
-    before = {path for path in Path().rglob("*") if "cache" not in path.parts}
+    before = set(map(str, Path().rglob("*")))
     train("--out", "figures/lr.png", "--num_training", "60", *extra, config=config, command="lr_find")
-    left = {str(path) for path in Path().rglob("*") if "cache" not in path.parts} - {str(path) for path in before}
-    assert left == {"figures", "figures/lr.png"}
+    assert set(map(str, Path().rglob("*"))) - before == {"figures", "figures/lr.png"}
     assert Path("figures/lr.png").read_bytes().startswith(b"\x89PNG")
     (line,) = capsys.readouterr().out.splitlines()[-1:]
     assert line.startswith("suggested: --model.init_args.schedule.lr ")
@@ -214,6 +219,18 @@ def test_too_few_steps_suggest_nothing(capsys: pytest.CaptureFixture[str]) -> No
 
 # Two processes
 
+CHILD = """
+import json, os, sys
+from pathlib import Path
+
+from molora.training.cli import main
+
+here = Path(__file__).parent
+for folder, arguments in json.loads((here / "runs.json").read_text()):
+    os.chdir(here / folder)
+    sys.argv[1:] = arguments  # the first run starts the other process, which goes through all of them, too
+    main()
+"""
 NOTE = """
 import lightning as L
 from torch.distributed.tensor import DTensor
@@ -227,31 +244,88 @@ class Note(L.Callback):
         assert held == sum(each.numel() for each in frozen) / 2
         print("a half is held")
 """
+LEARN = ("--trainer.max_steps=20", "--trainer.val_check_interval=20")
+COUNT = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.init_args.schedule.lr=0.0")
+SHORT = ("--trainer.max_steps=6", "--trainer.val_check_interval=6", "--trainer.callbacks.every_n_train_steps=3")
+DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
+PARTS = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--trainer.callbacks+=note.Note")
+OUTPUTS = {"adapter": "--model.init_args.output_dir", "router": "--model.init_args.output"}
+RATES = ("val/entropy", "val/switch_rate", "val/ece")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folders that two processes leave, started once for every run that they are needed for, and what they say."""
+    here = tmp_path_factory.mktemp("two")
+    configs = {"adapter": "configs/tiny.yaml", "router": "router.yaml"}
+    runs = [("learn", "adapter", (*LEARN, *DDP)), ("count", "router", (*COUNT, *DDP))]
+    for kind, output in OUTPUTS.items():
+        middle = "--ckpt_path=runs/tiny/checkpoints/epoch=0-step=3.ckpt"
+        runs.append((kind, kind, (*SHORT, *PARTS, f"{output}=whole")))
+        runs.append((kind, kind, (*SHORT, *PARTS, f"{output}=resumed", middle)))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+        for folder in {folder for folder, *_ in runs}:
+            (here / folder).mkdir()
+            (here / folder / "configs").symlink_to(REPOSITORY / "configs")
+            patched.chdir(here / folder)
+            router_config()
+        (here / "note.py").write_text(NOTE)
+        (here / "runs.json").write_text(
+            json.dumps([(folder, fit_arguments(*extra, config=configs[kind])) for folder, kind, extra in runs])
+        )
+        done = run_in_a_process(here / "child.py", CHILD)
+    assert done.returncode == 0, done.stderr
+    return here, done.stdout + done.stderr
+
+
+def column(folder: Path, name: str) -> list[float]:
+    (metrics,) = (folder / "runs/tiny").rglob("metrics.csv")
+    with metrics.open() as lines:
+        return [float(row[name]) for row in csv.DictReader(lines) if row.get(name)]
+
+
+def test_two_processes_learn_what_one_with_all_their_rows_does(two: tuple[Path, str]) -> None:
+    train(*LEARN, "--data.rows=8")  # of four rows in each process
+    loss = column(Path(), "val/loss")[-1]
+    here, said = two
+    assert column(here / "learn", "val/loss")[-1] == pytest.approx(loss, rel=0.1)
+    assert loss < 0.8 * column(here / "learn", "train/loss")[0]
+    assert said.count("wrote the adapter 'letters'") == 3  # and not twice that: once for each run
+
+
+def test_two_processes_count_together_what_one_with_all_their_rows_does(two: tuple[Path, str]) -> None:
+    train(*COUNT, "--data.rows=8", config=router_config())  # that learns nothing, so that both have the same router
+    here, _ = two
+    for name in RATES:
+        (rate,) = column(Path(), name)
+        assert rate > 0
+        assert column(here / "count", name) == pytest.approx([rate], rel=1e-4), name
+    (log,) = (here / "count/runs").rglob("events.out.tfevents*")
+    images = EventAccumulator(str(log.parent)).Reload().Tags()["images"]
+    assert set(images) == {f"router/{name}" for name in ("confusion", "load", "calibration", "entropy", "switches")}
 
 
 @pytest.mark.parametrize("kind", ["adapter", "router"])
-def test_a_base_in_two_parts_trains_what_one_process_does(kind: str) -> None:
-    config, found = ("configs/tiny.yaml", weights) if kind == "adapter" else (router_config(), router_values)
-    folder = "runs/tiny/adapters/letters" if kind == "adapter" else "bank"
-    short = ("--trainer.max_steps=6", "--trainer.val_check_interval=6", "--trainer.callbacks.every_n_train_steps=3")
-    train(*short, "--trainer.accumulate_grad_batches=2", config=config)  # on the rows that two have together
-    one = found(folder)
-    Path("note.py").write_text(NOTE)
-    two = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--trainer.callbacks+=note.Note")
-    done = train_in_a_process(*short, *two, config=config)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("a half is held") == 2
+def test_a_base_in_two_parts_trains_what_one_process_does(
+    kind: str, two: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = "configs/tiny.yaml" if kind == "adapter" else router_config()
+    train(*SHORT, f"{OUTPUTS[kind]}=one", "--trainer.accumulate_grad_batches=2", config=config)  # on the rows of both
+
+    def found(folder: str | Path) -> dict[str, Tensor]:
+        return weights(f"{folder}/letters") if kind == "adapter" else router_values(str(folder))
+
+    one = found("one")
     assert any(value.abs().sum() > 0 for name, value in one.items() if "lora_B" in name or "b_OR" in name)
-    apart = found(folder)
+    here, said = two
+    assert said.count("a half is held") == 8  # by each process in each of four runs
+    monkeypatch.chdir(here / kind)
+    apart, resumed = found("whole"), found("resumed")
     for name, value in apart.items():
         torch.testing.assert_close(value, one[name], rtol=1e-2, atol=1e-3)
-    checkpoint = checkpoint_of(3)
-    assert all(type(value) is Tensor for value in checkpoint["state_dict"].values())
-    (middle,) = Path("runs/tiny/checkpoints").glob("*step=3.ckpt")
-    done = train_in_a_process(*short, *two, f"--ckpt_path={middle}", config=config)
-    assert done.returncode == 0, done.stderr
-    for name, value in found(folder).items():
-        assert torch.equal(value, apart[name]), name
+        assert torch.equal(resumed[name], value), name
+    assert all(type(value) is Tensor for value in checkpoint_of(3)["state_dict"].values())
 
 
 def test_the_first_version_of_fsdp_is_refused() -> None:
@@ -338,6 +412,10 @@ def replace(source, target):
     put(source, target)
 
 trainer.replace = replace
+
+from molora.training.cli import main
+
+main()
 """
 
 
@@ -345,7 +423,8 @@ def test_a_kill_at_any_point_of_a_checkpoints_writing_loses_nothing() -> None:
     often = ("--trainer.max_steps=16", "--trainer.callbacks.every_n_train_steps=1", "--trainer.callbacks.save_top_k=1")
     train(*often, "--trainer.callbacks.dirpath=elsewhere", "--model.init_args.output_dir=whole")
     for point in ("in the middle", "before", "behind"):  # each goes on from the one before
-        done = train_in_a_process(*often, "--ckpt_path=last", code=KILL.format(point=point))
+        child = Path("child.py").absolute()
+        done = run_in_a_process(child, KILL.format(point=point), *fit_arguments(*often, "--ckpt_path=last"))
         assert done.returncode == -signal.SIGKILL, done.stderr
         assert not Path("runs/tiny/adapters").exists()
     train(*often, "--ckpt_path=last")
