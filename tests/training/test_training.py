@@ -25,7 +25,7 @@ from molora.routing import RouteRequest
 from molora.training.adapter import AdapterTraining
 from molora.training.data import ActivationMix, PackedLoader
 from molora.training.examples import examples, read_records
-from molora.training.router import RouterLosses, RouterTraining
+from molora.training.router import RouterLosses, RouterTraining, _neighbours
 
 REPOSITORY = Path(__file__).parents[2]
 # Lightning and jsonargparse warn of their own deprecations.
@@ -319,6 +319,26 @@ def test_training_without_validation_logs_nothing_of_it(extra: tuple[str, str]) 
     assert log.Tags()["images"] == []
     assert log.Tags()["scalars"]
     assert not set(log.Tags()["scalars"]) & set(RATES)
+
+
+def test_a_price_on_switches_makes_them_fewer() -> None:
+    last = []
+    for price in (0.0, 1.0):
+        fit(config=router_config(losses={"label": 1.0, "switch": price}))
+        (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+        last.append([column(metrics, f"train/{name}")[-1] for name in ("switch", "label")])
+        shutil.rmtree("runs")
+    (switches, label), (priced_switches, priced_label) = last
+    assert priced_switches < 0.7 * switches
+    assert priced_label < 1.3 * label
+
+
+def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
+    active = torch.tensor([[False, True, True, True, True, True, True, True]])
+    columns = torch.tensor([1, 1, 1, 2, -100, 2, -100, 1])
+    found = _neighbours(SimpleNamespace(position_ids=positions), active, columns)  # type: ignore[arg-type]
+    assert found.tolist() == [False, False, True, False, True, False, True, True]
 
 
 @pytest.mark.parametrize("losses", [{}, {"given": 1.0}], ids=["labels", "given"])
