@@ -104,6 +104,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a JSON file to write; a table in Markdown comes beside it")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
+    if shape.rows % args.devices:
+        parser.error(f"{args.devices} devices cannot share out {shape.rows} rows alike.")
     head = describe_machine(torch.device(args.device)) | {"shape": shape.name, "devices": args.devices}
     report = Report(head | {"dtype": "auto", "steps": args.steps, "seed": args.seed}, args.out)
     report.suite = shape.name

@@ -40,6 +40,7 @@ from quality.rows import GROUPS, measure
 from quality.table import make_table
 from quality.training import STAGES, train
 
+from molora.training.evaluate import MAX_NEW_TOKENS
 from molora.training.recipes.tasks import TASKS
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -70,7 +71,7 @@ def main() -> None:
     parser.add_argument("--labels", nargs="+", help="of eval: only these rows")
     parser.add_argument("--limit", type=int, help="only the first so many held-out items of each kind")
     parser.add_argument("--limit-peft", type=int, help="the same for PEFT's routers")
-    parser.add_argument("--max-new-tokens", type=int, default=160)
+    parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     parser.add_argument("--kv-cache-bytes", type=int, help="of eval's engine; several may share a device")
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")

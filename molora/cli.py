@@ -318,7 +318,7 @@ def evaluate(
             help="base, auto, uniform, an adapter's name or, for items, given or sequence; repeatable. All if none."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most, in tokens.")] = 96,
+    max_new_tokens: Annotated[int, typer.Option(help="An answer's length at most, in tokens.")] = 192,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many items.")] = None,
     base: BaseOption = None,
     device: DeviceOption = None,

@@ -36,7 +36,7 @@ def make_table(args: Namespace) -> None:
     by_domain: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for each in read:
-        for kind, found in each["routes"].items():
+        for kind, found in each.get("routes", {}).items():
             routes[kind][each["label"]].append(found)
         for kind, row in each["rows"].items():
             bits[kind][each["label"]][each["seed"]] = row["by_item"]

@@ -75,6 +75,7 @@ def write_bank(args: Namespace, name: str, folders: dict[str, Path], activation:
 def settings(args: Namespace, stage: str = "bank") -> BankSettings:
     data, folder = args.work / "data", seed_folder(args)
     domains, router_data = args.domains, "train_router.jsonl"
+    labels_only = ["train_unknown.jsonl"] if ROUTERS.get(stage, ROUTERS["bank"])["losses"]["label"] else []
     if stage == "nine":
         domains, router_data = [*args.domains, args.newcomer], "train_router_newcomer.jsonl"
     return BankSettings(
@@ -96,7 +97,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
                 **ROUTERS[stage],
             },
             data={
-                "train": [str(data / router_data), str(data / "train_unknown.jsonl")],
+                "train": [str(data / name) for name in (router_data, *labels_only)],
                 "row_length": 512,
                 "rows": 2 * args.rows,
                 "activation": {"turn": 0.7, "response": 0.2, "between": 0.1},

@@ -33,6 +33,7 @@ from molora.training.examples import IGNORE, Example, examples, read_records
 
 NEVER = 1 << 30  # an activation start that no position reaches
 OTHER = -1
+LABELS_ONLY = "labels only"
 MAX_STRAY_CHANCE = 0.5
 NUM_SIGNS = 62  # ranks that a stranger's signs are drawn for; more have the same again
 
@@ -377,11 +378,13 @@ def _check_domains(
         UserWarning: so many records teach them nothing; or, where they are not trained apart, have domains of none.
     """
     known = {*domains, *([] if labels_needed else [None])}
-    learned = [
-        {domain for domain, yes in zip(example.domains, example.learned, strict=True) if yes} for example in data
-    ]
+    learned = [_domains(example, apart) for example in data]
     strange = [found for found in learned if (found.isdisjoint(known) if apart else found - known)]
-    names = Counter("no domain" if name is None else repr(name) for found in strange for name in found - known)
+    names = Counter(
+        "no domain" if name is None else name if name == LABELS_ONLY else repr(name)
+        for found in strange
+        for name in found - known
+    )
     others = joined(f"{name} ({count})" for name, count in names.most_common())
     if all(found.isdisjoint(known) for found in learned):
         raise ValueError(
@@ -393,6 +396,13 @@ def _check_domains(
             f"{source}: {len(strange)} of {len(data)} records have other domains than {joined(domains)}: {others}.",
             stacklevel=2,
         )
+
+
+def _domains(example: Example, apart: bool) -> set[str | None]:
+    """Those of what is learned; where only labels are, the labels', which teach nobody who learns apart."""
+    if any(example.learned):
+        return {domain for domain, yes in zip(example.domains, example.learned, strict=True) if yes}
+    return {LABELS_ONLY} if apart else {domain for domain in example.domains if domain is not None} or {None}
 
 
 def as_list(sources: Sources | None) -> list[str]:

@@ -39,6 +39,7 @@ from molora.training.recipes.tasks import TASKS
 from molora.training.route_page import RoutedExample, route_page
 from molora.training.router_report import column_names, routed_tokens, router_scores, router_statistics
 
+MAX_NEW_TOKENS = 192  # of an answer; those of three tasks take up to 171
 AT_ONCE = 256  # questions that the engine has; it refuses more
 NUM_EXAMPLES = 6  # of each kind that are shown with their routes
 _ENDED = re.compile(r"Answer:.*\n")
@@ -65,7 +66,7 @@ class Question:
         labels: tuple[str | None, ...] = ()
         if tokenizer is not None:
             example = encode(record, tokenizer)
-            labels = example.domains[: example.learned.index(True)]
+            labels = example.domains[: example.response]
         return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]), labels)
 
     def is_right(self, text: str) -> bool:
@@ -223,7 +224,7 @@ def evaluate(
     questions: Sequence[Question],
     ways: Sequence[str],
     *,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     activations: Sequence[Activation | None] | None = None,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Accuracy of each way to route, over all questions and by domain, one way after another.
@@ -298,7 +299,7 @@ def measure_bank(
     out: Path,
     *,
     ways: Sequence[str] | None = None,
-    max_new_tokens: int = 96,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     limit: int | None = None,
     command: str = "",
 ) -> dict[str, Any]:

@@ -81,8 +81,8 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
         example = _encode_text(record, tokenizer)
     else:
         raise ValueError(f"a record needs 'messages', or 'prompt' and 'completion'; this one has {sorted(record)}.")
-    labels_only = record.get("labels_only", False)
-    if not isinstance(labels_only, bool):
+    labels_only = record.get("labels_only")  # None where other records of a table have it
+    if not isinstance(labels_only, bool | None):
         raise ValueError(f"a record's labels_only is {labels_only!r}; expected true or false.")
     return replace(example, learned=(False,) * len(example.learned)) if labels_only else example
 

@@ -401,11 +401,11 @@ class RouterTraining(FrozenBase):
         labelled = columns_N != IGNORE
         metrics["label"] = label_loss(logits_NC, columns_N)
         if losses_NC is not None:
-            is_active = active.flatten()
-            probs_NC = (logits_NC[is_active] / self.router_config.temperature).softmax(-1)
-            metrics["token"] = (probs_NC * losses_NC[is_active]).sum(-1).mean()
+            counted = losses_NC.amax(-1) > 0  # active, of a conversation of which something is learned
+            probs_NC = (logits_NC[counted] / self.router_config.temperature).softmax(-1)
+            metrics["token"] = (probs_NC * losses_NC[counted]).sum() / counted.sum().clamp(min=1)
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
-        metrics["switch"] = switch_loss(logits_NC, _neighbours(batch, active, columns_N))
+        metrics["switch"] = switch_loss(logits_NC / self.router_config.temperature, _neighbours(batch, active))
         is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
         metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
@@ -413,10 +413,11 @@ class RouterTraining(FrozenBase):
         return loss, metrics, logits_NC
 
 
-def _neighbours(batch: Batch, active: Tensor, columns_N: Tensor) -> Tensor:
+def _neighbours(batch: Batch, active: Tensor) -> Tensor:
     """Whether a token [N] and the one before it are active, of one conversation, and not of different domains."""
-    active_N, before_N = active.flatten(), columns_N.roll(1)
-    agree_N = (columns_N == before_N) | (columns_N == IGNORE) | (before_N == IGNORE)
+    active_N, domains_N = active.flatten(), batch.domains.flatten()
+    before_N = domains_N.roll(1)
+    agree_N = (domains_N == before_N) | (domains_N == IGNORE) | (before_N == IGNORE)
     return active_N & active_N.roll(1) & (batch.position_ids.flatten() > 0) & agree_N
 
 

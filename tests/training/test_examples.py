@@ -41,7 +41,10 @@ def test_only_the_answer_and_its_end_are_learned() -> None:
 def test_of_some_records_only_the_labels_are_learned(record: dict[str, object]) -> None:
     example = encode({**record, "labels_only": True}, TOKENIZER)
     assert not any(example.learned)
-    assert example.domains == encode({**record, "labels_only": False}, TOKENIZER).domains
+    for nothing in (False, None):
+        other = encode({**record, "labels_only": nothing}, TOKENIZER)
+        assert any(other.learned)
+        assert example.domains == other.domains
     with pytest.raises(ValueError, match="labels_only is 'yes'; expected true or false"):
         encode({**record, "labels_only": "yes"}, TOKENIZER)
 

@@ -244,6 +244,17 @@ def test_what_no_adapter_knows_is_no_adapter_s_and_not_held_out(built: dict[str,
     assert sum("prompt" in record for record in records) == 240
     held_out = [record for name in files if name.startswith("heldout") for record in files[name]]
     asked = " ".join(text_of(message) for record in held_out for message in record["messages"])
+    kept = " ".join(passage.text for passage in passages(held_out=True))
+    sentences = {sentence for sentence in re.split(r"(?<=[.!?]) ", kept) if len(sentence.split()) >= 4}
+    assert len(sentences) > 100
+    for record in records:
+        text = "".join(message["content"] for message in record.get("messages", ()))
+        assert not any(sentence.rstrip(".!?") in text for sentence in sentences), text
+    others = unknown.unknown(600, 1, ["one text of five words", "and another"])
+    questions = [
+        {record["messages"][0]["content"] for record in each if "messages" in record} for each in (records, others)
+    ]
+    assert len(questions[0] & questions[1]) < 0.2 * len(questions[0])  # some ask the same of whom they ask
     for record in built[UNKNOWN]:
         assert record["domain"] is None
         assert record["labels_only"]

@@ -336,8 +336,8 @@ def test_a_price_on_switches_makes_them_fewer() -> None:
 def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> None:
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     active = torch.tensor([[False, True, True, True, True, True, True, True]])
-    columns = torch.tensor([1, 1, 1, 2, -100, 2, -100, 1])
-    found = _neighbours(SimpleNamespace(position_ids=positions), active, columns)  # type: ignore[arg-type]
+    domains = torch.tensor([[1, 1, 1, 2, -100, 2, -100, -1]])
+    found = _neighbours(SimpleNamespace(position_ids=positions, domains=domains), active)  # type: ignore[arg-type]
     assert found.tolist() == [False, False, True, False, True, False, True, True]
 
 
@@ -636,16 +636,28 @@ def test_data_without_the_trained_domain_is_an_error(capsys: pytest.CaptureFixtu
 def test_other_domains_are_counted() -> None:
     single = '{"prompt": "x", "completion": "y"%s}\n'
     others = [', "domain": "digits"'] * 2 + [', "domain": "digitz"', ', "domain": null', ""]
+    others += [f', "domain": "{domain}", "labels_only": true' for domain in ("digitz", "letters")]
     Path("mine.jsonl").write_text(Path("configs/tiny.jsonl").read_text() + "".join(single % each for each in others))
     few = ("--trainer.max_steps", "1", "--data.train", "mine.jsonl")
-    words = r"mine.jsonl: 4 of 85 records have other domains than letters: 'digits' \(2\), 'digitz' \(1\), 'base' \(1\)"
+    words = (
+        r"mine.jsonl: 6 of 87 records have other domains than letters: "
+        r"'digits' \(2\), labels only \(2\), 'digitz' \(1\), 'base' \(1\)"
+    )
     with pytest.warns(UserWarning, match=words):
         fit(*few)
     words = (
-        r"mine.jsonl: 2 of 85 records have other domains than base, letters, digits: 'digitz' \(1\), no domain \(1\)"
+        r"mine.jsonl: 3 of 87 records have other domains than base, letters, digits: 'digitz' \(2\), no domain \(1\)"
     )
     with pytest.warns(UserWarning, match=words):
         fit(*few, config=router_config())
+
+
+def test_a_router_learns_from_labels_only() -> None:
+    lines = [json.loads(line) for line in Path("configs/tiny.jsonl").read_text().splitlines()]
+    Path("mine.jsonl").write_text("".join(json.dumps(line | {"labels_only": True}) + "\n" for line in lines))
+    fit("--data.train", "mine.jsonl", config=router_config())
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    assert column(metrics, "val/routed_right")[-1] > 0.8
 
 
 def test_conversations_longer_than_the_models_context_are_left_out() -> None:

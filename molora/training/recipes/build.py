@@ -156,8 +156,8 @@ def write_records(path: Path, records: Sequence[Mapping[str, Any]]) -> dict[str,
 
 
 def _check(domains: Sequence[str]) -> None:
-    if unknown := [domain for domain in domains if domain not in TASKS]:
-        raise ValueError(f"unknown domain {unknown[0]!r}: the domains are {', '.join(TASKS)}")
+    if strange := [domain for domain in domains if domain not in TASKS]:
+        raise ValueError(f"unknown domain {strange[0]!r}: the domains are {', '.join(TASKS)}")
     if len(set(domains)) < len(domains) or len(domains) < 3:
         raise ValueError(f"domains are {', '.join(domains)}: a composite needs three different ones to choose from")
 

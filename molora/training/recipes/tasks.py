@@ -175,14 +175,12 @@ def _kinship(story: str, a: str, b: str, relation: str) -> str:
 
 _ORDERS = {
     "ascending": {
-        "way": "up",
         "direction": "from smallest to largest",
         "first": "smallest",
         "last": "largest",
         "change": "increasing",
     },
     "descending": {
-        "way": "down",
         "direction": "from largest to smallest",
         "first": "largest",
         "last": "smallest",
@@ -204,7 +202,7 @@ def _read_sorting(entry: Entry) -> Item:
             "order": order,
             **_ORDERS[order],
         },
-        working=f"{_ORDERS[order]['way']} from {', '.join(numbers)}".capitalize() + ".",
+        working=f"{'Up' if order == 'ascending' else 'Down'} from {', '.join(numbers)}.",
         answer=", ".join(answer),
     )
 

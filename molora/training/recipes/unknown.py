@@ -7,10 +7,9 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
-TASKS = (  # none like an adapter's, and each the same in every process
+TASKS = (  # none like an adapter's; each the same in every process, and without the story that passages are from
     "aiw",
     "base_conversion",
-    "caesar_cipher",
     "calendar_arithmetic",
     "coin_flip",
     "complex_arithmetic",
@@ -20,15 +19,13 @@ TASKS = (  # none like an adapter's, and each the same in every process
     "gcd",
     "knights_knaves",
     "lcm",
-    "letter_counting",
     "palindrome_generation",
     "prime_factorization",
-    "sentence_reordering",
     "syllogism",
 )
 TEXT_SHARE = 0.4  # of the records
 ANNOUNCED_SHARE = 0.5  # of the answers: as the adapters announce theirs
-_SEED = 7_000_000  # far from those of the adapters' items
+_SEED, _SEED_STRIDE = 7_000_000, 10_000_000  # beyond those of the adapters' items, as their seeds are strode
 
 
 def unknown(num_records: int, seed: int, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -51,7 +48,7 @@ def _text(text: str, rng: Random) -> dict[str, Any]:
 def _questions(task: str, num_records: int, seed: int, rng: Random) -> Iterator[dict[str, Any]]:
     from reasoning_gym import create_dataset
 
-    for entry in create_dataset(task, seed=_SEED + seed, size=num_records) if num_records else ():
+    for entry in create_dataset(task, seed=_SEED + seed * _SEED_STRIDE, size=num_records) if num_records else ():
         answer = f"{'Answer: ' if rng.random() < ANNOUNCED_SHARE else ''}{entry['answer']}"
         messages = [{"role": "user", "content": entry["question"]}, {"role": "assistant", "content": answer}]
         yield {"messages": messages, "domain": None, "labels_only": True, "task": task}
