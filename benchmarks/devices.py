@@ -1,7 +1,7 @@
 """Train the same adapter on one device and on several, on the same rows, and compare what comes of it.
 
     python benchmarks/devices.py --data data/train_words.jsonl --out benchmarks/results/devices.json     # on two GPUs
-    python benchmarks/devices.py --data configs/tiny.jsonl --domain letters --shape tiny --device cpu --steps 2
+    python benchmarks/devices.py --data configs/tiny.jsonl --domain letters --shape tiny --rows 2 --device cpu --steps 2
 
 Each run is `python train.py fit`, on a model of random weights: on one device, on all by ddp, on all by fsdp2. Several
 devices share out the rows that one has in a batch, and average the gradients of their own means. What is compared is
@@ -54,7 +54,7 @@ def train(args: Namespace, base: Path, side: str, work: Path) -> tuple[dict[str,
         "data": {
             "train": str(args.data),
             "row_length": 2 * shape.row_length,  # the tokens are bytes
-            "rows": shape.rows // (1 if side == "one" else args.devices),
+            "rows": args.rows // (1 if side == "one" else args.devices),
         },
         "trainer": {
             "accelerator": "cpu" if args.device == "cpu" else "gpu",
@@ -99,15 +99,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="1b")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rows", type=int, default=64, help="of a batch, on all devices together")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file to write; a table in Markdown comes beside it")
     args = parser.parse_args()
     shape = SHAPES[args.shape]
-    if shape.rows % args.devices:
-        parser.error(f"{args.devices} devices cannot share out {shape.rows} rows alike.")
+    if args.rows % args.devices:
+        parser.error(f"{args.devices} devices cannot share out {args.rows} rows alike.")
     head = describe_machine(torch.device(args.device)) | {"shape": shape.name, "devices": args.devices}
-    report = Report(head | {"dtype": "auto", "steps": args.steps, "seed": args.seed}, args.out)
+    report = Report(head | {"dtype": "auto", "rows": args.rows, "steps": args.steps, "seed": args.seed}, args.out)
     report.suite = shape.name
     found: dict[str, tuple[dict[str, float], dict[str, Tensor]]] = {}
     with TemporaryDirectory() as folder:
