@@ -65,8 +65,8 @@ class Question:
         domains = (record["domain"],) if single else tuple(record["domain"])
         labels: tuple[str | None, ...] = ()
         if tokenizer is not None:
-            example = encode(record, tokenizer)
-            labels = example.domains[: example.response]
+            example = encode({**record, "labels_only": False}, tokenizer)
+            labels = example.domains[: example.learned.index(True)]
         return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]), labels)
 
     def is_right(self, text: str) -> bool:

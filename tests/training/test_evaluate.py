@@ -79,6 +79,7 @@ def test_given_routes_follow_the_labels_and_then_the_answers_parts(m: MoLoRA, mo
     question = Question.from_record(record, m.tokenizer)
     assert {"words", "legs"} <= set(question.labels)
     assert len(question.labels) == len(m.render(question.messages).token_ids)
+    assert Question.from_record({**record, "labels_only": True}, m.tokenizer) == question
     monkeypatch.setattr(evaluation, "_ENDED", re.compile(r"(?s)..."))  # a part is three characters
     (given,) = answer_as_given(m, [question], max_new_tokens=8)
     ids, slots = list(m.render(question.messages).token_ids), {"words": 0, "legs": 1}
