@@ -157,8 +157,8 @@ class _StackedLora(torch.autograd.Function):
     ) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             x_ENI = x.reshape(len(a_ERI), -1, x.shape[-1])
-            h_ENR = torch.bmm(x_ENI, a_ERI.mT).mul_(gates)
-            y = _add_product(F.linear(x, weight, bias), h_ENR, b_EOR.mT)
+            h_ENR = torch.bmm(x_ENI, a_ERI.mT)
+            y = _add_product(F.linear(x, weight, bias), h_ENR * gates, b_EOR.mT)
         ctx.save_for_backward(x_ENI, weight, a_ERI, b_EOR, gates, h_ENR)
         return y
 
@@ -171,14 +171,14 @@ class _StackedLora(torch.autograd.Function):
             dy_ENO = dy.reshape(len(a_ERI), -1, dy.shape[-1])
             g_ENR = torch.bmm(dy_ENO, b_EOR)
             if of_gates:
-                dgates = (g_ENR * torch.bmm(x_ENI, a_ERI.mT)).sum_to_size(gates.shape)
+                dgates = (g_ENR * h_ENR).sum_to_size(gates.shape)
             g_ENR.mul_(gates)
             if of_x:
                 dx = _add_product(dy @ weight, g_ENR, a_ERI)
             if of_a:
                 da = torch.bmm(g_ENR.mT, x_ENI)
             if of_b:
-                db = torch.bmm(dy_ENO.mT, h_ENR)
+                db = torch.bmm(dy_ENO.mT, h_ENR * gates)
         return dx, None, None, da, db, dgates
 
 

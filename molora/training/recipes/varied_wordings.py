@@ -3,6 +3,23 @@
 Plain data, which `wordings` and `more_wordings` take up. Every combination asks its domain's task, with all its facts.
 """
 
+_LISTS = (  # Two domains have lists of numbers. How one is brought up must not tell which of them will be asked.
+    "[I|A friend] [wrote down|noted|measured|counted] {commas}.",
+    "[The prices|The ages|The weights] are [{commas}|{prose}].",
+    "[We have|I was given] the [numbers|tickets] [{commas}|{prose}].",
+    "[Here are|Below are] [some figures|our results|a few values]: [{commas}|{spaces}].",
+    "[On the board|In my notebook|In the file] I find {prose}.",
+    "[Look at|Consider|Think of] [{brackets}|{semicolons}].",
+    "The [list|input|series] [goes|has]: [{commas}|{brackets}].",
+    "[{commas}|{prose}|{semicolons}], [that is what I have|as they came in].",
+    "[A machine printed|The survey gave|The kids called out] {semicolons}.",
+)
+
+
+def _after_lists(task: str) -> tuple[str, ...]:
+    return tuple(f"{numbers} {task}" for numbers in _LISTS)
+
+
 VARIED_WORDINGS: dict[str, tuple[str, ...]] = {
     "arithmetic": (
         (
@@ -392,6 +409,10 @@ VARIED_WORDINGS: dict[str, tuple[str, ...]] = {
             "[{direction}|in {order} order|in {change} order], [nothing else|just the list|separated by commas][.|!]"
         ),
         "{prose}[; |, ][which|what] is the {order} [order|sequence|arrangement] of [these|those|them]?",
+        *_after_lists(
+            "[Put them|Now give them|I want them|Could you list them] [{direction}|in {order} order], "
+            "[please|{first} first]."
+        ),
     ),
     "legs": (
         (
@@ -785,6 +806,10 @@ VARIED_WORDINGS: dict[str, tuple[str, ...]] = {
         (
             "[Copy|Repeat|Rewrite|Return] the list [{commas}|{brackets}|{semicolons}], but {do} "
             "[the elements|the members|the items|the numbers] {which}[.|, leaving the order alone.|, please.]"
+        ),
+        *_after_lists(
+            "[Please {do} the ones {which}.|I'd like to {do} those {which}.|Which of them are {kept}?|"
+            "Now {do} what is {which}.|Show only those that are {kept}.]"
         ),
     ),
     "tastes": (
