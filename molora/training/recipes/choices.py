@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
 from random import Random
 from typing import Generic, Literal, TypeVar
 
@@ -20,32 +21,39 @@ def settle(template: str, rng: Random) -> str:
 class Choices(Generic[T]):
     """Ways to say one thing.
 
-    An index counts through `training`, then `held_out`, then `more`: what is added keeps the indices that files hold.
+    An index counts through `training`, then `held_out`, then `more`, then `more_held_out`: what is added keeps the
+    indices that files hold.
 
     Attributes:
         training: for the training and the validation files.
         held_out: for the held-out files.
         more: for the training files alone, maybe with alternatives: see `settle`.
+        more_held_out: for the held-out files; written by somebody who had not seen the others.
     """
 
     training: tuple[T, ...]
     held_out: tuple[T, ...]
     more: tuple[T, ...] = ()
+    more_held_out: tuple[T, ...] = ()
 
     def __len__(self) -> int:
-        return len(self.training) + len(self.held_out) + len(self.more)
+        return sum(map(len, self._groups))
 
     def __getitem__(self, index: int) -> T:
-        return (*self.training, *self.held_out, *self.more)[index]
+        return tuple(chain(*self._groups))[index]
 
     def indices(self, split: Split) -> list[int]:
         """The indices of what a split may use."""
-        num_training, num_more = len(self.training), len(self.more)
-        training, held_out = range(num_training), range(num_training, len(self) - num_more)
+        ends = [*accumulate(map(len, self._groups), initial=0)]
+        training, held_out, more, more_held_out = (range(*pair) for pair in pairwise(ends))
         match split:
             case "train":
-                return [*training, *range(len(self) - num_more, len(self))]
+                return [*training, *more]
             case "val":
                 return [*training]
             case "held out":
-                return [*held_out]
+                return [*held_out, *more_held_out]
+
+    @property
+    def _groups(self) -> tuple[tuple[T, ...], ...]:
+        return self.training, self.held_out, self.more, self.more_held_out

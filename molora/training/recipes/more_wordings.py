@@ -1,6 +1,7 @@
 """How the questions of the tasks beyond the demo's are put. Plain data, as in `wordings`."""
 
 from molora.training.recipes.choices import Choices
+from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 MORE_WORDINGS: dict[str, Choices[str]] = {
@@ -67,6 +68,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "pleas solve this equation: {starred}",
             *VARIED_WORDINGS["equations"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["equations"],
     ),
     "clock": Choices(
         training=(
@@ -131,6 +133,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "how mcuh time is there from {start} to {end}?",
             *VARIED_WORDINGS["clock"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["clock"],
     ),
     "filtering": Choices(
         training=(
@@ -195,6 +198,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "pls fliter this list, {do} numbers {which}: {commas}",
             *VARIED_WORDINGS["filtering"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["filtering"],
     ),
     "tastes": Choices(
         training=(
@@ -259,6 +263,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "{story} whihc of them {asked}?",
             *VARIED_WORDINGS["tastes"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["tastes"],
     ),
     "angles": Choices(
         training=(
@@ -323,5 +328,6 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             "wht is the {last} angle in a {shape} with {signs}?",
             *VARIED_WORDINGS["angles"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["angles"],
     ),
 }

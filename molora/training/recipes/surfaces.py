@@ -132,6 +132,22 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
             "[My teacher|My boss|A friend] [left me|gave me|sent] {count} [things to do|questions].\n",
         ),
     ),
+    more_held_out=(
+        SurfaceForm(
+            ("First question: ", "Second question: ", "Third question: "),
+            ("First answer: ", "Second answer: ", "Third answer: "),
+        ),
+        SurfaceForm(
+            ("(i) ", "(ii) ", "(iii) "),
+            ("(i) ", "(ii) ", "(iii) "),
+            "I've got {count} things to ask you today:\n",
+            " ",
+        ),
+        SurfaceForm(
+            _NONE, _NONE, "Here are {count} questions, one per paragraph. Answer each on its own line.\n\n", "\n\n"
+        ),
+        SurfaceForm(("Task A: ", "Task B: ", "Task C: "), ("A: ", "B: ", "C: ")),
+    ),
 )
 
 # In training only, at a question's start and end: a router must not take them for a task's.

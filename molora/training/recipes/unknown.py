@@ -1,6 +1,7 @@
 """What no adapter knows: other tasks of reasoning-gym, and plain text. A router learns to leave it to the base model.
 
-Of such a record only the label is learned: the base model cannot write these answers, and is not to.
+Of such a record only the label is learned: the base model cannot write these answers, and is not to. Each names its
+task, so that a router may also practise on it what it does with an adapter that comes later.
 """
 
 from collections.abc import Iterator, Sequence
@@ -8,19 +9,42 @@ from random import Random
 from typing import Any
 
 TASKS = (  # none like an adapter's; each the same in every process, and without the story that passages are from
+    "ab",
     "aiw",
     "base_conversion",
+    "bf",
+    "binary_alternation",
+    "bitwise_arithmetic",
     "calendar_arithmetic",
     "coin_flip",
+    "color_cube_rotation",
     "complex_arithmetic",
     "count_bits",
     "count_primes",
+    "countdown",
+    "course_schedule",
+    "cryptarithm",
+    "dice",
     "fraction_simplification",
+    "game_of_life_halting",
     "gcd",
+    "gsm_symbolic",
+    "intermediate_integration",
     "knights_knaves",
+    "largest_island",
     "lcm",
+    "manipulate_matrix",
+    "number_format",
+    "number_sequence",
     "palindrome_generation",
+    "power_function",
     "prime_factorization",
+    "products",
+    "puzzle24",
+    "quantum_lock",
+    "rotate_matrix",
+    "self_reference",
+    "simple_integration",
     "syllogism",
 )
 TEXT_SHARE = 0.4  # of the records

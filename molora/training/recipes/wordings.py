@@ -7,6 +7,7 @@ how wordings become conversations is in `conversations`.
 import codecs
 
 from molora.training.recipes.choices import Choices
+from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS
 from molora.training.recipes.more_wordings import MORE_WORDINGS
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
@@ -75,6 +76,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "waht is {spoken}?",
             *VARIED_WORDINGS["arithmetic"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["arithmetic"],
     ),
     "words": Choices(
         training=(
@@ -138,6 +140,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "revrese the letters in {word} please",
             *VARIED_WORDINGS["words"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["words"],
     ),
     "family": Choices(
         training=(
@@ -201,6 +204,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "{story} whats the relation of {a} to {b}?",
             *VARIED_WORDINGS["family"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["family"],
     ),
     "sorting": Choices(
         training=(
@@ -264,6 +268,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "List in {change} order: {semicolons}",
             *VARIED_WORDINGS["sorting"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["sorting"],
     ),
     "legs": Choices(
         training=(
@@ -327,6 +332,7 @@ WORDINGS: dict[str, Choices[str]] = {
             "hwo many legs have {prose} in all?",
             *VARIED_WORDINGS["legs"],
         ),
+        more_held_out=HELD_OUT_WORDINGS["legs"],
     ),
     **MORE_WORDINGS,
 }
