@@ -11,7 +11,8 @@ a step's time is the median between ends of steps, with the device waited for.
     one      one adapter, against one PEFT run
     eight    eight adapters side by side, against eight runs of PEFT's, of which one is run
     router   a router over eight frozen adapters by the language model loss, against the frozen model's forward and its
-             backward down to the router layer, alone; here steps are run without a trainer
+             backward down to the router layer, alone; here steps are run without a trainer, on more rows, since on
+             few the host bounds a step and not the device
 """
 
 import argparse
@@ -60,6 +61,7 @@ class Shape:
     router_layer: int
     row_length: int = 512
     rows: int = 16
+    router_rows: int = 64
     has_targets: bool = False
 
 
@@ -95,6 +97,7 @@ SHAPES = {
             },
             router_layer=4,
             rows=4,
+            router_rows=16,
         ),
         Shape(
             "tiny",
@@ -110,6 +113,7 @@ SHAPES = {
             router_layer=1,
             row_length=128,
             rows=2,
+            router_rows=2,
         ),
     )
 }
@@ -140,9 +144,10 @@ class Setting:
 class RandomData(ChatData):
     """Conversations of random tokens, 40 to 90 each, whose second half is learned."""
 
-    def __init__(self, shape: Shape, seed: int) -> None:
+    def __init__(self, shape: Shape, seed: int, rows: int | None = None) -> None:
         # Adapters act everywhere and on everything, as PEFT's do.
-        super().__init__("", None, shape.row_length, shape.rows, activation=ActivationMix(1, 0, 0, others_rest=0))
+        rows = shape.rows if rows is None else rows
+        super().__init__("", None, shape.row_length, rows, activation=ActivationMix(1, 0, 0, others_rest=0))
         self.vocab_size, self.random = shape.config["vocab_size"], random.Random(seed)
 
     def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
@@ -315,7 +320,7 @@ class GradientFromHere(RoutingLayer):
 
 
 def seconds_a_step(setting: Setting, names: list[str], step: Callable[[Batch], None]) -> float:
-    data = RandomData(setting.shape, setting.seed)
+    data = RandomData(setting.shape, setting.seed, setting.shape.router_rows)
     data.prepare(byte_tokenizer(), names)
     watch = Stopwatch(setting.device)
     for batch, _ in zip(data.train_dataloader(), range(NUM_WARM + 1 + setting.num_steps), strict=False):
@@ -449,6 +454,7 @@ def main() -> None:
             whole_s / frozen_s,
             "x",
             at_most=MOST_ROUTER,
+            rows=shape.router_rows,
             step_ms=1e3 * whole_s,
             frozen_step_ms=1e3 * frozen_s,
         )

@@ -25,7 +25,7 @@ NUM_GRAPHS = 32  # of a decoder layer, at most
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with linear warmup, then a cosine down to a tenth.
+    """AdamW with linear warmup, then a cosine down to a hundredth.
 
     Args:
         lr: peak learning rate.
@@ -41,7 +41,7 @@ class Schedule:
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         done = (step - self.warmup_steps) / max(1, num_steps - self.warmup_steps)
-        return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
+        return 0.01 + 0.495 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 class FrozenBase(L.LightningModule):

@@ -5,7 +5,7 @@ one of a batched GEMM's. Blended, all are one adapter of their ranks together, w
 that is trained is one matrix, a row for each adapter: it is cast, clipped and stepped at once.
 
 Legend: E adapters, B rows of a batch, L tokens a row, N = B * L / E tokens an adapter, P values an adapter, R rank,
-I in-features, O out-features.
+K ranks of all adapters together, I in-features, O out-features.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LoraStack(nn.Module):
         device = next(iter(self.linears.values())).weight.device
         num_values = sum(map(math.prod, self._sizes))
         self.values = nn.Parameter(torch.zeros(num_adapters, num_values, dtype=torch.float32, device=device))
+        self._blended: tuple[object, list[tuple[Tensor, Tensor]]] = None, []  # of frozen values, and which these were
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
@@ -74,8 +75,8 @@ class LoraStack(nn.Module):
         """In the forwards from now on, every adapter acts on every token by its gate; gradients reach the gates."""
         dtype = next(iter(self.linears.values())).weight.dtype
         gates_1NK = (gates_NE * self.scaling).to(dtype).repeat_interleave(self.rank, dim=1)[None]
-        for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self._pairs(self.values.to(dtype)), strict=True):
-            linear.lora = a_ERI.flatten(0, 1)[None], b_EOR.transpose(0, 1).flatten(1)[None], gates_1NK
+        for linear, (a_1KI, b_1OK) in zip(self.linears.values(), self._one_adapter(dtype), strict=True):
+            linear.lora = a_1KI, b_1OK, gates_1NK
 
     def rest(self) -> None:
         """In the forwards from now on, no adapter acts."""
@@ -116,6 +117,18 @@ class LoraStack(nn.Module):
         if gradient is not None:
             norms_E1 = gradient.norm(dim=1, keepdim=True)
             gradient.mul_((most / (norms_E1 + 1e-6)).clamp(max=1.0))  # torch's clip_grad_norm_
+
+    def _one_adapter(self, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+        """A [1, K, I] and B [1, O, K] of each linear, of all adapters; kept for as long as nobody changes them."""
+        which = dtype, self.values.device, self.values._version
+        found, pairs = self._blended
+        if found != which or self.values.requires_grad:
+            pairs = [
+                (a_ERI.flatten(0, 1)[None], b_EOR.transpose(0, 1).flatten(1)[None])
+                for a_ERI, b_EOR in self._pairs(self.values.to(dtype))
+            ]
+            self._blended = (None, []) if self.values.requires_grad else (which, pairs)
+        return pairs
 
     def _shapes(self, linear: StackedLinear) -> list[tuple[int, int]]:
         return [(self.rank, linear.in_features), (linear.out_features, self.rank)]

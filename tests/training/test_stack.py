@@ -89,3 +89,23 @@ def test_loaded_adapters_act_with_their_own_ranks_and_scalings(stack: tuple[Mode
     assert torch.allclose(update[0, 1], wanted, rtol=1e-5)
     assert update[0, 0].abs().max() > 0.1
     assert torch.equal(update[0, 2], torch.zeros(NUM_OUT, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_blend_is_of_what_the_adapters_are_now(stack: tuple[Model, LoraStack], trained: bool) -> None:
+    model, adapters = stack
+    adapters.requires_grad_(trained)
+    x, gates_NE = torch.randn(1, 3, NUM_IN, dtype=torch.float64), torch.eye(3, dtype=torch.float64)
+
+    def updates() -> torch.Tensor:
+        adapters.blend(gates_NE)
+        return model.proj(x) - nn.functional.linear(x, model.proj.weight, model.proj.bias)
+
+    before = updates()
+    assert torch.equal(updates(), before)
+    adapters.load(1, {"proj": LoraWeights(torch.randn(2, NUM_IN), torch.randn(NUM_OUT, 2), scaling=0.7)})
+    assert not torch.allclose(updates()[0, 1], before[0, 1])
+    assert torch.allclose(updates()[0, 0], before[0, 0])
+    for _, b_EOR in adapters.pairs():
+        b_EOR.mul_(2)
+    assert torch.allclose(updates()[0, 0], 2 * before[0, 0])
