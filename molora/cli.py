@@ -227,10 +227,20 @@ def add(
     routable: Annotated[
         bool | None, typer.Option("--routable/--explicit-only", help="Whether the router may pick it.")
     ] = None,
+    key_from: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Its data, whose domain is its name: a trained router gets a key from them."),
+    ] = None,
 ) -> None:
     """Copy a PEFT adapter into a bank."""
     bank = _open(folder)
-    entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable)
+    key = None
+    if key_from is not None:
+        import molora
+        from molora.training.newcomer import key_from_data
+
+        key = key_from_data(molora.load(folder), key_from, name or adapter.resolve().name)
+    entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable, key=key)
     kind = "routable" if entry.routable else "explicit routes only"
     typer.echo(f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}")
 

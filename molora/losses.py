@@ -1,10 +1,15 @@
-"""Losses that shape a router. All take scores `logits_NC` in float32: N tokens, C columns (base and adapters)."""
+"""Losses that shape a router, of scores `logits_NC` in float32.
+
+Legend: N tokens, C columns (base and adapters), D key size, G groups of tokens.
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from molora.router import prototype
 
 
 def label_loss(logits_NC: Tensor, columns_N: Tensor, *, ignore_index: int = -100) -> Tensor:
@@ -40,3 +45,39 @@ def switch_loss(logits_NC: Tensor, neighbours_N: Tensor) -> Tensor:
     agree_N = (probs_NC[1:] * probs_NC[:-1]).sum(-1)
     wanted_N = neighbours_N[1:]
     return ((1 - agree_N) * wanted_N).sum() / wanted_N.sum().clamp(min=1)
+
+
+def newcomer_loss(queries_ND: Tensor, keys_CD: Tensor, groups_N: Tensor, is_support_N: Tensor) -> Tensor:
+    """Cross entropy where each group of tokens, one at a time, is of an adapter that came later, by a prototype's key.
+
+    The prototype is that of the group's tokens in the support. A group that has a column lacks it then. What is to be
+    found is the prototype by the group's tokens outside of the support, and by all others the column that they have
+    anyway; both count alike. 0 where no group has tokens on both sides.
+
+    Args:
+        queries_ND: float32.
+        groups_N: int64, 0 for base, c for the adapter of column c, C and above for what else is known to be alike,
+            which base has; below 0 is left out.
+        is_support_N: bool.
+    """
+    num_columns = len(keys_CD)
+    known_N = groups_N >= 0
+    queries_ND, groups_N, is_support_N = queries_ND[known_N], groups_N[known_N], is_support_N[known_N]
+    of_support, of_others = (set(groups_N[side].tolist()) for side in (is_support_N, ~is_support_N))
+    found = sorted((of_support & of_others) - {0})
+    if not found:
+        return queries_ND.sum() * 0
+    found_G = torch.tensor(found, device=groups_N.device)
+    own_GN = (found_G[:, None] == groups_N[is_support_N]).float()
+    mean_GD = own_GN @ queries_ND[is_support_N] / own_GN.sum(1, keepdim=True)
+    queries_ND, groups_N = queries_ND[~is_support_N], groups_N[~is_support_N]
+    scale = keys_CD.shape[1] ** -0.5
+    logits_NC, logits_NG = (queries_ND @ keys.T * scale for keys in (keys_CD, prototype(mean_GD, keys_CD)))
+    lacking_GC = found_G[:, None] == torch.arange(num_columns, device=groups_N.device)
+    logits_NGC = logits_NC[:, None].masked_fill(lacking_GC, -torch.inf)
+    sum_NG = torch.logaddexp(logits_NGC.logsumexp(-1), logits_NG)
+    is_own_NG = groups_N[:, None] == found_G
+    columns_N1 = torch.where(groups_N < num_columns, groups_N, 0)[:, None]
+    losses_NG = sum_NG - torch.where(is_own_NG, logits_NG, logits_NC.gather(1, columns_N1))
+    sides = [losses_NG[side].sum() / side.sum().clamp(min=1) for side in (is_own_NG, ~is_own_NG)]
+    return (sides[0] + sides[1]) / 2

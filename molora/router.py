@@ -176,12 +176,17 @@ class KeyRouter(nn.Module):
     def digest(self) -> str:
         return combine_digests(tensor_digest(self.tensors()), json_digest(self.config.to_json()))
 
+    def queries(self, h_TH: Tensor) -> Tensor:
+        """Queries `query_TD` in float32."""
+        with torch.autocast(h_TH.device.type, enabled=False):
+            h_TH = F.rms_norm(h_TH.float(), (h_TH.shape[-1],), eps=1e-6)
+            query_TD: Tensor = self.query(F.gelu(self.hidden(h_TH)))
+            return query_TD
+
     def scores(self, h_TH: Tensor) -> Tensor:
         """Scores `logits_TC` in float32."""
         with torch.autocast(h_TH.device.type, enabled=False):
-            h_TH = F.rms_norm(h_TH.float(), (h_TH.shape[-1],), eps=1e-6)
-            query_TD = self.query(F.gelu(self.hidden(h_TH)))
-            logits_TC: Tensor = query_TD @ self.keys_CD.T * self.config.key_dim**-0.5
+            logits_TC: Tensor = self.queries(h_TH) @ self.keys_CD.T * self.config.key_dim**-0.5
             return logits_TC
 
     def forward(self, h_TH: Tensor, token_ids_T: Tensor | None = None) -> Decision:
@@ -242,6 +247,15 @@ class TokenRangeRouter(nn.Module):
         columns_T = torch.where(inside_T, self.column_N[index_T.clamp(min=0)], 0)
         gates_T = torch.ones_like(columns_T, dtype=torch.float32)
         return Decision(columns_T[:, None], gates_T[:, None], None)
+
+
+def prototype(mean_D: Tensor, keys_CD: Tensor) -> Tensor:
+    """A key for tokens whose queries have this mean [..., D]: in its direction, as long as the keys are on average.
+
+    Prototypical networks (Snell et al., arXiv 1703.05175), for scores that are products and not distances.
+    """
+    key_D: Tensor = F.normalize(mean_D, dim=-1) * keys_CD.norm(dim=-1).mean()
+    return key_D
 
 
 def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = False) -> Decision:

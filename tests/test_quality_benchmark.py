@@ -19,6 +19,8 @@ SINGLES |= {
     "top-2",
     "soft",
     "steady",
+    "open",
+    "key",
     "given",
     "tuned",
     "tuned given",
@@ -59,7 +61,7 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert set(rows["singles"]) == SINGLES
     assert set(rows["composites"]) == SINGLES - {"plain"}
     assert set(rows["histories"]) == {f"{bank} from {start}" for bank in ("bank", "plain") for start in STARTS}
-    assert set(rows["newcomer"]) == set(rows["newcomer_composites"]) == {"nine", "nine given"}
+    assert set(rows["newcomer"]) == set(rows["newcomer_composites"]) == {"nine", "nine given", "key"}
     for label, row in rows["singles"].items():
         assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
         assert row["minus auto"]["num_items"] == len(row["by_item"]["0"])
@@ -70,6 +72,8 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         "lm",
         "own",
         "steady",
+        "open",
+        "key",
         "top-2",
         "soft",
         "tuned",

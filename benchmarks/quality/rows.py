@@ -23,6 +23,7 @@ from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.evaluate import Question, evaluate, score
 from molora.training.examples import encode, read_records
+from molora.training.newcomer import key_from_data
 from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
 from quality.training import STAGES, seed_folder
@@ -176,6 +177,22 @@ def of_nine(here: Measurement) -> None:
                 here.add(m, label, way, kinds if way == "auto" else NEWCOMER)
 
 
+def of_key(here: Measurement) -> None:
+    """The same adapter beside the others of `open`, with a key from its own data and nothing else trained."""
+    args, folder = here.args, seed_folder(here.args)
+    if not here.missing(["key"]):
+        return
+    copy = folder / "key"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder / "open", copy)
+    with here.loaded(copy) as m:
+        key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
+    adapter = Bank.open(folder / "nine").adapter_folder(args.newcomer)
+    Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key)
+    with here.loaded(copy) as m:
+        here.add(m, "key", "auto", (*SCORED, *NEWCOMER))
+
+
 def of_starts(stage: str) -> Callable[[Measurement], None]:
     """Adapters that are named, behind an earlier exchange: from which token on does one act?"""
 
@@ -237,6 +254,7 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
     "gates": of_gates,
     **{stage: of_stage(stage) for stage in STAGES if stage not in ("bank", "nine")},
     "nine": of_nine,
+    "key": of_key,
     "starts": of_starts("bank"),
     "plain starts": of_starts("plain"),
     "arrow": of_peft("arrow"),

@@ -23,7 +23,8 @@ MEASURES = {
 REFERENCES = ("auto", "given", "joint")
 ORDER = (
     *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
-    *("lm", "token", "own", "steady", "auto", "top-2", "soft", "given", "tuned", "tuned given", "joint", "plain"),
+    *("lm", "token", "own", "steady", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
+    *("joint", "plain"),
 )
 
 

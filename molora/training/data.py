@@ -29,7 +29,7 @@ from torch import Tensor
 
 from molora.display import joined
 from molora.progress import say
-from molora.training.examples import IGNORE, Example, examples, read_records
+from molora.training.examples import BASE, IGNORE, Example, examples, read_records
 
 NEVER = 1 << 30  # an activation start that no position reaches
 OTHER = -1
@@ -48,6 +48,8 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
         start: int64, the position from which the token's conversation is active.
         domains: int64, index of the token's domain in the loader's list, OTHER for one that is not in it, or -100
             where none is known.
+        groups: int64, as `domains`, but base's tokens in a conversation whose task is known have that task's number
+            there, which are behind the domains'.
         rest: bool, whether an adapter that is trained alone rests on the token.
         signs: int64, whose bits say which of its ranks act with the opposite sign there, as a stranger would.
         rows: int64 [B], numbers of the rows, the same in every epoch.
@@ -58,6 +60,7 @@ class Batch:  # not frozen: Lightning casts its fields where a trainer's precisi
     targets: Tensor
     start: Tensor
     domains: Tensor
+    groups: Tensor
     rest: Tensor
     signs: Tensor
     rows: Tensor
@@ -154,6 +157,8 @@ class PackedLoader:
     ) -> None:
         self.data = data
         self.domains = {name: index for index, name in enumerate(domains)}
+        tasks = sorted({example.task for example in data if example.task is not None})
+        self.tasks = {name: index for index, name in enumerate(tasks, len(self.domains))}
         self.row_length, self.rows, self.pad_id = row_length, rows, pad_id
         self.mix, self.seed, self.rank, self.world_size = mix, seed, rank, world_size
         self.first_batch, self.num_batches = first_batch, num_batches
@@ -221,6 +226,7 @@ class PackedLoader:
             "position_ids": np.zeros(self.row_length, np.int64),
             "targets": np.full(self.row_length, IGNORE),
             "domains": np.full(self.row_length, IGNORE),
+            "groups": np.full(self.row_length, IGNORE),
         }
         begin = 0
         for example in self.packed[row]:
@@ -229,6 +235,10 @@ class PackedLoader:
             out["position_ids"][begin:end] = np.arange(end - begin)
             out["targets"][begin : end - 1] = np.where(example.learned[1:], ids[1:], IGNORE)
             out["domains"][begin:end] = [IGNORE if d is None else self.domains.get(d, OTHER) for d in example.domains]
+            out["groups"][begin:end] = [
+                self.tasks[example.task] if d == BASE and example.task is not None else group
+                for d, group in zip(example.domains, out["domains"][begin:end].tolist(), strict=True)
+            ]
             begin = end
         out["position_ids"][begin:] = np.arange(self.row_length - begin)
         return out

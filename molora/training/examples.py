@@ -5,9 +5,9 @@ A record is what a line of JSONL holds:
     {"messages": [{"role": ..., "content": ...}, ...], "domain": ...}      or
     {"prompt": "...", "completion": "...", "domain": ...}
 
-`domain` is optional. A message's content may be a list of text parts, each with a domain of its own (null is base):
-the parts of one answer that different adapters should write. With `"labels_only": true` nothing of the answer is
-learned but whose it is.
+`domain` is optional; `"task"` may name what is asked where no adapter's domain does. A message's content may be a list
+of text parts, each with a domain of its own (null is base): the parts of one answer that different adapters should
+write. With `"labels_only": true` nothing of the answer is learned but whose it is.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class Example:
         domains: for each token, the domain it belongs to: a name, "base", or None where nothing is known.
         turn: index of the first token of the last user message (0 for plain text).
         response: index of the first token of the generation prompt (of the completion for plain text).
+        task: what is asked, where that is base's; None where nothing is known.
     """
 
     token_ids: tuple[int, ...]
@@ -52,6 +53,7 @@ class Example:
     domains: tuple[str | None, ...]
     turn: int
     response: int
+    task: str | None = None
 
 
 def read_records(source: str | Path, *, split: str = "train") -> Iterator[Mapping[str, Any]]:
@@ -84,7 +86,10 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
     labels_only = record.get("labels_only")  # None where other records of a table have it
     if not isinstance(labels_only, bool | None):
         raise ValueError(f"a record's labels_only is {labels_only!r}; expected true or false.")
-    return replace(example, learned=(False,) * len(example.learned)) if labels_only else example
+    task = record.get("task")
+    if not isinstance(task, str | None):
+        raise ValueError(f"a record's task is {task!r}; expected a name.")
+    return replace(example, task=task, learned=(False,) * len(example.learned) if labels_only else example.learned)
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -25,7 +25,7 @@ from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, 
 from molora.digest import base_digest
 from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, text_config
-from molora.losses import label_loss, load_balance_loss, switch_loss, z_loss
+from molora.losses import label_loss, load_balance_loss, newcomer_loss, switch_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
 from molora.routing import NO_ADAPTER, RouteRecord, RouteRequest, Routes, RoutingLayer
 from molora.training.data import Batch
@@ -53,6 +53,8 @@ class RouterLosses:
         balance: Switch's load-balance loss, 1 when all columns are used alike.
         switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
             tokens whose labels, where both have one, are the same.
+        newcomer: cross entropy against the domains where one domain, or one task that base has, is an adapter that
+            came later: the mean of its queries in half of the batch's conversations is its key in the other half.
         z: squared log-partition, which keeps scores small.
     """
 
@@ -63,6 +65,7 @@ class RouterLosses:
     drift: float = 0.0
     balance: float = 0.0
     switch: float = 0.0
+    newcomer: float = 0.0
     z: float = 1e-4
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class RouterLosses:
 
     @property
     def needs_labels(self) -> bool:
-        return bool(self.label or self.given)
+        return bool(self.label or self.given or self.newcomer)
 
     @property
     def needs_whole_model(self) -> bool:
@@ -406,6 +409,12 @@ class RouterTraining(FrozenBase):
             metrics["token"] = (probs_NC * losses_NC[counted]).sum() / counted.sum().clamp(min=1)
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
         metrics["switch"] = switch_loss(logits_NC / self.router_config.temperature, _neighbours(batch, active))
+        if weights.newcomer:
+            groups_N = torch.where(active, batch.groups, IGNORE).flatten()
+            conversation_N = (batch.position_ids == 0).flatten().cumsum(0)
+            metrics["newcomer"] = newcomer_loss(
+                self.router.queries(entered).flatten(0, 1), self.router.keys_CD, groups_N, conversation_N % 2 == 0
+            )
         is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
         metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)

@@ -1,6 +1,6 @@
 """What a bank's router does on conversations: its scores on them, statistics beside their labels, and example routes.
 
-Legend: B sequences, T tokens, C columns (base and routable adapters).
+Legend: B sequences, T tokens, H hidden size, C columns (base and routable adapters).
 """
 
 from __future__ import annotations
@@ -31,8 +31,17 @@ def router_scores(
     m: MoLoRA, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 256
 ) -> Iterator[Tensor]:
     """The router's scores on each sequence of token ids, float32 [T, C]; those before its start mean nothing."""
-    router, device = m.decoder.router, m.decoder.device
+    router = m.decoder.router
     assert isinstance(router, KeyRouter)
+    yield from map(router.scores, router_inputs(m, sequences, starts, batch_size=batch_size))
+
+
+@torch.inference_mode()
+def router_inputs(
+    m: MoLoRA, sequences: Sequence[Sequence[int]], starts: Sequence[int], *, batch_size: int = 256
+) -> Iterator[Tensor]:
+    """What the router reads of each sequence, [T, H], if it is asked from the start on."""
+    device = m.decoder.device
     for first in range(0, len(sequences), batch_size):
         batch = sequences[first : first + batch_size]
         ids_BT = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
@@ -44,8 +53,8 @@ def router_scores(
                 auto=torch.ones_like(ids_BT, dtype=torch.bool, device=device),
             )
             hidden = m.decoder.router_input(request, input_ids=ids_BT.to(device), use_cache=False)
-        for scores_TC, ids in zip(router.scores(hidden), batch, strict=True):
-            yield scores_TC[: len(ids)]
+        for hidden_TH, ids in zip(hidden, batch, strict=True):
+            yield hidden_TH[: len(ids)]
 
 
 def router_statistics(m: MoLoRA, examples: Sequence[Example], starts: Sequence[int]) -> RouterStatistics:

@@ -175,6 +175,21 @@ def test_bank_add_and_remove(bank, tmp_path):
     assert "has no adapter 'sums'" in fails("bank", "remove", bank, "sums")
 
 
+def test_bank_add_with_a_key_from_data(bank, tmp_path):
+    late, data = write_adapter(tmp_path / "cooking", 7), tmp_path / "cooking.jsonl"
+    messages = [{"role": "user", "content": "Soup?"}, {"role": "assistant", "content": "Boil it."}]
+    data.write_text(json.dumps({"messages": messages, "domain": "cooking"}) + "\n")
+    assert "no token of the domain 'x'" in fails("bank", "add", bank, late, "--name", "x", "--key-from", data)
+    assert "does not exist" in fails("bank", "add", bank, late, "--key-from", tmp_path / "nowhere.jsonl")
+    old = Bank.open(bank).load_router()
+    result = call("bank", "add", bank, late, "--activation", "turn", "--key-from", data)
+    assert result.exit_code == 0, result.output
+    assert "added cooking (routable" in result.output
+    router = Bank.open(bank).load_router()
+    assert torch.equal(router.keys_CD[:-1], old.keys_CD)
+    assert torch.allclose(router.keys_CD[-1].norm(), old.keys_CD.norm(dim=1).mean())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -156,3 +156,23 @@ def test_packed_conversations_do_not_see_each_other(architecture: str, tmp_path:
         for begin, end in pairwise(starts):
             alone = model(input_ids=batch.input_ids[:, begin:end], use_cache=False).logits[0]
             torch.testing.assert_close(packed[begin:end], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_bases_tasks_are_groups_of_their_own() -> None:
+    messages = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    records = [
+        {"messages": messages, "domain": None, "task": "zebras"},
+        {"messages": messages, "domain": None, "task": "apes"},
+        {"messages": messages, "domain": None},
+        {"messages": messages, "domain": "x", "task": "apes"},
+        {"messages": messages, "domain": "y"},
+    ]
+    data = [encode(record, TOKENIZER) for record in records]
+    served = PackedLoader(data, ["base", "x"], row_length=512, rows=1, pad_id=0, mix=MIX, seed=0)
+    found = {}
+    for batch in islice(served, len(served.packed)):
+        for domain, group in zip(batch.domains.flatten().tolist(), batch.groups.flatten().tolist(), strict=True):
+            found.setdefault(domain, set()).add(group)
+    assert found == {0: {0, 2, 3}, 1: {1}, OTHER: {OTHER}, IGNORE: {IGNORE}}
+    with pytest.raises(ValueError, match="task is 3; expected a name"):
+        encode({"messages": messages, "task": 3}, TOKENIZER)

@@ -24,8 +24,10 @@ from molora.checkpoint import resolve_base
 from molora.routing import RouteRequest
 from molora.training.adapter import AdapterTraining
 from molora.training.data import ActivationMix, PackedLoader
-from molora.training.examples import examples, read_records
+from molora.training.examples import encode, examples, read_records
+from molora.training.newcomer import key_from_data
 from molora.training.router import RouterLosses, RouterTraining, _neighbours
+from molora.training.router_report import router_statistics
 
 REPOSITORY = Path(__file__).parents[2]
 # Lightning and jsonargparse warn of their own deprecations.
@@ -331,6 +333,36 @@ def test_a_price_on_switches_makes_them_fewer() -> None:
     (switches, label), (priced_switches, priced_label) = last
     assert priced_switches < 0.7 * switches
     assert priced_label < 1.3 * label
+
+
+def test_a_router_that_practises_on_newcomers_knows_one_by_the_mean_of_its_queries() -> None:
+    def ask(question: str, answer: str, **labels: Any) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **labels}
+
+    letters = [ask(f"{n} times {c}", c * n, domain="letters") for n in range(2, 6) for c in "abcdefgh"]
+    digits = [ask(f"{a} plus {b}", str(a + b), domain="digits") for a in range(6) for b in range(4)]
+    old = [*letters, *(each | {"domain": None, "task": "sums", "labels_only": True} for each in digits)]
+    Path("old.jsonl").write_text("".join(json.dumps(each) + "\n" for each in old))
+    config = router_config(adapters=["adapters/letters"], losses={"label": 1.0, "newcomer": 1.0})
+    fit("--data.train", "old.jsonl", "--data.val", "null", config=config)
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    lost = column(metrics, "train/newcomer")
+    assert lost[-1] < 0.5 * lost[0]
+    key = key_from_data(molora.load("bank", device="cpu", dtype="float32"), digits[:10], "digits")
+    Bank.open("bank").add("adapters/digits", activation="turn", key=key)
+    m = molora.load("bank", device="cpu", dtype="float32")
+    encoded = [encode(each, m.tokenizer) for each in (*letters, *digits[10:])]
+    assert router_statistics(m, encoded, [example.turn for example in encoded]).accuracy > 0.85
+
+
+def test_a_key_needs_a_router_of_keys_and_tokens_of_the_domain() -> None:
+    fit("--trainer.max_steps", "1", config=router_config())
+    m = molora.load("bank", device="cpu", dtype="float32")
+    with pytest.raises(ValueError, match="no token of the domain 'sums' where adapters act"):
+        key_from_data(m, "configs/tiny.jsonl", "sums")
+    Bank.open("bank").set_router(None)
+    with pytest.raises(ValueError, match="has no router of keys"):
+        key_from_data(molora.load("bank", device="cpu", dtype="float32"), "configs/tiny.jsonl", "letters")
 
 
 def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> None:
