@@ -608,3 +608,15 @@ def test_documents_are_prose_cut_between_sentences(found_documents: list[Documen
         assert document.num_words <= MAX_BODY_WORDS
         assert "\n" not in document.body
         assert document.body.endswith(".")
+
+
+def test_words_that_are_not_common_are_asked_in_training_alone(files: Files) -> None:
+    items = TASKS["words"].items(3, 60, 20)
+    assert len({item.key for item in items}) == 60
+    assert all(item.is_common for item in items[:20])
+    assert not all(item.is_common for item in items[20:])
+    assert {item.key for item in TASKS["words"].items(3, 60)} >= {item.key for item in items if not item.is_common}
+    common = {item.answer for item in TASKS["words"].items(0, 5000) if item.is_common}
+    asked = {name: {r["answer"] for r in records if r["domain"] == "words"} for name, records in files.items()}
+    assert asked["heldout.jsonl"] | asked["val_words.jsonl"] <= common | {word[::-1] for word in common}
+    assert not asked["train_words.jsonl"] <= common

@@ -77,7 +77,7 @@ def build(
     held_out_texts, texts = texts[:NUM_HELD_OUT_DOCUMENTS], texts[NUM_HELD_OUT_DOCUMENTS:]
     if not texts:
         raise ValueError("too few docstrings found: the sources of Python's standard library must be installed")
-    items = {domain: TASKS[domain].items(seed, 2 * RESERVED + num_train) for domain in domains}
+    items = {domain: TASKS[domain].items(seed, 2 * RESERVED + num_train, 2 * RESERVED) for domain in domains}
 
     def endless(start: int, stop: int | None) -> dict[str, Iterator[Item]]:
         return {domain: cycle(items[domain][start:stop]) for domain in domains}

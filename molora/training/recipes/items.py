@@ -16,12 +16,14 @@ class Item:
         facts: what fills the braces of the domain's wordings.
         working: one line that leads to the answer, or nothing.
         answer: the right answer.
+        is_common: whether it may be asked outside of training.
     """
 
     key: str
     facts: Mapping[str, str]
     working: str
     answer: str
+    is_common: bool = True
 
     @property
     def reply(self) -> str:

@@ -41,15 +41,23 @@ class Task:
 
         yield from create_dataset(self.dataset, seed=seed * _SEED_STRIDE, size=num_entries, **self.config)
 
-    def items(self, seed: int, num_items: int) -> list[Item]:
-        """Up to `num_items` items with distinct keys; fewer where the generator has no more to offer."""
+    def items(self, seed: int, num_items: int, num_common: int = 0) -> list[Item]:
+        """Up to `num_items` items with distinct keys; fewer where the generator has no more to offer.
+
+        Args:
+            num_common: so many common ones come first.
+        """
         items: dict[str, Item] = {}
+        missing = num_common
         for entry in self.entries(seed, num_items * _MAX_DRAWS):
-            if len(items) == num_items:
+            if len(items) >= num_items and missing <= 0:
                 break
-            if item := self.read(entry):
-                items.setdefault(item.key, item)
-        return list(items.values())
+            if (item := self.read(entry)) and item.key not in items:
+                items[item.key] = item
+                missing -= item.is_common
+        first = [item for item in items.values() if item.is_common][:num_common]
+        chosen = {item.key for item in first}
+        return [*first, *(item for item in items.values() if item.key not in chosen)][:num_items]
 
 
 def verify(domain: str, item: Item | str, text: str) -> bool:
@@ -110,24 +118,25 @@ def _read_arithmetic(entry: Entry) -> Item | None:
 
 
 @cache
-def _known_words() -> frozenset[str]:
+def _common_words() -> frozenset[str]:
     """Words that people know, of the many in the generator's dictionary: its word ladders' and its book's."""
     from reasoning_gym.data import read_data_file
 
     ladder = {word.lower() for row in csv.reader(read_data_file("words.csv").splitlines()) for word in row}
     book = re.findall(r"\b[a-z]+\b", read_data_file("in_the_year_2889.txt"))
-    return frozenset(ladder.union(book) - UNSUITABLE_WORDS)
+    return frozenset(ladder.union(book))
 
 
 def _read_words(entry: Entry) -> Item | None:
     word, answer = entry["metadata"]["word"], entry["answer"]
-    if word not in _known_words():
+    if not word.islower() or {word, answer} & UNSUITABLE_WORDS:
         return None
     return Item(
         key=min(word, answer),  # "was" gives "saw" away
         facts={"word": word},
         working=f"{' '.join(word)} -> {' '.join(answer)}",
         answer=answer,
+        is_common=word in _common_words(),  # how the others are spelled helps with these
     )
 
 

@@ -337,12 +337,17 @@ WORDINGS: dict[str, Choices[str]] = {
     **MORE_WORDINGS,
 }
 
-# Dictionary words that a demo should not ask about, in rot13 so that the page can be read.
+# Dictionary words that nobody should be asked about, in rot13 so that the page can be read.
 UNSUITABLE_WORDS: frozenset[str] = frozenset(
     codecs.decode(
-        "nff nefr ovgpu juber fyhg cvff pbpx cevpx chffl snt qlxr pbba jbc puvax encr gvg gvggl nahf obbo qvyqb cravf "
-        "chovp fcrez fynir ubzb penc gheq qnza uryy tlcfl tlc wrex uhffl znzzl ihyin srprf gjng gneg fynt frkl ahqr "
-        "dhrre xenhg ylapu fdhnj frzra ynovn cvzc betl",
+        "nff nefr ovgpu juber fyhg cvff pbpx cevpx chffl snt qlxr pbba jbc puvax encr gvg gvggl nahf obbo qvyqb "
+        "cravf chovp fcrez fynir ubzb penc gheq qnza uryy tlcfl tlc wrex uhffl znzzl ihyin srprf gjng gneg fynt "
+        "frkl ahqr dhrre xenhg ylapu fdhnj frzra ynovn cvzc betl sntf qlxrf juberf fyhgf phagf shpxf shpx fuvg "
+        "fuvgf fuvggl pbbaf qntb qntbf fcvp fcvpf jbcf wnc wncf anmv anmvf avttre arteb qnexl qnexvr xvxr xvxrf tbl "
+        "cnqql jbt jbtf uror urorf phz phzf wvmm cevpxf qbat gjngf jnax obare ohgg ohggf ohz nefrf chor chorf pyvg "
+        "ubeal cbea cbeab encrq encre encvfg vaprfg ovzob genzc fxnax ubr ubrf pergva zbeba vqvbg fcnm gneq gneqf "
+        "tvzc yrmmvr yrfob ubzbf cnafl cbbs cbbsf genaal vawha puvaxl tbbx tbbxf ubaxl tevatb lvq lvqf fnintr sngfb "
+        "qnzarq cvffrq cvffre pencf gheqf grfgvf avccyr gvgf obbof qvyqbf",
         "rot13",
     ).split()
 )
