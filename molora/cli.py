@@ -229,17 +229,27 @@ def add(
     ] = None,
     key_from: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Its data, whose domain is its name: a trained router gets a key from them."),
+        typer.Option(
+            metavar="FILE",
+            help="Its data, whose domain is its name: of these a router that was trained with losses.newcomer gets a "
+            "key for it.",
+        ),
     ] = None,
+    base: BaseOption = None,
+    device: DeviceOption = None,
+    dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Copy a PEFT adapter into a bank."""
     bank = _open(folder)
     key = None
     if key_from is not None:
-        import molora
+        from molora.adapter import Adapter
         from molora.training.newcomer import key_from_data
 
-        key = key_from_data(molora.load(folder), key_from, name or adapter.resolve().name)
+        Adapter.read(adapter)  # what is wrong is said before the model is loaded
+        found = key_from_data(_load(folder, base, device, dtype), key_from, name or adapter.resolve().name)
+        key = found.values_D
+        typer.echo(f"its key takes {found.share:.2f} of its own tokens")
     entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable, key=key)
     kind = "routable" if entry.routable else "explicit routes only"
     typer.echo(f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}")

@@ -1,6 +1,6 @@
 """Losses that shape a router, of scores `logits_NC` in float32.
 
-Legend: N tokens, C columns (base and adapters), D key size, G groups of tokens.
+Legend: N tokens, C columns (base and adapters), D key size, G groups of tokens, F of which something is known.
 """
 
 from __future__ import annotations
@@ -47,37 +47,38 @@ def switch_loss(logits_NC: Tensor, neighbours_N: Tensor) -> Tensor:
     return ((1 - agree_N) * wanted_N).sum() / wanted_N.sum().clamp(min=1)
 
 
-def newcomer_loss(queries_ND: Tensor, keys_CD: Tensor, groups_N: Tensor, is_support_N: Tensor) -> Tensor:
+def newcomer_loss(queries_ND: Tensor, keys_CD: Tensor, groups_N: Tensor, means_GD: Tensor) -> Tensor:
     """Cross entropy where each group of tokens, one at a time, is of an adapter that came later, by a prototype's key.
 
-    The prototype is that of the group's tokens in the support. A group that has a column lacks it then. What is to be
-    found is the prototype by the group's tokens outside of the support, and by all others the column that they have
-    anyway; both count alike. 0 where no group has tokens on both sides.
+    A group that has a column lacks it then. Its own tokens are to find the prototype, and all others the column that
+    they have anyway; both count alike, and so does each group. 0 where no group has a prototype.
 
     Args:
         queries_ND: float32.
         groups_N: int64, 0 for base, c for the adapter of column c, C and above for what else is known to be alike,
             which base has; below 0 is left out.
-        is_support_N: bool.
+        means_GD: float32, the mean of each group's queries elsewhere; 0 where nothing is known.
     """
-    num_columns = len(keys_CD)
-    known_N = groups_N >= 0
-    queries_ND, groups_N, is_support_N = queries_ND[known_N], groups_N[known_N], is_support_N[known_N]
-    of_support, of_others = (set(groups_N[side].tolist()) for side in (is_support_N, ~is_support_N))
-    found = sorted((of_support & of_others) - {0})
-    if not found:
+    num_columns, scale = len(keys_CD), keys_CD.shape[1] ** -0.5
+    has_mean_G = means_GD.any(1)
+    has_mean_G[0] = False
+    found_F = has_mean_G.nonzero()[:, 0]
+    if not len(found_F):
         return queries_ND.sum() * 0
-    found_G = torch.tensor(found, device=groups_N.device)
-    own_GN = (found_G[:, None] == groups_N[is_support_N]).float()
-    mean_GD = own_GN @ queries_ND[is_support_N] / own_GN.sum(1, keepdim=True)
-    queries_ND, groups_N = queries_ND[~is_support_N], groups_N[~is_support_N]
-    scale = keys_CD.shape[1] ** -0.5
-    logits_NC, logits_NG = (queries_ND @ keys.T * scale for keys in (keys_CD, prototype(mean_GD, keys_CD)))
-    lacking_GC = found_G[:, None] == torch.arange(num_columns, device=groups_N.device)
-    logits_NGC = logits_NC[:, None].masked_fill(lacking_GC, -torch.inf)
-    sum_NG = torch.logaddexp(logits_NGC.logsumexp(-1), logits_NG)
-    is_own_NG = groups_N[:, None] == found_G
-    columns_N1 = torch.where(groups_N < num_columns, groups_N, 0)[:, None]
-    losses_NG = sum_NG - torch.where(is_own_NG, logits_NG, logits_NC.gather(1, columns_N1))
-    sides = [losses_NG[side].sum() / side.sum().clamp(min=1) for side in (is_own_NG, ~is_own_NG)]
-    return (sides[0] + sides[1]) / 2
+    with torch.autocast(queries_ND.device.type, enabled=False):
+        known_N = groups_N >= 0
+        queries_ND, groups_N = queries_ND[known_N], groups_N[known_N]
+        logits_NC, logits_NF = (
+            queries_ND @ keys.T * scale for keys in (keys_CD, prototype(means_GD[found_F], keys_CD))
+        )
+        lacking_FC = found_F[:, None] == torch.arange(num_columns, device=groups_N.device)
+        sum_NF = torch.logaddexp(logits_NC[:, None].masked_fill(lacking_FC, -torch.inf).logsumexp(-1), logits_NF)
+        is_own_NF = groups_N[:, None] == found_F
+        columns_N1 = torch.where(groups_N < num_columns, groups_N, 0)[:, None]
+        losses_NF = sum_NF - torch.where(is_own_NF, logits_NF, logits_NC.gather(1, columns_N1))
+        sides = []
+        for side_NF in (is_own_NF, ~is_own_NF):
+            count_F = side_NF.sum(0)
+            mean_F = (losses_NF * side_NF).sum(0) / count_F.clamp(min=1)
+            sides.append(mean_F.sum() / (count_F > 0).sum().clamp(min=1))
+        return (sides[0] + sides[1]) / 2

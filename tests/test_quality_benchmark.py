@@ -19,6 +19,7 @@ SINGLES |= {
     "top-2",
     "soft",
     "steady",
+    "steadier",
     "open",
     "key",
     "given",
@@ -62,6 +63,9 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert set(rows["composites"]) == SINGLES - {"plain"}
     assert set(rows["histories"]) == {f"{bank} from {start}" for bank in ("bank", "plain") for start in STARTS}
     assert set(rows["newcomer"]) == set(rows["newcomer_composites"]) == {"nine", "nine given", "key"}
+    assert set(rows["others"]) == {"removed", "not removed"}
+    assert len(rows["others"]["removed"]["by_item"]["0"]) == 2
+    assert rows["others"]["removed"]["minus not removed"]["num_items"] == 2
     for label, row in rows["singles"].items():
         assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
         assert row["minus auto"]["num_items"] == len(row["by_item"]["0"])
@@ -72,6 +76,7 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         "lm",
         "own",
         "steady",
+        "steadier",
         "open",
         "key",
         "top-2",

@@ -42,3 +42,11 @@ def test_the_readme_says_what_was_measured() -> None:
     words = " ".join((REPOSITORY / "README.md").read_text().split())
     assert f"One adapter is trained {one:.1f} times faster than by PEFT with transformers' Trainer" in words
     assert f"in {memory:.2f} of its memory; eight side by side, {eight:.1f} times faster" in words
+
+
+def test_the_readme_says_what_two_devices_were_measured_to_give() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/devices-h100.json").read_text())
+    figures = {figure["name"]: figure["value"] for figure in result["figures"]}
+    ddp, fsdp2 = (figures[f"{strategy}: tokens a second over one device's"] for strategy in ("ddp", "fsdp2"))
+    words = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"Two H100s train an adapter of a 1B shape {ddp:.2f} and {fsdp2:.2f} times as fast as one" in words

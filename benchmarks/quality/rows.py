@@ -187,10 +187,29 @@ def of_key(here: Measurement) -> None:
     shutil.copytree(folder / "open", copy)
     with here.loaded(copy) as m:
         key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
+    del m
     adapter = Bank.open(folder / "nine").adapter_folder(args.newcomer)
-    Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key)
+    Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     with here.loaded(copy) as m:
         here.add(m, "key", "auto", (*SCORED, *NEWCOMER))
+
+
+def of_removed(here: Measurement) -> None:
+    """The bank without its last adapter, and with it, on the single items of all the others."""
+    args, folder = here.args, seed_folder(here.args)
+    copy = folder / "removed"
+    for label, bank in (("not removed", folder / "bank"), ("removed", copy)):
+        if not here.missing([label]):
+            continue
+        if bank == copy:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(folder / "bank", copy)
+            Bank.open(copy).remove(args.domains[-1])
+        begin_s = time.perf_counter()
+        with here.loaded(bank) as m:
+            questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
+            ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
+            here.write(label, {"others": found}, time.perf_counter() - begin_s)
 
 
 def of_starts(stage: str) -> Callable[[Measurement], None]:
@@ -255,6 +274,7 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
     **{stage: of_stage(stage) for stage in STAGES if stage not in ("bank", "nine")},
     "nine": of_nine,
     "key": of_key,
+    "removed": of_removed,
     "starts": of_starts("bank"),
     "plain starts": of_starts("plain"),
     "arrow": of_peft("arrow"),

@@ -10,6 +10,8 @@ from typing import Any
 
 from molora.files import write_atomic
 from molora.training.evaluate import best_single
+from molora.training.examples import read_records
+from molora.training.recipes.wordings import WORDINGS
 
 MEASURES = {
     "accuracy": "routed right",
@@ -20,11 +22,17 @@ MEASURES = {
     "switches_in_words": "inside words",
     "label_switches_in_words": "the labels'",
 }  # of what a router does
-REFERENCES = ("auto", "given", "joint")
+REFERENCES = ("auto", "given", "joint", "nine", "not removed")
+OTHER_KINDS = {
+    "histories": "behind an earlier exchange",
+    "newcomer": "the newcomer's single items",
+    "newcomer_composites": "the newcomer's among others'",
+    "others": "other tasks' single items, an adapter removed",
+}
 ORDER = (
     *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
-    *("lm", "token", "own", "steady", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
-    *("joint", "plain"),
+    *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
+    *("joint", "plain", "key", "nine", "nine given"),
 )
 
 
@@ -56,6 +64,8 @@ def make_table(args: Namespace) -> None:
         }
         for kind, found in bits.items()
     }
+    for label, row in rows.get("singles", {}).items():
+        row["in wordings of"] = by_author(args, bits["singles"][label])
     head = {name: read[0][name] for name in ("device", "versions", "commit", "steps")}
     for name, value in head.items():
         if any(each[name] != value for each in read):
@@ -79,6 +89,18 @@ def make_table(args: Namespace) -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
         write_atomic(args.out.with_suffix(".md"), text)
+
+
+def by_author(args: Namespace, own: dict[int, str]) -> dict[str, float]:
+    """The accuracy of single items in the first held-out wordings, and in those by somebody who had seen no other."""
+    found: dict[str, list[int]] = defaultdict(list)
+    records = list(read_records(args.work / "data" / "singles.jsonl"))
+    for digits in own.values():
+        for record, digit in zip(records, digits, strict=False):
+            choices = WORDINGS[record["domain"]]
+            is_first = record["wording"] < len(choices) - len(choices.more_held_out)
+            found["the first author" if is_first else "another author"].append(int(digit))
+    return {author: statistics.fmean(each) for author, each in sorted(found.items(), reverse=True)}
 
 
 def summary(own: dict[int, str]) -> dict[str, Any]:
@@ -143,14 +165,20 @@ def markdown(result: dict[str, Any]) -> str:
             row = rows.get(label)
             cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(label, row)]
         lines.append(f"| {' | '.join(cells)} |")
+    authors = list(dict.fromkeys(author for row in singles.values() for author in row["in wordings of"]))
+    lines += ["", f"| singles in wordings of | {' | '.join(authors)} |", "| --- " * (len(authors) + 1) + "|"]
+    for label, row in singles.items():
+        each = [f"{row['in wordings of'][author]:.3f}" if author in row["in wordings of"] else "" for author in authors]
+        lines.append(f"| {label} | {' | '.join(each)} |")
     for kind, found in result["routes"].items():
         lines += ["", f"| routes of {kind} | {' | '.join(MEASURES.values())} |", "| --- " * (len(MEASURES) + 1) + "|"]
         lines += [
             f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in MEASURES)} |" for label, row in found.items()
         ]
-    if histories := result["rows"].get("histories"):
-        lines += ["", "| behind an earlier exchange | accuracy |", "| --- | --- |"]
-        lines += [f"| {label} | {row['accuracy']:.3f} |" for label, row in histories.items()]
+    for kind, title in OTHER_KINDS.items():
+        if found := result["rows"].get(kind):
+            lines += ["", f"| {title} | accuracy |", "| --- | --- |"]
+            lines += [f"| {label} | {row['accuracy']:.3f}{_note(row, found)} |" for label, row in found.items()]
     return "\n".join(lines) + "\n"
 
 

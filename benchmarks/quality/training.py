@@ -4,7 +4,7 @@ bank    the adapters, side by side, and a router by labels, with a LoRA of its o
 token   another router over the same adapters, by what each of them loses on each token
 lm      another one, by the language model loss alone
 own     another one by labels, whose language model loss is under its own choice
-steady  the bank's router again, with a price on switches between tokens of one domain
+steady  the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
 open    the bank's router again, which also practises to know a newcomer by the mean of its queries
 nine    one adapter more, and a router that knows it from the start
 tuned   the bank's router again, from the start, while the adapters go on learning with it
@@ -34,7 +34,8 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "lm": {"losses": {"label": 0.0, "lm": 1.0, "drift": 0.03, "balance": 0.01, "z": 1e-4}},
     "own": {"losses": {"label": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
-    "steady": {"losses": LABELS | {"switch": 1.0}},
+    "steady": {"losses": LABELS | {"switch": 0.1}},
+    "steadier": {"losses": LABELS | {"switch": 1.0}},
     "open": {"losses": LABELS | {"newcomer": 1.0}},
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},

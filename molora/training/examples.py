@@ -87,9 +87,8 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
     if not isinstance(labels_only, bool | None):
         raise ValueError(f"a record's labels_only is {labels_only!r}; expected true or false.")
     task = record.get("task")
-    if not isinstance(task, str | None):
-        raise ValueError(f"a record's task is {task!r}; expected a name.")
-    return replace(example, task=task, learned=(False,) * len(example.learned) if labels_only else example.learned)
+    learned = (False,) * len(example.learned) if labels_only else example.learned
+    return replace(example, task=task if isinstance(task, str) else None, learned=learned)
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -93,6 +93,10 @@ class FrozenBase(L.LightningModule):
     def trained(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: what is trained, and what else a resumed run needs."""
+        return dict(self.trained())
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.trained().values())}]
 
@@ -110,7 +114,7 @@ class FrozenBase(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        names = self.trained()
+        names = self.kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -118,7 +122,7 @@ class FrozenBase(L.LightningModule):
         Raises:
             ValueError: the checkpoint is of another module or of other settings: what it holds is not trained here.
         """
-        differing = sorted(set(checkpoint["state_dict"]) ^ set(self.trained()))
+        differing = sorted(set(checkpoint["state_dict"]) ^ set(self.kept()))
         if differing:
             raise ValueError(
                 f"the checkpoint was made with other settings: it and what is trained here differ in {differing}."

@@ -35,6 +35,9 @@ from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
 
+MAX_GROUPS = 256  # of tokens that a router may practise on as newcomers
+MEAN_SHARE = 0.1  # of a batch, in the mean of a group's queries
+
 
 @dataclass(frozen=True)
 class RouterLosses:
@@ -54,7 +57,7 @@ class RouterLosses:
         switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
             tokens whose labels, where both have one, are the same.
         newcomer: cross entropy against the domains where one domain, or one task that base has, is an adapter that
-            came later: the mean of its queries in half of the batch's conversations is its key in the other half.
+            came later: the mean of its queries in the batches before is its key in this one.
         z: squared log-partition, which keeps scores small.
     """
 
@@ -128,6 +131,8 @@ class RouterTraining(FrozenBase):
         seed: of the router's initial weights.
     """
 
+    means_GD: Tensor  # of queries, group by group, for losses.newcomer
+
     def __init__(
         self,
         adapters: list[str] | dict[str, str],
@@ -196,6 +201,8 @@ class RouterTraining(FrozenBase):
             torch.manual_seed(self.seed)
             hidden_size = text_config(self.model).hidden_size
             self.router = KeyRouter(self.router_config, hidden_size, len(adapters) + 1)
+        if self.losses.newcomer:
+            self.register_buffer("means_GD", torch.zeros(MAX_GROUPS, self.router_config.key_dim))
         self.lora = self._own_lora()
         self.stack = LoraStack(self.model, modules, num_adapters=len(adapters), rank=rank, alpha=rank)
         for index, adapter in enumerate(adapters.values()):
@@ -340,6 +347,23 @@ class RouterTraining(FrozenBase):
         change_NH = entered[active].float() - base_NH
         return (change_NH.square().mean(0) / base_NH.var(0).clamp(min=1e-6)).mean()
 
+    def kept(self) -> dict[str, Tensor]:
+        means = {"means_GD": self.means_GD} if self.losses.newcomer else {}
+        return super().kept() | means
+
+    def _newcomer_loss(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
+        groups_N = torch.where(active & (batch.groups < MAX_GROUPS), batch.groups, IGNORE).flatten()
+        queries_ND = self.router.queries(entered).flatten(0, 1)
+        loss = newcomer_loss(queries_ND, self.router.keys_CD, groups_N, self.means_GD)
+        if self.training:
+            with torch.no_grad():
+                known_N = groups_N >= 0
+                count_G1 = torch.bincount(groups_N[known_N], minlength=MAX_GROUPS)[:, None]
+                total_GD = torch.zeros_like(self.means_GD).index_add(0, groups_N[known_N], queries_ND[known_N].float())
+                share_G1 = torch.where(self.means_GD.any(1, keepdim=True), MEAN_SHARE, 1.0) * (count_G1 > 0)
+                self.means_GD.lerp_(total_GD / count_G1.clamp(min=1), share_G1)
+        return loss
+
     @torch.no_grad()
     def _losses_of_each(self, batch: Batch, active: Tensor) -> Tensor:
         """What base and each adapter alone lose on the tokens, float32 [B * L, C], less the least of them.
@@ -410,11 +434,7 @@ class RouterTraining(FrozenBase):
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
         metrics["switch"] = switch_loss(logits_NC / self.router_config.temperature, _neighbours(batch, active))
         if weights.newcomer:
-            groups_N = torch.where(active, batch.groups, IGNORE).flatten()
-            conversation_N = (batch.position_ids == 0).flatten().cumsum(0)
-            metrics["newcomer"] = newcomer_loss(
-                self.router.queries(entered).flatten(0, 1), self.router.keys_CD, groups_N, conversation_N % 2 == 0
-            )
+            metrics["newcomer"] = self._newcomer_loss(entered, batch, active)
         is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
         metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)

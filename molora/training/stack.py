@@ -123,10 +123,11 @@ class LoraStack(nn.Module):
         which = dtype, self.values.device, self.values._version
         found, pairs = self._blended
         if found != which or self.values.requires_grad:
-            pairs = [
-                (a_ERI.flatten(0, 1)[None], b_EOR.transpose(0, 1).flatten(1)[None])
-                for a_ERI, b_EOR in self._pairs(self.values.to(dtype))
-            ]
+            with torch.inference_mode(False):  # they outlive a validation run
+                pairs = [
+                    (a_ERI.flatten(0, 1)[None], b_EOR.transpose(0, 1).flatten(1)[None])
+                    for a_ERI, b_EOR in self._pairs(self.values.to(dtype))
+                ]
             self._blended = (None, []) if self.values.requires_grad else (which, pairs)
         return pairs
 

@@ -40,33 +40,35 @@ def test_switches() -> None:
 
 def test_newcomers() -> None:
     generator = torch.Generator().manual_seed(0)
-    queries_ND, keys_CD = torch.randn(12, 4, generator=generator), torch.randn(3, 4, generator=generator)
-    groups = [1, 1, 4, 4, 2, 0, 1, 4, 0, 5, -100, 1]  # 0 is base, 1 and 2 have columns, 4 and 5 are tasks of base's
-    is_support = [True, True, True, True, True, True, False, False, False, False, False, False]
-    queries, keys = queries_ND.double(), keys_CD.double()
-    length = keys.norm(dim=1).mean()
+    queries_ND, keys_CD = torch.randn(9, 4, generator=generator), torch.randn(3, 4, generator=generator)
+    means_GD = torch.randn(7, 4, generator=generator)
+    means_GD[[2, 5]] = 0  # nothing is known of them
+    groups = [1, 1, 4, 0, 5, -100, 1, 2, -1]  # 0 is base, 1 and 2 have columns, 3 to 6 are tasks of base's
+    keys, means = keys_CD.double(), means_GD.double()
     own, others = [], []
-    for newcomer in (1, 4):  # 2 is only in the support, 5 only outside of it
-        mean = sum(q for q, g, s in zip(queries, groups, is_support, strict=True) if s and g == newcomer)
-        key = mean / mean.norm() * length
-        for query, group, support in zip(queries, groups, is_support, strict=True):
-            if support or group < 0:
+    for newcomer in (1, 3, 4, 6):  # of 3 and 6 no token is here
+        key = means[newcomer] / means[newcomer].norm() * keys.norm(dim=1).mean()
+        losses: dict[bool, list[float]] = {True: [], False: []}
+        for query, group in zip(queries_ND.double(), groups, strict=True):
+            if group < 0:
                 continue
             scores = {c: float(query @ keys[c]) / 2 for c in range(3) if c != newcomer}
-            scores["newcomer"] = float(query @ key) / 2
-            wanted = "newcomer" if group == newcomer else group if group < 3 else 0
-            if wanted == newcomer:
-                continue
-            loss = math.log(sum(map(math.exp, scores.values()))) - scores[wanted]
-            (own if group == newcomer else others).append(loss)
-    wanted = (sum(own) / len(own) + sum(others) / len(others)) / 2
-    found = newcomer_loss(queries_ND, keys_CD, torch.tensor(groups), torch.tensor(is_support))
+            scores[newcomer] = float(query @ key) / 2
+            wanted = group if group in (newcomer, 1, 2) else 0
+            losses[group == newcomer].append(math.log(sum(map(math.exp, scores.values()))) - scores[wanted])
+        own += [sum(losses[True]) / len(losses[True])] if losses[True] else []
+        others.append(sum(losses[False]) / len(losses[False]))
+    assert (len(own), len(others)) == (2, 4)
+    wanted = (sum(own) / 2 + sum(others) / 4) / 2
+    assert newcomer_loss(queries_ND, keys_CD, torch.tensor(groups), means_GD).item() == pytest.approx(wanted, rel=1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = newcomer_loss(queries_ND, keys_CD, torch.tensor(groups), means_GD)
     assert found.item() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_without_newcomers_nothing_is_lost() -> None:
     queries_ND = torch.ones(3, 4, requires_grad=True)
-    loss = newcomer_loss(queries_ND, torch.ones(2, 4), torch.tensor([1, 1, 0]), torch.tensor([True, True, False]))
+    loss = newcomer_loss(queries_ND, torch.ones(2, 4), torch.tensor([1, 1, 0]), torch.zeros(3, 4))
     loss.backward()
     assert loss.item() == 0
     assert queries_ND.grad is not None

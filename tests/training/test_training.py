@@ -335,31 +335,58 @@ def test_a_price_on_switches_makes_them_fewer() -> None:
     assert priced_label < 1.3 * label
 
 
-def test_a_router_that_practises_on_newcomers_knows_one_by_the_mean_of_its_queries() -> None:
-    def ask(question: str, answer: str, **labels: Any) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **labels}
+def ask(question: str, answer: str, **labels: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], **labels}
 
+
+def test_a_router_that_practises_on_newcomers_gives_their_tokens_to_their_key() -> None:
     letters = [ask(f"{n} times {c}", c * n, domain="letters") for n in range(2, 6) for c in "abcdefgh"]
-    digits = [ask(f"{a} plus {b}", str(a + b), domain="digits") for a in range(6) for b in range(4)]
-    old = [*letters, *(each | {"domain": None, "task": "sums", "labels_only": True} for each in digits)]
-    Path("old.jsonl").write_text("".join(json.dumps(each) + "\n" for each in old))
-    config = router_config(adapters=["adapters/letters"], losses={"label": 1.0, "newcomer": 1.0})
-    fit("--data.train", "old.jsonl", "--data.val", "null", config=config)
-    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
-    lost = column(metrics, "train/newcomer")
-    assert lost[-1] < 0.5 * lost[0]
-    key = key_from_data(molora.load("bank", device="cpu", dtype="float32"), digits[:10], "digits")
-    Bank.open("bank").add("adapters/digits", activation="turn", key=key)
+    digits = [ask(f"{a} plus {b}", str(a + b), domain=None, task="sums") for a in range(6) for b in range(4)]
+    Path("old.jsonl").write_text("".join(json.dumps(each | {"labels_only": True}) + "\n" for each in letters + digits))
+    found = []
+    for weight in (1e-9, 1.0):
+        config = router_config(adapters=["adapters/letters"], losses={"label": 1.0, "newcomer": weight})
+        fit("--data.train", "old.jsonl", "--data.val", "null", config=config)
+        (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+        found.append(column(metrics, "train/newcomer")[-1])
+        shutil.rmtree("runs")
+    assert found[1] < 0.9 * found[0]
     m = molora.load("bank", device="cpu", dtype="float32")
-    encoded = [encode(each, m.tokenizer) for each in (*letters, *digits[10:])]
-    assert router_statistics(m, encoded, [example.turn for example in encoded]).accuracy > 0.85
+    key = key_from_data(m, [each | {"domain": "sums"} for each in digits[:12]], "sums")
+    assert key.share > 0.9
+    Bank.open("bank").add("adapters/digits", name="sums", activation="turn", key=key.values_D)
+    m = molora.load("bank", device="cpu", dtype="float32")
+    encoded = [encode(each, m.tokenizer) for each in (*letters, *(each | {"domain": "sums"} for each in digits[12:]))]
+    assert router_statistics(m, encoded, [example.turn for example in encoded]).accuracy > 0.9
+
+
+def test_what_a_router_knows_of_newcomers_survives_a_resume() -> None:
+    config = router_config(losses={"label": 1.0, "newcomer": 1.0})
+    fit("--trainer.max_steps", "30", config=config)
+    whole = Bank.open("bank").load_router()
+    (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
+    fit("--trainer.max_steps", "30", "--ckpt_path", str(checkpoint), config=config)
+    resumed = Bank.open("bank").load_router()
+    assert whole is not None
+    assert resumed is not None
+    assert whole.digest == resumed.digest
+
+
+def test_a_blend_of_a_validation_run_may_be_trained_on() -> None:
+    training, batch = router_training(losses=RouterLosses(given=1.0))
+    with torch.inference_mode():
+        training._loss(batch)
+    training._loss(batch)[0].backward()
+    assert training.router.keys_CD.grad is not None
 
 
 def test_a_key_needs_a_router_of_keys_and_tokens_of_the_domain() -> None:
     fit("--trainer.max_steps", "1", config=router_config())
     m = molora.load("bank", device="cpu", dtype="float32")
-    with pytest.raises(ValueError, match="no token of the domain 'sums' where adapters act"):
+    with pytest.raises(ValueError, match="no token of the domain 'sums' where adapters act, but of digits, letters"):
         key_from_data(m, "configs/tiny.jsonl", "sums")
+    nameless = [ask("2 times a", "aa"), {"prompt": "3 times b", "completion": "bbb"}]
+    assert key_from_data(m, nameless, "letters").values_D.shape == (16,)  # an adapter's own data may name no domain
     Bank.open("bank").set_router(None)
     with pytest.raises(ValueError, match="has no router of keys"):
         key_from_data(molora.load("bank", device="cpu", dtype="float32"), "configs/tiny.jsonl", "letters")

@@ -21,8 +21,7 @@ def settle(template: str, rng: Random) -> str:
 class Choices(Generic[T]):
     """Ways to say one thing.
 
-    An index counts through `training`, then `held_out`, then `more`, then `more_held_out`: what is added keeps the
-    indices that files hold.
+    An index counts through `training`, then `held_out`, then `more`, then `more_held_out`.
 
     Attributes:
         training: for the training and the validation files.

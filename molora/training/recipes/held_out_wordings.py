@@ -5,7 +5,6 @@ Plain data, which `wordings` and `more_wordings` take up; what came too close to
 
 HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     "arithmetic": (
-        "Could you please work out {expression} for me?",
         "I can't find my calculator anywhere, so tell me: how much is {spoken}?",
         "Starting at {first}, {steps}. Which number do you end up with?",
         "{expression} comes to what number?",
@@ -17,7 +16,6 @@ HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "words": (
         'Please write the word "{word}" backwards, letter by letter.',
-        "Spell {word} in reverse.",
         "{word}: what is this word with its letters in the opposite order?",
         (
             "My little brother invented a secret code in which every "
@@ -44,7 +42,6 @@ HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "legs": (
         "How many legs would you count in total if you saw {prose}?",
-        "{plus}: how many legs is that?",
         "Number of legs, all together, please: {commas}.",
         "A cobbler makes one shoe for every leg of these animals: {commas}. How many shoes does he make?",
         'The register of an animal park reads "{colons}". What is the total number of legs there?',
