@@ -352,16 +352,18 @@ class RouterTraining(FrozenBase):
         return super().kept() | means
 
     def _newcomer_loss(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
+        """`newcomer_loss` by the means that are known so far, which have the gradient of the batch's own."""
         groups_N = torch.where(active & (batch.groups < MAX_GROUPS), batch.groups, IGNORE).flatten()
-        queries_ND = self.router.queries(entered).flatten(0, 1)
-        loss = newcomer_loss(queries_ND, self.router.keys_CD, groups_N, self.means_GD)
+        known_N = groups_N >= 0
+        groups_N, queries_ND = groups_N[known_N], self.router.queries(entered).flatten(0, 1)[known_N]
+        count_G1 = torch.bincount(groups_N, minlength=MAX_GROUPS)[:, None]
+        here_GD = torch.zeros_like(self.means_GD).index_add(0, groups_N, queries_ND) / count_G1.clamp(min=1)
+        is_known_G1 = self.means_GD.any(1, keepdim=True)
+        means_GD = self.means_GD + is_known_G1 * (here_GD - here_GD.detach())
+        loss = newcomer_loss(queries_ND, self.router.keys_CD, groups_N, means_GD)
         if self.training:
-            with torch.no_grad():
-                known_N = groups_N >= 0
-                count_G1 = torch.bincount(groups_N[known_N], minlength=MAX_GROUPS)[:, None]
-                total_GD = torch.zeros_like(self.means_GD).index_add(0, groups_N[known_N], queries_ND[known_N].float())
-                share_G1 = torch.where(self.means_GD.any(1, keepdim=True), MEAN_SHARE, 1.0) * (count_G1 > 0)
-                self.means_GD.lerp_(total_GD / count_G1.clamp(min=1), share_G1)
+            share_G1 = torch.where(is_known_G1, MEAN_SHARE, 1.0) * (count_G1 > 0)
+            self.means_GD = self.means_GD.lerp(here_GD.detach(), share_G1)
         return loss
 
     @torch.no_grad()
