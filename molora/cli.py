@@ -249,7 +249,8 @@ def add(
         Adapter.read(adapter)  # what is wrong is said before the model is loaded
         found = key_from_data(_load(folder, base, device, dtype), key_from, name or adapter.resolve().name)
         key = found.values_D
-        typer.echo(f"its key takes {found.share:.2f} of its own tokens")
+        taken = "" if found.taken is None else f", and {found.taken:.2f} of the others' beside them"
+        typer.echo(f"its key takes {found.share:.2f} of its own tokens{taken}")
     entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable, key=key)
     kind = "routable" if entry.routable else "explicit routes only"
     typer.echo(f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}")

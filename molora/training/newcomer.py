@@ -25,10 +25,12 @@ class Key:
     Attributes:
         values_D: float32, on the CPU.
         share: of the tokens that it was made of, how many a router with this key gives to it.
+        taken: of those that the same conversations have of other domains, likewise; None where there are none.
     """
 
     values_D: Tensor
     share: float
+    taken: float | None
 
 
 @torch.no_grad()
@@ -59,16 +61,22 @@ def key_from_data(
     chosen = [each for each in encoded if wanted in each.domains[_start(m, each) :]][:max_examples]
     if not chosen:
         raise ValueError(f"{source} has no token of the domain {domain!r} where adapters act, but of {joined(named)}.")
-    queries: list[Tensor] = []
+    own: list[Tensor] = []
+    others: list[Tensor] = []
     starts = [_start(m, example) for example in chosen]
     inputs = router_inputs(m, [example.token_ids for example in chosen], starts, batch_size=64)
     for example, start, hidden_TH in zip(chosen, starts, inputs, strict=True):
-        is_own_T = torch.tensor([index >= start and name == wanted for index, name in enumerate(example.domains)])
-        queries.append(router.queries(hidden_TH[is_own_T.to(hidden_TH.device)]))
-    queries_TD = torch.cat(queries)
-    values_D = prototype(queries_TD.mean(0), router.keys_CD)
-    share = (queries_TD @ values_D > (queries_TD @ router.keys_CD.T).amax(-1)).float().mean()
-    return Key(values_D.cpu(), float(share))
+        queries_TD = router.queries(hidden_TH[start:])
+        names = example.domains[start:]
+        own.append(queries_TD[[index for index, name in enumerate(names) if name == wanted]])
+        others.append(queries_TD[[index for index, name in enumerate(names) if name not in (wanted, None)]])
+    values_D = prototype(torch.cat(own).mean(0), router.keys_CD)
+
+    def share(queries_TD: Tensor) -> float:
+        best_T = (queries_TD @ router.keys_CD.T).amax(-1)
+        return float((queries_TD @ values_D > best_T).float().mean())
+
+    return Key(values_D.cpu(), share(torch.cat(own)), share(torch.cat(others)) if any(map(len, others)) else None)
 
 
 def _start(m: MoLoRA, example: Example) -> int:

@@ -386,7 +386,10 @@ def test_a_key_needs_a_router_of_keys_and_tokens_of_the_domain() -> None:
     with pytest.raises(ValueError, match="no token of the domain 'sums' where adapters act, but of digits, letters"):
         key_from_data(m, "configs/tiny.jsonl", "sums")
     nameless = [ask("2 times a", "aa"), {"prompt": "3 times b", "completion": "bbb"}]
-    assert key_from_data(m, nameless, "letters").values_D.shape == (16,)  # an adapter's own data may name no domain
+    key = key_from_data(m, nameless, "letters")  # an adapter's own data may name no domain
+    assert key.values_D.shape == (16,)
+    assert key.taken is None
+    assert key_from_data(m, "configs/tiny.jsonl", "digits").taken is not None  # there are letters beside them
     Bank.open("bank").set_router(None)
     with pytest.raises(ValueError, match="has no router of keys"):
         key_from_data(molora.load("bank", device="cpu", dtype="float32"), "configs/tiny.jsonl", "letters")
