@@ -71,7 +71,7 @@ def held_out_items(args: Namespace, domains: list[str]) -> dict[str, Iterator[An
         known = TASKS[domain].items(args.data_seed, 2 * RESERVED + args.num_train, 2 * RESERVED)
         keys = {item.key for item in known}
         num_wanted = args.singles + args.composites + args.histories
-        others = TASKS[domain].items(HELD_OUT_SEED + args.data_seed, num_wanted, num_wanted)[:num_wanted]
+        others = TASKS[domain].items(HELD_OUT_SEED + args.data_seed, num_wanted, num_wanted)
         items = known[:RESERVED] + [item for item in others if item.key not in keys]
         print(f"{domain}: {len(items)} held-out items, {len(known) - 2 * RESERVED} in training")
         found[domain] = cycle(items)

@@ -182,9 +182,7 @@ def of_key(here: Measurement) -> None:
     args, folder = here.args, seed_folder(here.args)
     if not here.missing(["key"]):
         return
-    copy = folder / "key"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder / "open", copy)
+    copy = copied(folder / "open", folder / "key")
     with here.loaded(copy) as m:
         key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
     del m
@@ -197,16 +195,14 @@ def of_key(here: Measurement) -> None:
 def of_removed(here: Measurement) -> None:
     """The bank without its last adapter, and with it, on the single items of all the others."""
     args, folder = here.args, seed_folder(here.args)
-    copy = folder / "removed"
-    for label, bank in (("not removed", folder / "bank"), ("removed", copy)):
-        if not here.missing([label]):
-            continue
-        if bank == copy:
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(folder / "bank", copy)
-            Bank.open(copy).remove(args.domains[-1])
+    missing = here.missing(["not removed", "removed"])
+    if not missing:
+        return
+    banks = {"not removed": folder / "bank", "removed": copied(folder / "bank", folder / "removed")}
+    Bank.open(banks["removed"]).remove(args.domains[-1])
+    for label in missing:
         begin_s = time.perf_counter()
-        with here.loaded(bank) as m:
+        with here.loaded(banks[label]) as m:
             questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
             ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
             here.write(label, {"others": found}, time.perf_counter() - begin_s)
@@ -282,11 +278,16 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
 }
 
 
+def copied(bank: Path, copy: Path) -> Path:
+    """A bank to change; what stood in the copy's place goes."""
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(bank, copy)
+    return copy
+
+
 def with_soft_gates(folder: Path, label: str, top_k: int) -> Path:
     """A copy of the bank whose router blends."""
-    copy = folder / "gates" / label
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(folder / "bank", copy)
+    copy = copied(folder / "bank", folder / "gates" / label)
     bank = Bank.open(copy)
     router = bank.load_router()
     assert isinstance(router, KeyRouter)

@@ -5,7 +5,7 @@ import math
 import statistics
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molora.files import write_atomic
@@ -64,8 +64,10 @@ def make_table(args: Namespace) -> None:
         }
         for kind, found in bits.items()
     }
-    for label, row in rows.get("singles", {}).items():
-        row["in wordings of"] = by_author(args, bits["singles"][label])
+    if "singles" in rows:
+        records = list(read_records(args.work / "data" / "singles.jsonl"))
+        for label, row in rows["singles"].items():
+            row["in wordings of"] = by_author(records, bits["singles"][label])
     head = {name: read[0][name] for name in ("device", "versions", "commit", "steps")}
     for name, value in head.items():
         if any(each[name] != value for each in read):
@@ -91,10 +93,9 @@ def make_table(args: Namespace) -> None:
         write_atomic(args.out.with_suffix(".md"), text)
 
 
-def by_author(args: Namespace, own: dict[int, str]) -> dict[str, float]:
+def by_author(records: Sequence[Mapping[str, Any]], own: dict[int, str]) -> dict[str, float]:
     """The accuracy of single items in the first held-out wordings, and in those by somebody who had seen no other."""
     found: dict[str, list[int]] = defaultdict(list)
-    records = list(read_records(args.work / "data" / "singles.jsonl"))
     for digits in own.values():
         for record, digit in zip(records, digits, strict=False):
             choices = WORDINGS[record["domain"]]

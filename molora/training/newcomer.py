@@ -58,25 +58,27 @@ def key_from_data(
     encoded = examples(records, m.tokenizer, max_length=m.max_context, source=source)
     named = sorted({name for example in encoded for name in example.domains if name is not None})
     wanted = domain if named else None
-    chosen = [each for each in encoded if wanted in each.domains[_start(m, each) :]][:max_examples]
+    started = [(example, _start(m, example)) for example in encoded]
+    chosen = [(example, start) for example, start in started if wanted in example.domains[start:]][:max_examples]
     if not chosen:
         raise ValueError(f"{source} has no token of the domain {domain!r} where adapters act, but of {joined(named)}.")
     own: list[Tensor] = []
     others: list[Tensor] = []
-    starts = [_start(m, example) for example in chosen]
-    inputs = router_inputs(m, [example.token_ids for example in chosen], starts, batch_size=64)
-    for example, start, hidden_TH in zip(chosen, starts, inputs, strict=True):
+    sequences, starts = [example.token_ids for example, _ in chosen], [start for _, start in chosen]
+    inputs = router_inputs(m, sequences, starts, batch_size=64)
+    for (example, start), hidden_TH in zip(chosen, inputs, strict=True):
         queries_TD = router.queries(hidden_TH[start:])
         names = example.domains[start:]
         own.append(queries_TD[[index for index, name in enumerate(names) if name == wanted]])
         others.append(queries_TD[[index for index, name in enumerate(names) if name not in (wanted, None)]])
-    values_D = prototype(torch.cat(own).mean(0), router.keys_CD)
+    own_TD, others_TD = torch.cat(own), torch.cat(others)
+    values_D = prototype(own_TD.mean(0), router.keys_CD)
 
     def share(queries_TD: Tensor) -> float:
         best_T = (queries_TD @ router.keys_CD.T).amax(-1)
         return float((queries_TD @ values_D > best_T).float().mean())
 
-    return Key(values_D.cpu(), share(torch.cat(own)), share(torch.cat(others)) if any(map(len, others)) else None)
+    return Key(values_D.cpu(), share(own_TD), share(others_TD) if len(others_TD) else None)
 
 
 def _start(m: MoLoRA, example: Example) -> int:
