@@ -21,12 +21,13 @@ from molora.bank import Bank
 from molora.files import write_atomic
 from molora.model import MoLoRA
 from molora.router import KeyRouter
+from molora.training.bank import train_adapters
 from molora.training.evaluate import Question, evaluate, score
 from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
-from quality.training import STAGES, seed_folder
+from quality.training import STAGES, seed_folder, settings
 
 MAX_TOP_K = 8  # the most adapters that the kernels give a token
 STARTS = ("first", "system", "half", "turn", "response")
@@ -186,7 +187,7 @@ def of_key(here: Measurement) -> None:
     with here.loaded(copy) as m:
         key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
     del m
-    adapter = Bank.open(folder / "nine").adapter_folder(args.newcomer)
+    adapter = train_adapters(settings(args, "nine"))[args.newcomer]
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     with here.loaded(copy) as m:
         here.add(m, "key", "auto", (*SCORED, *NEWCOMER))
