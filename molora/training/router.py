@@ -57,7 +57,8 @@ class RouterLosses:
         switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
             tokens whose labels, where both have one, are the same.
         newcomer: cross entropy against the domains where one domain, or one task that base has, is an adapter that
-            came later: the mean of its queries in the batches before is its key in this one.
+            came later: the mean of its queries in the batches before is its key in this one. It trains the query
+            network and the keys, and not the router's own LoRA, which would no longer learn whose turn comes next.
         z: squared log-partition, which keeps scores small.
     """
 
@@ -355,7 +356,7 @@ class RouterTraining(FrozenBase):
         """`newcomer_loss` by the means that are known so far, which have the gradient of the batch's own."""
         groups_N = torch.where(active & (batch.groups < MAX_GROUPS), batch.groups, IGNORE).flatten()
         known_N = groups_N >= 0
-        groups_N, queries_ND = groups_N[known_N], self.router.queries(entered).flatten(0, 1)[known_N]
+        groups_N, queries_ND = groups_N[known_N], self.router.queries(entered.detach()).flatten(0, 1)[known_N]
         count_G1 = torch.bincount(groups_N, minlength=MAX_GROUPS)[:, None]
         here_GD = torch.zeros_like(self.means_GD).index_add(0, groups_N, queries_ND) / count_G1.clamp(min=1)
         is_known_G1 = self.means_GD.any(1, keepdim=True)
