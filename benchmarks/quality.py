@@ -16,18 +16,17 @@ on the same data and answers the same items.
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
     arrow, xlora        PEFT's routers; X-LoRA's classifier is trained on the router's data
     random              a router of random weights
-    auto                the learned router, by labels, one adapter a token; it also practises to know a newcomer by the
-                        mean of its queries
+    auto                the learned router, by labels, one adapter a token
     token, lm           the same by each adapter's loss on the token, and by the language model loss alone
     own                 the same by labels, whose language model loss is under its own choice, not the labels'
     steady, steadier    the same by labels, with a price on switches between tokens of one domain, 0.1 and 1
-    closed              the same by labels, without that practice
+    open                the same by labels; it also practises to know a newcomer by the mean of its queries
     top-2, soft         auto's scores as soft gates, not renormalized: of the two likeliest columns, and of all, or the
                         eight likeliest
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part
     tuned, tuned given  a router that was trained while the adapters went on learning
     joint               one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens
-    key                 auto, with one more adapter, whose key is the mean of the router's queries on its data
+    key                 open's, with one more adapter, whose key is the mean of the router's queries on its data
     nine, nine given    auto and given, with one more adapter, which the router was trained with from the start
     removed             auto without its last adapter, and (not removed) with it, on the other tasks
     plain               the right adapter of those that were trained, and act, from the first token on

@@ -179,11 +179,11 @@ def of_nine(here: Measurement) -> None:
 
 
 def of_key(here: Measurement) -> None:
-    """The same adapter beside the bank's others, with a key from its own data and nothing else trained."""
+    """The same adapter beside the others of `open`, with a key from its own data and nothing else trained."""
     args, folder = here.args, seed_folder(here.args)
     if not here.missing(["key"]):
         return
-    copy = copied(folder / "bank", folder / "key")
+    copy = copied(folder / "open", folder / "key")
     with here.loaded(copy) as m:
         key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
     del m

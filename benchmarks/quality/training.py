@@ -1,12 +1,11 @@
 """What is trained: the bank, other routers over its adapters, and the LoRAs that it is compared with.
 
-bank    the adapters, side by side, and a router by labels, with a LoRA of its own, which practises to know a newcomer
-        by the mean of its queries
+bank    the adapters, side by side, and a router by labels, with a LoRA of its own
 token   another router over the same adapters, by what each of them loses on each token
 lm      another one, by the language model loss alone
 own     another one by labels, whose language model loss is under its own choice
 steady  the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
-closed  the bank's router again, without that practice
+open    the bank's router again, which also practises to know a newcomer by the mean of its queries
 nine    one adapter more, and a router that knows it from the start
 tuned   the bank's router again, from the start, while the adapters go on learning with it
 joint   one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens, from the user's turn
@@ -29,7 +28,7 @@ from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage
 ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
-LABELS = {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4, "newcomer": 1.0}
+LABELS = {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
 ROUTERS: dict[str, dict[str, Any]] = {
     "bank": {"losses": LABELS},
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
@@ -37,7 +36,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "own": {"losses": {"label": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "steady": {"losses": LABELS | {"switch": 0.1}},
     "steadier": {"losses": LABELS | {"switch": 1.0}},
-    "closed": {"losses": LABELS | {"newcomer": 0.0}},
+    "open": {"losses": LABELS | {"newcomer": 1.0}},
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},
 }
