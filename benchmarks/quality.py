@@ -3,6 +3,7 @@
     python benchmarks/quality.py data --work runs/quality              # needs reasoning-gym, and no GPU
     python benchmarks/quality.py train --work runs/quality --seed 0    # once for each seed
     python benchmarks/quality.py eval --work runs/quality --seed 0
+    python benchmarks/quality.py all --work runs/quality --seeds 0 1 2 # or both of all seeds, on every GPU at once
     python benchmarks/quality.py table --work runs/quality --out benchmarks/results/quality.json
 
 Held-out items have wordings that training never shows, and keys that no training item has. Single items ask one task,
@@ -40,6 +41,7 @@ from pathlib import Path
 
 from quality.data import make_data
 from quality.rows import GROUPS, measure
+from quality.schedule import run_all
 from quality.table import make_table
 from quality.training import STAGES, train
 
@@ -51,18 +53,20 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["data", "train", "eval", "table"])
+    parser.add_argument("stage", choices=["data", "train", "eval", "all", "table"])
     parser.add_argument("--work", type=Path, required=True, help="a folder for data, checkpoints, banks and rows")
     parser.add_argument("--base", default=BASE, help="a local folder, or a hub name")
     parser.add_argument("--domains", nargs="+", default=list(TASKS)[:8])
     parser.add_argument("--newcomer", default=list(TASKS)[8], help="the domain of an adapter that comes later")
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of training: initial weights, order, activation points")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of all")
+    parser.add_argument("--evals-per-device", type=int, default=4, help="of all: groups of rows measured at once")
     parser.add_argument("--num-train", type=int, default=12000, help="records of each adapter")
     parser.add_argument("--singles", type=int, default=320, help="held-out items of each domain")
     parser.add_argument("--composites", type=int, default=1600)
     parser.add_argument("--histories", type=int, default=100, help="held-out items of each domain")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train")
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train and all")
     parser.add_argument("--rank", type=int, default=8, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
     parser.add_argument("--steps", type=int, default=1000, help="of the adapters, 16 rows of 512 tokens each")
@@ -70,7 +74,7 @@ def main() -> None:
     parser.add_argument("--xlora-steps", type=int, default=500)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--router-layer", type=int, default=8)
-    parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval")
+    parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval and all")
     parser.add_argument("--labels", nargs="+", help="of eval: only these rows")
     parser.add_argument("--limit", type=int, help="only the first so many held-out items of each kind")
     parser.add_argument("--limit-peft", type=int, help="the same for PEFT's routers")
@@ -80,7 +84,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="of table: a JSON file to write, and a Markdown file beside it")
     args = parser.parse_args()
-    {"data": make_data, "train": train, "eval": measure, "table": make_table}[args.stage](args)
+    {"data": make_data, "train": train, "eval": measure, "all": run_all, "table": make_table}[args.stage](args)
 
 
 if __name__ == "__main__":

@@ -30,31 +30,26 @@ SINGLES |= {
     "nine",
     *DOMAINS,
 }
+TINY = ["--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1", "--domains", *DOMAINS]
+TINY += ["--newcomer", "sorting", "--num-train", "40", "--device", "cpu", "--dtype", "float32"]
+TINY += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--singles", "1", "--composites", "2"]
+TINY += ["--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
 STARTS = ("first", "system", "half", "turn", "response")
+
+
+def run(stage: str, work: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "benchmarks/quality.py"), stage, "--work", str(work), *TINY, *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(work / "cache")}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
 
 
 def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("peft")
     out, work = tmp_path / "quality.json", tmp_path / "work"
-    options = ["--work", str(work), "--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1"]
-    options += ["--domains", *DOMAINS, "--newcomer", "sorting", "--num-train", "40", "--device", "cpu"]
-    options += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--dtype", "float32", "--out", str(out)]
-    options += ["--singles", "1", "--composites", "2", "--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
-
-    def run(stage: str) -> str:
-        done = subprocess.run(
-            [sys.executable, str(REPOSITORY / "benchmarks/quality.py"), stage, *options],
-            capture_output=True,
-            text=True,
-            timeout=600,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache")},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
     for stage in ("data", "train", "eval", "table"):
-        run(stage)
+        done = run(stage, work, "--out", str(out))
+        assert done.returncode == 0, done.stderr
     result = json.loads(out.read_text())
     assert result["num_items"]["singles"] == 3
     assert result["num_items"]["composites"] == 2
@@ -93,7 +88,25 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert held_out
     assert not held_out & learned
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
-    assert [line.split()[0] for line in run("eval").splitlines()] == ["given"]
+    assert [line.split()[0] for line in run("eval", work).stdout.splitlines()] == ["given"]
+
+
+def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    some = ["--stages", "bank", "--rows-of", "gates", "joint", "--labels", "top-2", "joint"]
+    done = run("all", tmp_path, *some, "--seeds", "0", "--rows-of", "gates")  # there are no data
+    assert done.returncode == 1
+    assert "seed 0 eval gates: left out" in done.stdout
+    assert "2 of 2 failed" in done.stderr
+    assert run("data", tmp_path).returncode == 0
+    done = run("all", tmp_path, *some, "--seeds", "0", "1")
+    assert {line.rpartition(":")[0] for line in done.stdout.splitlines() if line.endswith(" s")} == {
+        f"seed {seed} {job}" for seed in (0, 1) for job in ("train bank", "eval gates")
+    }
+    assert "seed 1 eval joint: failed, see" in done.stdout  # nobody has trained that
+    assert "FileNotFoundError" in (tmp_path / "logs" / "seed-1-eval-joint.log").read_text()
+    assert "2 of 6 failed" in done.stderr
+    assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,149 @@
+"""All stages and rows of several seeds on every GPU at once, a process and a log each.
+
+A stage begins when the one that it builds on is there, and rows when their stage is. A GPU trains one stage at a time;
+beside it some groups of rows are measured, whose processes wait for the host most of the time.
+"""
+
+import os
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Condition, Thread
+
+import torch
+
+from quality.rows import GROUPS
+from quality.training import STAGES
+
+STAGE_OF = {"gates": "bank", "removed": "bank", "starts": "bank", "arrow": "bank", "xlora": "bank"}
+STAGE_OF |= {"plain starts": "plain", "key": "open"}  # a group's is of its own name otherwise
+TRAINED_BY = {"key": "nine"}  # whose newcomer a group adds
+ALONE = frozenset({"bank", "joint", "plain"})  # stages that build on no other
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process.
+
+    Attributes:
+        kind: train or eval.
+        part: a stage, or a group of rows.
+        needs: names of the jobs that it comes behind.
+    """
+
+    kind: str
+    seed: int
+    part: str
+    needs: frozenset[str]
+
+    @property
+    def name(self) -> str:
+        return f"seed {self.seed} {self.kind} {self.part}"
+
+    @property
+    def options(self) -> list[str]:
+        """What overrides the options of the command that is typed."""
+        part = ["--stages", self.part] if self.kind == "train" else ["--rows-of", self.part]
+        return ["--seed", str(self.seed), *part]
+
+
+def jobs_of(seeds: Sequence[int], stages: Sequence[str], groups: Sequence[str]) -> list[Job]:
+    """In the order in which they are begun; what a job needs and is not asked for is taken to be there."""
+    found = [
+        Job("train", seed, stage, _train(seed, [] if stage in ALONE else ["bank"]))
+        for stage in STAGES
+        if stage in stages
+        for seed in seeds
+    ]
+    found += [
+        Job("eval", seed, group, _train(seed, [STAGE_OF.get(group, group), *filter(None, [TRAINED_BY.get(group)])]))
+        for group in GROUPS
+        if group in groups
+        for seed in seeds
+    ]
+    names = {job.name for job in found}
+    return [Job(job.kind, job.seed, job.part, job.needs & names) for job in found]
+
+
+def _train(seed: int, stages: Sequence[str]) -> frozenset[str]:
+    return frozenset(Job("train", seed, stage, frozenset()).name for stage in stages)
+
+
+class Board:
+    """What is to be done, and what has been."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.waiting, self.done, self.failed = list(jobs), set[str](), set[str]()
+        self._changed = Condition()
+
+    def take(self, kind: str) -> Job | None:
+        """The next job of this kind, once what it needs is done; None when none is left."""
+        with self._changed:
+            while True:
+                self._drop()
+                own = [job for job in self.waiting if job.kind == kind]
+                ready = [job for job in own if job.needs <= self.done]
+                if ready or not own:
+                    break
+                self._changed.wait()
+            if not ready:
+                return None
+            self.waiting.remove(ready[0])
+            return ready[0]
+
+    def end(self, job: Job, *, well: bool) -> None:
+        with self._changed:
+            (self.done if well else self.failed).add(job.name)
+            self._changed.notify_all()
+
+    def _drop(self) -> None:
+        """Jobs that need one that failed have failed."""
+        while hopeless := [job for job in self.waiting if job.needs & self.failed]:
+            for job in hopeless:
+                self.waiting.remove(job)
+                self.failed.add(job.name)
+                print(f"{job.name}: left out", flush=True)
+            self._changed.notify_all()
+
+
+def run_all(args: Namespace) -> None:
+    """
+    Raises:
+        SystemExit: a process failed.
+    """
+    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
+    gpus = [None] if on_cpu else list(range(torch.cuda.device_count()))
+    board = Board(jobs_of(args.seeds, args.stages, args.rows_of))
+    kinds = ["train", *["eval"] * args.evals_per_device]
+    num_threads = max(1, (os.cpu_count() or 1) // (len(gpus) * len(kinds)))
+    workers = [
+        Thread(target=_work, args=(board, kind, gpu, num_threads, args.work / "logs")) for gpu in gpus for kind in kinds
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if board.failed:
+        raise SystemExit(f"{len(board.failed)} of {len(board.failed | board.done)} failed; what is done is kept.")
+
+
+def _work(board: Board, kind: str, gpu: int | None, num_threads: int, logs: Path) -> None:
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    script, *typed = sys.argv
+    typed.remove("all")
+    while (job := board.take(kind)) is not None:
+        log, begin_s = logs / f"{job.name.replace(' ', '-')}.log", time.perf_counter()
+        with log.open("w") as file:
+            command = [sys.executable, script, kind, *typed, *job.options]
+            done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+        well = done.returncode == 0
+        said = f"{time.perf_counter() - begin_s:.0f} s" if well else f"failed, see {log}"
+        print(f"{job.name}: {said}", flush=True)
+        board.end(job, well=well)
