@@ -3,10 +3,10 @@
     python benchmarks/alternation.py --requests 10000 --out benchmarks/results/alternation-cpu.json
 
 A tiny random base in float32 on a CPU, whose cache is too small for what runs at once. Several clients ask the same
-engine in turn for base, the router, one adapter of twenty, or a blend of two, greedily or by draws of a seed; prompts
-share beginnings, and activation begins anywhere in them. Meanwhile adapters are loaded, unloaded and replaced under
-the same name, and every sixth client leaves after a few tokens. Then each request is asked again, alone, of an engine
-whose cache is empty and in which nothing else has happened.
+engine in turn for base, the router, one adapter of twenty, or a blend of two, greedily or by draws of a seed. There are
+about a hundred prompts, so that the same tokens are met under many routes, and many share their beginnings. Meanwhile
+adapters are loaded, unloaded and replaced under the same name, and every sixth client leaves after a few tokens. Then
+each request is asked again, alone, of an engine whose cache is empty and in which nothing else has happened.
 """
 
 import argparse
@@ -95,17 +95,22 @@ class Requests:
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
-        self.beginnings = [self._ids(self.random.randint(8, 60)) for _ in range(40)]
+        self.prompts = []
+        for _ in range(30):
+            beginning = self._ids(self.random.randint(8, 60))
+            start = self.random.randrange(len(beginning) + 1)
+            endings = [self._ids(self.random.randint(1, 12)) for _ in range(4)]
+            self.prompts += [(beginning + ending, start) for ending in endings]
 
     def next(self) -> Request:
         draw = self.random
-        ids = draw.choice(self.beginnings)[: draw.randint(4, 60)] + self._ids(draw.randint(1, 12))
+        ids, start = draw.choice(self.prompts)
         names = [f"a{index}" for index in draw.sample(range(NUM_ADAPTERS), 2)]
         blend = {names[0]: 0.5, names[1]: 0.25}
         route: Any = draw.choices(["base", "auto", names[0], blend], [1, 2, 6, 1])[0]
         how: dict[str, Any] = {} if draw.random() < 0.5 else {"temperature": 1.0, "seed": draw.randrange(1000)}
         sampling = molora.Sampling(max_new_tokens=draw.randint(1, 12), ignore_eos=True, **how)
-        return Request(prompt=ids, route=route, activation=draw.randrange(len(ids) + 1), sampling=sampling)
+        return Request(prompt=ids, route=route, activation=start, sampling=sampling)
 
     def _ids(self, length: int) -> list[int]:
         return [self.random.randrange(3, 259) for _ in range(length)]
@@ -248,7 +253,7 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         bank = make_bank(folder)
-        engine = {"kv_cache_bytes": 1 << 18, "block_size": 8, "max_sequences": 10, "max_step_tokens": 48}
+        engine = {"kv_cache_bytes": 1 << 19, "block_size": 8, "max_sequences": 10, "max_step_tokens": 48}
         m = molora.load(bank, device="cpu", dtype="float32", num_extra_slots=NUM_SLOTS, engine=engine)
         crowd, begin_s = Crowd(m, folder, args.requests, args.seed), time.monotonic()
         crowd.run()

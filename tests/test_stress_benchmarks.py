@@ -1,0 +1,43 @@
+"""The benchmarks that try to break training, the engine and the server, each for a moment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "expected"),
+    [
+        ("kills", ["--kills", "1", "--steps", "40"], {"num_kills": 1, "num_banks": 1, "num_equal": 1}),
+        ("alternation", ["--requests", "60"], {"num_answers": 60, "num_different": 0, "faults": []}),
+        ("clients", ["--clients", "20", "--minutes", "0.05"], {"num_clients": 20, "faults": [], "exit_status": 0}),
+    ],
+)
+def test_it_ends_well(tmp_path: Path, script: str, options: list[str], expected: dict[str, Any]) -> None:
+    out = tmp_path / "out.json"
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "benchmarks" / f"{script}.py"), *options, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(out.read_text())
+    assert {name: result[name] for name in expected} == expected
+    assert result["commit"]
+    match script:
+        case "kills":
+            assert result["kills"][0]["newest_file"]
+        case "alternation":
+            assert result["counts"]["loads"] > 0
+        case _:
+            assert result["counts"]["whole"] > 0
