@@ -183,8 +183,8 @@ class Adapter:
             ValueError: a file is truncated, or the adapter uses what MoLoRA does not reproduce.
         """
         folder = Path(folder)
-        config = AdapterConfig.from_peft(_read_config(folder), source=str(folder / CONFIG_FILE))
-        tensors = _read_weights(folder)
+        config = AdapterConfig.from_peft(read_config(folder), source=str(folder / CONFIG_FILE))
+        tensors = read_weights(folder)
         return cls.from_tensors(config, tensors, source=str(folder / WEIGHTS_FILE))
 
     @classmethod
@@ -335,7 +335,12 @@ def _pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any
     return default
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON of a PEFT folder as it is, of whatever `peft_type`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is none, or it is damaged.
+    """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; {folder} is not a PEFT adapter folder.")
@@ -348,7 +353,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder as they are.
+
+    Raises:
+        FileNotFoundError, ValueError: there are none, or the file is truncated.
+    """
     path = folder / WEIGHTS_FILE
     if not path.is_file():
         hint = " (pickled weights are not read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -269,21 +269,45 @@ class Bank:
         Raises:
             ValueError: the adapter cannot be used in this bank; nothing was changed.
         """
-        adapter = Adapter.read(folder)
-        name = check_name(Path(folder).resolve().name if name is None else name)
-        if name in self:
-            raise ValueError(f"the bank has an adapter {name!r} already; remove it first, or choose another name.")
-        self._check_adapter(name, adapter)
-        router = self.load_router()
-        routable = self._check_routable(name, adapter, routable, router, key)
-        if key is not None:
-            assert isinstance(router, KeyRouter)
-            router.append_key(key)
-        if activation is None:
-            activation = "invocation" if adapter.config.alora_invocation_tokens else 0
-        entry = AdapterEntry(name, adapter.digest, routable, check_activation(activation))
-        self._rewrite(replace(self.config, adapters=(*self.adapters, entry)), router, added=(name, adapter))
+        name = Path(folder).resolve().name if name is None else name
+        keys = None if key is None else {name: key}
+        (entry,) = self.add_all({name: Adapter.read(folder)}, activation=activation, routable=routable, keys=keys)
         return entry
+
+    def add_all(
+        self,
+        adapters: Mapping[str, Adapter],
+        *,
+        activation: Activation | None = None,
+        routable: bool | None = None,
+        keys: Mapping[str, Tensor] | None = None,
+    ) -> tuple[AdapterEntry, ...]:
+        """Write adapters into the bank by their names: all of them in one swap of its folder, or none.
+
+        Args:
+            activation, routable: of each adapter, as `add` takes them.
+            keys: an adapter's key [D] by its name, as `add` takes it.
+
+        Raises:
+            ValueError: one of them cannot be used in this bank; nothing was changed.
+        """
+        router = self.load_router()
+        entries = []
+        for name, adapter in adapters.items():
+            if check_name(name) in self:
+                raise ValueError(f"the bank has an adapter {name!r} already; remove it first, or choose another name.")
+            self._check_adapter(name, adapter)
+            key = None if keys is None else keys.get(name)
+            may_route = self._check_routable(name, adapter, routable, router, key)
+            if key is not None:
+                assert isinstance(router, KeyRouter)
+                router.append_key(key)
+            policy = activation
+            if policy is None:
+                policy = "invocation" if adapter.config.alora_invocation_tokens else 0
+            entries.append(AdapterEntry(name, adapter.digest, may_route, check_activation(policy)))
+        self._rewrite(replace(self.config, adapters=(*self.adapters, *entries)), router, added=adapters)
+        return tuple(entries)
 
     def remove(self, name: str) -> None:
         """Drop an adapter and its key; no other adapter's scores change."""
@@ -351,16 +375,17 @@ class Bank:
             )
         return routable
 
-    def _rewrite(self, config: BankConfig, router: Router | None, added: tuple[str, Adapter] | None = None) -> None:
-        """Write the bank anew beside the old one and swap them."""
+    def _rewrite(self, config: BankConfig, router: Router | None, added: Mapping[str, Adapter] | None = None) -> None:
+        """Write the bank anew beside the old one, if there is one, and swap them."""
+        added = added or {}
         entry = None if router is None else RouterEntry(router.config, router.digest)
         config = replace(config, router=entry)
         with atomic_directory(self.path) as folder:
             copy_other_files(self.path, folder)
             for adapter in config.adapters:
                 target = folder / "adapters" / adapter.name
-                if added is not None and adapter.name == added[0]:
-                    added[1].write(target)
+                if adapter.name in added:
+                    added[adapter.name].write(target)
                 else:
                     shutil.copytree(self.adapter_folder(adapter.name), target)
             if isinstance(router, KeyRouter):
@@ -384,13 +409,18 @@ def check_name(name: str) -> str:
     return name
 
 
+def is_hub_name(name: str) -> bool:
+    """Whether a base's name is of the form of the hub's, `owner/model`."""
+    return _HUB_NAME.match(name) is not None
+
+
 def check_base_name(name: str, adapter: Adapter, base: str) -> None:
     """Raise ValueError if an adapter names another base model on the hub than `base`.
 
     A local path says nothing of what it holds, so where either is one, the shapes have to tell.
     """
     made_for = adapter.config.base_model_name_or_path or ""
-    if _HUB_NAME.match(made_for) and _HUB_NAME.match(base) and made_for != base:
+    if is_hub_name(made_for) and is_hub_name(base) and made_for != base:
         raise ValueError(f"adapter {name!r} was made for the base model {made_for!r}; this bank's is {base!r}.")
 
 

@@ -23,7 +23,7 @@ from molora.display import Palette, RoutedWriter, joined, make_console, one_line
 
 if TYPE_CHECKING:
     from molora.activation import Activation
-    from molora.bank import Bank
+    from molora.bank import AdapterEntry, Bank
     from molora.model import MoLoRA, Route
 
 # What the checks of bad input raise; anything else is a bug and keeps its traceback.
@@ -50,7 +50,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-bank_app = typer.Typer(help="Look into a bank, and add or remove its adapters.", no_args_is_help=True)
+bank_app = typer.Typer(help="Look into a bank; add, remove, import or export its adapters.", no_args_is_help=True)
 app.add_typer(bank_app, name="bank")
 train_app = typer.Typer(help="Train what a bank holds.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
@@ -61,6 +61,10 @@ class Dtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Reader(StrEnum):
+    vllm = "vllm"
 
 
 BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's folder; the demo's if none is given.")]
@@ -280,8 +284,59 @@ def add(
         taken = "" if found.taken is None else f", and {found.taken:.2f} of the others' beside them"
         typer.echo(f"its key takes {found.share:.2f} of its own tokens{taken}")
     entry = bank.add(adapter, name=name, activation=parse_activation(activation), routable=routable, key=key)
-    kind = "routable" if entry.routable else "explicit routes only"
-    typer.echo(f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}")
+    typer.echo(_added(entry, folder))
+
+
+@bank_app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder, which is made if need be.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A PEFT folder, a folder of many, or an X-LoRA checkpoint.")
+    ],
+    name: Annotated[str | None, typer.Option(help="How requests name it, where it is only one adapter.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A new bank's base, a folder or a hub name; the one that the adapters name if none."),
+    ] = None,
+    router_layer: Annotated[
+        int | None, typer.Option(min=0, help="A new bank's; the first layer that an adapter acts in if none.")
+    ] = None,
+    activation: Annotated[
+        str | None,
+        typer.Option(help="Their policy or token index; if none, invocation for each with such tokens, else 0."),
+    ] = None,
+) -> None:
+    """Copy all adapters of a folder into a bank, or none if one of them cannot be used."""
+    start = parse_activation(activation)
+    from molora.interop import import_adapters
+
+    done = import_adapters(folder, source, name=name, base=base, router_layer=router_layer, activation=start)
+    config = done.bank.config
+    if done.is_new:
+        typer.echo(
+            f"made {folder} (base {config.base.name}, router layer {config.router_layer}, maximum rank "
+            f"{config.max_rank})"
+        )
+    for entry in done.entries:
+        typer.echo(_added(entry, folder))
+    for line in done.left_out:
+        typer.echo(f"left out: {line}")
+
+
+@bank_app.command()
+def export(
+    folder: BankArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make: one folder for each adapter.")],
+    reader: Annotated[Reader, typer.Option("--for", help="What is to load them.")],
+    adapter: Annotated[list[str] | None, typer.Option(help="Which; repeatable. All if none.")] = None,
+) -> None:
+    """Write a bank's adapters as plain LoRAs for another server, and say what is lost."""
+    bank = _open(folder)
+    from molora.interop import export_for_vllm
+
+    done = export_for_vllm(bank, out, adapter)
+    for line in (*done.notes, done.command):
+        typer.echo(line)
 
 
 @bank_app.command()
@@ -499,6 +554,11 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return joined("-".join(map(str, run)) for run in runs) or "none"
+
+
+def _added(entry: AdapterEntry, folder: Path) -> str:
+    kind = "routable" if entry.routable else "explicit routes only"
+    return f"added {entry.name} ({kind}, activation {entry.activation}, {_short(entry.digest)}) to {folder}"
 
 
 def _short(digest: str) -> str:

@@ -91,6 +91,21 @@ def test_add_names_and_policies(bank, write, make_adapter, tmp_path):
         bank.add(tmp_path / "given" / "z", name="d", activation="sometimes")
 
 
+def test_several_are_added_at_once(bank, make_adapter):
+    old = bank.load_router()
+    keys = {"b": torch.full((16,), 2.0), "a": torch.full((16,), 1.0)}
+    given = {name: make_adapter(seed=seed) for seed, name in enumerate("bca", start=5)}
+    added = bank.add_all(given, activation="turn", keys=keys)
+    assert [(entry.name, entry.routable) for entry in added] == [("b", True), ("c", False), ("a", True)]
+    assert bank.adapters[2:] == added
+    assert all(bank.load_adapter(name).digest == adapter.digest for name, adapter in given.items())
+    assert torch.equal(bank.load_router().keys_CD, torch.stack([*old.keys_CD, keys["b"], keys["a"]]))
+    before = contents(bank.path)
+    with pytest.raises(ValueError, match="has an adapter 'x' already"):
+        bank.add_all({"d": given["a"], "x": given["b"]})
+    assert contents(bank.path) == before
+
+
 def test_replacing_an_adapter_changes_its_digest_and_its_routes(bank, write):
     before, explicit, learned = bank["y"].digest, bank.route_digest([("y", 1.0)]), bank.route_digest(None)
     router = bank.load_router()
