@@ -232,7 +232,8 @@ def main() -> None:
         before = server.usage()
         usage = asyncio.run(measure(server, crowd, args.clients, 60 * args.minutes))
         time.sleep(SETTLE_S)
-        metrics, after = server.metrics(), server.usage()
+        after = server.usage()  # before there is a connection for the metrics
+        metrics = server.metrics()
         status = server.stop()
     early = usage[len(usage) // 5]  # pools of threads are full then
     kept = {
