@@ -339,6 +339,38 @@ def export(
         typer.echo(line)
 
 
+RepositoryArgument = Annotated[str, typer.Argument(metavar="REPOSITORY", help="Such as someone/my-bank.")]
+
+
+@bank_app.command()
+def push(
+    folder: BankArgument,
+    repo: RepositoryArgument,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Of a new repository; the account's default if none.")
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+) -> None:
+    """Write a bank to a repository of the Hugging Face hub, with a card; log in by `hf auth login` before."""
+    bank = _open(folder)
+    from molora.hub import push
+
+    typer.echo(push(bank, repo, private=private, message=message))
+
+
+@bank_app.command()
+def pull(
+    repo: RepositoryArgument,
+    folder: Annotated[Path, typer.Argument(metavar="BANK", help="The bank's folder, which is made.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit; the main branch if none.")] = None,
+) -> None:
+    """Fetch a bank from the Hugging Face hub, and check it."""
+    from molora.hub import pull
+
+    bank = pull(repo, folder, revision=revision)
+    typer.echo(f"{folder}: {len(bank)} adapters over {bank.config.base.name}")
+
+
 @bank_app.command()
 def remove(folder: BankArgument, name: Annotated[str, typer.Argument(help="The adapter's name.")]) -> None:
     """Drop an adapter, and its key in the router, from a bank."""

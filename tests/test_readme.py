@@ -81,7 +81,7 @@ def test_every_file_and_command_that_the_readme_names_exists() -> None:
     files = {word for word in words if re.match(r"^(configs|banks)/|^(train|serve)\.py$", word)}
     links = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
     assert {"train.py", "serve.py", "configs/router.yaml"} <= files
-    files -= {"banks/mine", "banks/imported"}  # made by commands
+    files -= {"banks/mine", "banks/imported", "banks/pulled"}  # made by commands
     for name in files | links:
         assert list(REPOSITORY.glob(name.replace("$name", "*"))), name
 
