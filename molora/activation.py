@@ -22,6 +22,7 @@ Activation = Policy | int
 Messages = Sequence[Mapping[str, Any]]
 
 POLICIES: tuple[str, ...] = get_args(Policy)
+NEED_MESSAGES = frozenset({"turn", "response"})
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,24 @@ def resolve(
             "activation (0 activates everything)."
         )
     return prompt.starts[activation]
+
+
+def activation_of_text(
+    route: str | Mapping[str, float], *, router: Activation, adapters: Mapping[str, Activation]
+) -> Activation | None:
+    """What is asked for text whose reader says nothing of activation: how servers and harnesses read a plain prompt.
+
+    Args:
+        router, adapters: the policies that the router and each adapter were trained with.
+
+    Returns:
+        0 where every policy of the route needs messages, which a text has none of; None leaves it to the route.
+    """
+    if route == "auto":
+        asked: list[Activation | None] = [router]
+    else:
+        asked = [adapters.get(name) for name in ([route] if isinstance(route, str) else route)]
+    return 0 if asked and all(policy in NEED_MESSAGES for policy in asked) else None
 
 
 def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: str = "this adapter") -> int:

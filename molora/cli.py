@@ -1,4 +1,4 @@
-"""The command line: `molora demo`, `doctor`, `generate`, `bench`, `bank`, `train` and `eval`.
+"""The command line: `molora demo`, `doctor`, `generate`, `bench`, `bank`, `train`, `eval` and `lm-eval`.
 
 Nothing heavy is imported before a command runs, so that `molora --help` answers at once. What a user can get wrong
 ends in one line on standard error and exit status 2.
@@ -7,6 +7,7 @@ ends in one line on standard error and exit status 2.
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from dataclasses import asdict
 from enum import StrEnum
@@ -504,6 +505,22 @@ def train_bank(
     from molora.training.bank import BankSettings, train_bank
 
     train_bank(BankSettings.read(config))
+
+
+@app.command(
+    "lm-eval", add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}
+)
+def lm_eval(ctx: typer.Context) -> None:
+    """lm-evaluation-harness with a model more: --model molora --model_args bank=BANK,route=auto. Takes its options."""
+    try:
+        from lm_eval.__main__ import cli_evaluate
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f'{error}: run pip install "molora[lm-eval]"') from None
+
+    import molora.lm_eval  # noqa: F401  # registers the model
+
+    sys.argv = ["lm-eval", *ctx.args]  # the harness reads no other
+    cli_evaluate()
 
 
 def _open(folder: Path) -> Bank:

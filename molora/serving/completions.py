@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 
-from molora.activation import Activation
+from molora.activation import Activation, activation_of_text
 from molora.generation import FinishReason, Token, TokenLogprob
 from molora.serving import request as engine
 from molora.serving.errors import InvalidRequestError
@@ -24,7 +24,6 @@ from molora.serving.sse import DONE, respond, to_event
 from molora.serving.token_text import Offsets
 
 router = APIRouter(tags=["generation"])
-NEED_MESSAGES = frozenset({"turn", "response"})
 
 
 def _prompt_kind(value: object) -> str:
@@ -126,22 +125,16 @@ def to_engine(service: Service, body: CompletionRequest) -> list[engine.Request]
         ),
     )
     route = model.route if body.route is None else body.route
-    activation = _from_the_start(service, route) if body.activation is None else body.activation
+    activation = _activation(service, route) if body.activation is None else body.activation
     return [
         engine.Request(prompt=prompt, route=route, activation=activation, sampling=sampling, salt=body.cache_salt)
         for prompt in body.prompts
     ]
 
 
-def _from_the_start(service: Service, route: str | dict[str, float]) -> Activation | None:
-    """0 where every policy of a route needs messages, which a text has none of; None leaves it to the route."""
-    if route == "base":
-        return None
-    if route == "auto":
-        return 0 if service.engine.m.bank.config.activation in NEED_MESSAGES else None
+def _activation(service: Service, route: str | dict[str, float]) -> Activation | None:
     policies = {info.name: info.activation for info in service.engine.adapters()}
-    names = [route] if isinstance(route, str) else list(route)
-    return 0 if names and all(policies.get(name) in NEED_MESSAGES for name in names) else None
+    return activation_of_text(route, router=service.engine.m.bank.config.activation, adapters=policies)
 
 
 async def complete(service: Service, body: CompletionRequest, wanted: list[engine.Request]) -> TextCompletion:

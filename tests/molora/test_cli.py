@@ -79,6 +79,27 @@ def test_help_and_version_import_neither_torch_nor_transformers():
         assert expected in done.stdout
 
 
+def test_lm_eval_hands_its_arguments_to_the_harness(monkeypatch):
+    harness = pytest.importorskip("lm_eval.__main__")
+    registry = pytest.importorskip("lm_eval.api.registry")
+    asked = []
+
+    def evaluate():
+        assert registry.get_model("molora").__module__ == "molora.lm_eval"
+        assert registry.get_model("local-completions")
+        asked.append(sys.argv)
+
+    monkeypatch.setattr(sys, "argv", ["molora"])
+    monkeypatch.setattr(harness, "cli_evaluate", evaluate)
+    arguments = ["--model", "molora", "--model_args", "bank=b,route=auto", "--tasks", "a,b", "--help"]
+    result = call("lm-eval", *arguments)
+    assert result.exit_code == 0, result.output
+    assert asked == [["lm-eval", *arguments]]
+
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    assert 'run pip install "molora[lm-eval]"' in fails("lm-eval")
+
+
 def test_demo_ends_in_its_last_line(bank):
     result = call("demo", "--bank", bank)
     assert result.exit_code == 0, result.output

@@ -48,7 +48,8 @@ def test_kernels_know_no_molora():
 
 
 # The commands stand to the right of everything; and a model answers by its engine, which it makes when it is asked.
-COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/model.py"}
+# lm-evaluation-harness asks a model as a command does.
+COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/lm_eval.py", "molora/model.py"}
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,10 @@ COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/model.py"}
 def test_a_framework_stays_in_its_folder(package, folder):
     files = importers(package, MOLORA)
     assert outside(files, folder) == set()
+
+
+def test_the_harness_stays_in_its_module():
+    assert importers("lm_eval", MOLORA) == {"molora/cli.py", "molora/lm_eval.py"}
 
 
 @pytest.mark.parametrize("folder", ["training", "serving"])
@@ -114,4 +119,5 @@ def test_import_molora_is_light():
         "peft",
         "tensorboard",
         "matplotlib",
+        "lm_eval",
     }
