@@ -5,6 +5,8 @@ import hashlib
 import importlib.util
 import io
 import json
+import pickle
+import shutil
 import subprocess
 import time
 import zipfile
@@ -382,3 +384,34 @@ def test_load_base_refuses_to_make_up_weights(base):
     (base / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
     with pytest.raises(ValueError, match=r"lacks the weights model\.layers\.4\."):
         load_base(base, device="cpu")
+
+
+def test_no_code_of_a_models_folder_runs(base, tmp_path):
+    """Named in the config as the model's own class, beside a pickle that would run code when it is read."""
+    folder = tmp_path / "hostile"
+    shutil.copytree(base, folder)
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: ...\n")
+    config = json.loads((folder / "config.json").read_text())
+    auto = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "own.Own")
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer["auto_map"] = {"AutoTokenizer": ["own.Own", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Opens(ran)))
+    model, _ = load_base(folder, device="cpu")
+    assert model.config.model_type == "llama"
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="it lacks"):
+        load_base(folder, device="cpu")
+    assert not ran.exists()
+
+
+class Opens:
+    """Opens a file for writing when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")

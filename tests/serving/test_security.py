@@ -127,3 +127,43 @@ def test_headers_of_every_answer(app, call, path):
     headers = call(app, "GET", path).headers
     assert headers["x-content-type-options"] == "nosniff"
     assert headers["x-frame-options"] == "DENY"
+
+
+SECRETS = (
+    "words-that-were-asked",
+    "first-key",
+    "a-key-that-is-none",
+    "salt-of-a-tenant",
+    "somebody",
+    "words-in-a-field",
+)
+
+
+async def fail(position):
+    if position == 2:
+        raise RuntimeError("the engine failed")
+
+
+def test_prompts_keys_and_salts_are_in_no_log_and_no_metric(locked, call, engine, caplog):
+    """Whatever becomes of a request: answered, refused, failed, streamed or not."""
+    caplog.set_level(1)
+    words, key, wrong_key, salt, user, field = SECRETS
+    chat = CHAT | {"messages": [{"role": "user", "content": words}], "cache_salt": salt, "user": user}
+    statuses, usual = [], engine.before_token
+
+    def ask(sent=key, **changes):
+        statuses.append(call(locked, "POST", URL, json=chat | changes, headers=bearer(sent)).status_code)
+
+    for stream in (False, True):
+        ask(stream=stream)
+        ask(stream=stream, sent=wrong_key)
+        ask(stream=stream, temperature=field)
+        ask(stream=stream, model=field)
+        ask(stream=stream, messages=words)
+        engine.before_token = fail
+        ask(stream=stream)
+        engine.before_token = usual
+    assert statuses == [200, 401, 400, 404, 400, 500, 200, 401, 400, 404, 400, 200]
+    assert "the engine failed" in caplog.text
+    told = caplog.text + call(locked, "GET", "/metrics", headers=bearer(key)).text
+    assert [secret for secret in SECRETS if secret in told] == []
