@@ -1,4 +1,9 @@
-"""Requests made up from the OpenAPI description, good and bad ones: the server answers all, and never by a 5xx."""
+"""Requests made up from the OpenAPI description, good and bad ones: the server answers all, and never by a 5xx.
+
+`FUZZ_EXAMPLES=200 pytest tests/serving/test_fuzz.py` makes up more: so many good ones and bad ones of each operation.
+"""
+
+import os
 
 import hypothesis
 import pytest
@@ -10,6 +15,7 @@ from molora.serving.engine import Engine, EngineConfig
 schemathesis = pytest.importorskip("schemathesis")
 
 MODES = (schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE)
+EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 KNOWN = {"lora_path": "good", "lora_name": "good"}
 
 
@@ -59,7 +65,9 @@ def folder(tmp_path, make_adapter):
 
 
 def test_no_request_makes_the_server_fail(make_app, folder, engine):
-    num_requests = fuzz(make_app(adapter_folders=(folder,)), KNOWN | {"model": "demo"}, max_examples=60)
+    num_requests = fuzz(
+        make_app(adapter_folders=(folder,)), KNOWN | {"model": "demo"}, max_examples=int(EXAMPLES or 60)
+    )
     assert num_requests > 500
     assert len(engine.requests) > 50
     assert engine.running == []
@@ -70,7 +78,7 @@ def test_nor_the_engine_behind_it(m, folder):
     app = create_app(engine, ServeConfig(bank="tiny", adapter_folders=(folder,)))
     before = engine.adapters()
     try:
-        fuzz(app, KNOWN | {"model": "tiny", "lora_path": "nowhere"}, max_examples=40)
+        fuzz(app, KNOWN | {"model": "tiny", "lora_path": "nowhere"}, max_examples=int(EXAMPLES or 40))
         assert engine.stats().num_generated_tokens > 20
         assert engine.stats().num_failed_steps == 0
         engine.clear_cache()  # refused while something runs
