@@ -1,0 +1,109 @@
+"""transformers' own `generate` inside `m.routing(...)`: every way to decode gives what routed full forwards say."""
+
+from collections.abc import Callable
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+from transformers import TextIteratorStreamer
+
+from molora import MoLoRA, RouterConfig
+from molora.checkpoint import load_base
+
+START, NUM_NEW = 7, 16
+OPTIONS: dict[str, Any] = {
+    "max_new_tokens": NUM_NEW,
+    "do_sample": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+ROUTERS = [RouterConfig(hidden_dim=32, key_dim=16), RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4)]
+pytestmark = pytest.mark.filterwarnings("default")  # transformers deprecates what its own assistants pass
+
+
+@pytest.fixture(params=["auto", "x", "base"])
+def route(request: pytest.FixtureRequest) -> Any:
+    return request.param
+
+
+@pytest.fixture(params=ROUTERS, ids=["router", "with a LoRA"])
+def m(request: pytest.FixtureRequest, load_model: Callable[..., MoLoRA]) -> MoLoRA:
+    return load_model(router=request.param)
+
+
+@pytest.fixture
+def ids(random_ids: Callable[..., list[int]]) -> torch.Tensor:
+    return torch.tensor([random_ids(20)])
+
+
+def greedy(m: MoLoRA, ids: torch.Tensor, route: Any) -> list[int]:
+    """By full forwards."""
+    found = ids[0].tolist()
+    for _ in range(NUM_NEW):
+        logits, _ = m.logits([found], [START], route=route)
+        found.append(int(logits[0, -1].argmax()))
+    return found
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 6},
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_early_exit": 2},
+    ],
+    ids=str,
+)
+def test_greedy_decoding(m: MoLoRA, ids: torch.Tensor, route: Any, how: dict[str, Any]) -> None:
+    with m.routing([START], route):
+        assert m.model.generate(ids, **OPTIONS, **how)[0].tolist() == greedy(m, ids, route)
+
+
+def test_an_assistant_model(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    """The base, which guesses as one without adapters does."""
+    assistant, _ = load_base(m.base_dir, device="cpu", dtype="float32")
+    with m.routing([START], route):
+        assert m.model.generate(ids, assistant_model=assistant, **OPTIONS)[0].tolist() == greedy(m, ids, route)
+
+
+def test_beams(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    with m.routing([START] * 3, route):
+        cached, plain = (
+            m.model.generate(ids, num_beams=3, num_return_sequences=3, use_cache=use_cache, **OPTIONS).tolist()
+            for use_cache in (True, False)
+        )
+    assert cached == plain
+
+
+def test_a_streamer(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    streamer = TextIteratorStreamer(m.tokenizer, skip_prompt=True, timeout=60)
+
+    def run() -> None:
+        with m.routing([START], route):
+            m.model.generate(ids, streamer=streamer, **OPTIONS)
+
+    thread = Thread(target=run)
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    assert text == m.tokenizer.decode(greedy(m, ids, route)[ids.shape[1] :])
+
+
+def test_sampling_is_of_the_routed_distribution(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    options = OPTIONS | {"do_sample": True, "top_k": 0, "output_logits": True, "return_dict_in_generate": True}
+    with torch.random.fork_rng(devices=[]), m.routing([START], route):
+        torch.manual_seed(0)
+        out = m.model.generate(ids, **options)
+    logits, _ = m.logits([out.sequences[0].tolist()], [START], route=route)
+    torch.testing.assert_close(torch.cat(out.logits), logits[0, ids.shape[1] - 1 : -1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}], ids=str)
+def test_what_is_code_on_the_hub_is_refused(m: MoLoRA, ids: torch.Tensor, how: dict[str, Any]) -> None:
+    """transformers moved contrastive search and DoLa there, and asks before it runs them."""
+    with m.routing([START], "auto"), pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+        m.model.generate(ids, **(OPTIONS | how))
