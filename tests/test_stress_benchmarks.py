@@ -41,3 +41,18 @@ def test_it_ends_well(tmp_path: Path, script: str, options: list[str], expected:
             assert result["counts"]["loads"] > 0
         case _:
             assert result["counts"]["whole"] > 0
+
+
+def test_the_readme_says_what_was_measured() -> None:
+    text = " ".join((REPOSITORY / "README.md").read_text().split())
+    kills, clients = (
+        json.loads((REPOSITORY / f"benchmarks/results/{name}-cpu.json").read_text()) for name in ("kills", "clients")
+    )
+    assert f"({kills['num_equal']} banks of {kills['num_banks']} after {kills['num_kills']} kills" in text
+    counts = clients["counts"]
+    assert f"{counts['whole'] + counts['stream']:,} whole answers" in text
+    assert f"{counts['left']:,} that they leave" in text
+    assert f"{counts['refused by 429']:,} requests are refused by 429" in text
+    assert f"grows by {100 * (clients['memory_growth'] - 1):.1f} %" in text
+    assert (clients["num_clients"], clients["minutes"], clients["faults"]) == (200, 10, [])
+    assert not any(clients["kept"].values())
