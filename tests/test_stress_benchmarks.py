@@ -48,6 +48,7 @@ def test_the_readme_says_what_was_measured() -> None:
     kills, clients = (
         json.loads((REPOSITORY / f"benchmarks/results/{name}-cpu.json").read_text()) for name in ("kills", "clients")
     )
+    assert kills["num_resumed"] > 0
     assert f"({kills['num_equal']} banks of {kills['num_banks']} after {kills['num_kills']} kills" in text
     counts = clients["counts"]
     assert f"{counts['whole'] + counts['stream']:,} whole answers" in text
