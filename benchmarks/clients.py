@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import httpx
 import torch
@@ -35,7 +35,9 @@ ENGINE = {"kv_cache_bytes": 1 << 21, "block_size": 8, "max_sequences": 32, "max_
 MOST_BODY_BYTES = 20_000
 NUM_REQUESTS = 200  # different ones
 SETTLE_S = 10.0
-MOST_GROWTH = 1.05  # of memory, from a fifth of the time on
+MOST_GROWTH = 1.05  # of memory, from a quarter of the time on
+LONG_MINUTES = 1.0  # until when pools fill and memory settles
+WANTED = ("whole", "stream", "left", "refused by 400", "refused by 404", "refused by 413")
 
 
 def settings(bank: Path, port: int) -> dict[str, Any]:
@@ -124,6 +126,13 @@ class Server:
         self.process.terminate()
         return self.process.wait(60)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait()
+
 
 class Crowd:
     def __init__(self, server: Server, requests: list[tuple[str, dict[str, Any]]], base: str) -> None:
@@ -176,7 +185,11 @@ class Crowd:
                 text, pieces = "", 0
                 async for line in answer.aiter_lines():
                     if line.startswith("data: {"):
-                        text += _text(json.loads(line.removeprefix("data: ")))
+                        piece = json.loads(line.removeprefix("data: "))
+                        if "error" in piece:
+                            self.faults.append(f"in the middle of an answer: {piece['error']}")
+                            return
+                        text += _text(piece)
                         pieces += 1
                         if kind == "leave" and pieces > 1:
                             break
@@ -225,17 +238,17 @@ def main() -> None:
     with TemporaryDirectory() as scratch:
         folder = Path(scratch)
         bank = make_bank(folder)
-        server = Server(folder, bank)
         base = str(folder / "base")
-        crowd = Crowd(server, make_requests(base, args.seed), base)
-        asyncio.run(crowd.learn())
-        before = server.usage()
-        usage = asyncio.run(measure(server, crowd, args.clients, 60 * args.minutes))
-        time.sleep(SETTLE_S)
-        after = server.usage()  # before there is a connection for the metrics
-        metrics = server.metrics()
-        status = server.stop()
-    early = usage[len(usage) // 5]  # pools of threads are full then
+        with Server(folder, bank) as server:
+            crowd = Crowd(server, make_requests(base, args.seed), base)
+            asyncio.run(crowd.learn())
+            before = server.usage()
+            usage = asyncio.run(measure(server, crowd, args.clients, 60 * args.minutes))
+            time.sleep(SETTLE_S)
+            after = server.usage()  # before there is a connection for the metrics
+            metrics = server.metrics()
+            status = server.stop()
+    early = usage[len(usage) // 4]  # pools of threads are full then
     kept = {
         "running or waiting": metrics["num_requests_running"] + metrics["num_requests_waiting"],
         "part of the cache": metrics["kv_cache_usage_perc"],
@@ -258,7 +271,12 @@ def main() -> None:
     print(json.dumps({name: value for name, value in result.items() if name not in (*head, "usage")}, indent=1))
     if args.out is not None:
         write_atomic(args.out, json.dumps(result, indent=1) + "\n")
-    if crowd.faults or any(kept.values()) or growth > MOST_GROWTH or status or metrics["failed_steps_total"]:
+    is_bad = crowd.faults or status or metrics["failed_steps_total"] or metrics["recomputed_tokens_total"]
+    is_bad = is_bad or kept["running or waiting"] or kept["part of the cache"]
+    if args.minutes >= LONG_MINUTES:
+        missing = [name for name in WANTED if not crowd.counts[name]]
+        is_bad = is_bad or missing or kept["threads"] or kept["files"] or growth > MOST_GROWTH
+    if is_bad:
         raise SystemExit(1)
 
 

@@ -5,8 +5,8 @@
 A tiny random base, two adapters and a router, on a CPU, with a checkpoint every other step, so that many moments are
 in the middle of writing one. The command `molora train bank` is sent SIGKILL at a moment drawn evenly from the time
 that it trains, and typed again, until it ends by itself; then all begins anew. A bank is equal if all its files are,
-byte for byte. How many starts of a stage went on behind its first step is counted, since training that begins anew comes
-to the same result, too.
+byte for byte. How many starts of a stage went on behind its first step is counted, since training that begins anew
+comes to the same result, too.
 """
 
 import argparse

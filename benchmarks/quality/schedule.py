@@ -80,6 +80,13 @@ class Board:
         self.waiting, self.done, self.failed = list(jobs), set[str](), set[str]()
         self._changed = Condition()
 
+    def stop(self) -> None:
+        """Whoever asks gets no more."""
+        with self._changed:
+            self.failed |= {job.name for job in self.waiting}
+            self.waiting.clear()
+            self._changed.notify_all()
+
     def take(self, kind: str) -> Job | None:
         """The next job of this kind, once what it needs is done; None when none is left."""
         with self._changed:
@@ -115,35 +122,46 @@ def run_all(args: Namespace) -> None:
     Raises:
         SystemExit: a process failed.
     """
-    on_cpu = args.device == "cpu" or not torch.cuda.is_available()
-    gpus = [None] if on_cpu else list(range(torch.cuda.device_count()))
+    if args.evals_per_device < 1:
+        raise SystemExit(f"--evals-per-device is {args.evals_per_device}; expected 1 or more.")
+    logs = args.work / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    gpus = [None] if args.device == "cpu" or not torch.cuda.is_available() else _gpus()
     board = Board(jobs_of(args.seeds, args.stages, args.rows_of))
     kinds = ["train", *["eval"] * args.evals_per_device]
     num_threads = max(1, (os.cpu_count() or 1) // (len(gpus) * len(kinds)))
-    workers = [
-        Thread(target=_work, args=(board, kind, gpu, num_threads, args.work / "logs")) for gpu in gpus for kind in kinds
-    ]
+    workers = [Thread(target=_work, args=(board, kind, gpu, num_threads, logs)) for gpu in gpus for kind in kinds]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    try:
+        for worker in workers:
+            worker.join()
+    finally:
+        board.stop()  # the processes have had the same Ctrl-C, and no others begin
     if board.failed:
         raise SystemExit(f"{len(board.failed)} of {len(board.failed | board.done)} failed; what is done is kept.")
 
 
-def _work(board: Board, kind: str, gpu: int | None, num_threads: int, logs: Path) -> None:
-    logs.mkdir(parents=True, exist_ok=True)
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls those that this process may use."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
+
+
+def _work(board: Board, kind: str, gpu: str | None, num_threads: int, logs: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
     if gpu is not None:
-        environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
     script, *typed = sys.argv
     typed.remove("all")
     while (job := board.take(kind)) is not None:
-        log, begin_s = logs / f"{job.name.replace(' ', '-')}.log", time.perf_counter()
-        with log.open("w") as file:
-            command = [sys.executable, script, kind, *typed, *job.options]
-            done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
-        well = done.returncode == 0
-        said = f"{time.perf_counter() - begin_s:.0f} s" if well else f"failed, see {log}"
-        print(f"{job.name}: {said}", flush=True)
-        board.end(job, well=well)
+        log, begin_s, well = logs / f"{job.name.replace(' ', '-')}.log", time.perf_counter(), False
+        try:
+            with log.open("w") as file:
+                command = [sys.executable, script, kind, *typed, *job.options]
+                done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
+            well = done.returncode == 0
+        finally:
+            said = f"{time.perf_counter() - begin_s:.0f} s" if well else f"failed, see {log}"
+            print(f"{job.name}: {said}", flush=True)
+            board.end(job, well=well)
