@@ -44,6 +44,10 @@ class BaseInfo:
     name: str
     digest: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not isinstance(self.digest, str):
+            raise ValueError(f"base is {self!r}; expected a name and a digest, both text.")
+
 
 @dataclass(frozen=True)
 class AdapterEntry:
@@ -172,7 +176,7 @@ class Bank:
             )
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file} is not valid JSON ({error}); restore it or build the bank again.") from None
         if not isinstance(raw, dict):
             raise ValueError(f"{file} holds a {type(raw).__name__}; expected an object.")
@@ -224,6 +228,23 @@ class Bank:
                 f"{adapter.digest}, expected {self[name].digest}); remove it from the bank and add it again."
             )
         return adapter
+
+    def check(self) -> None:
+        """Read every file, and hold it against what the bank says of it.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, truncated, not the one that the bank recorded, or does not
+                fit the bank.
+        """
+        for entry in self.adapters:
+            adapter = self.load_adapter(entry.name)
+            self._check_adapter(entry.name, adapter)
+            if entry.routable and adapter.layers[0] < self.config.router_layer:
+                raise ValueError(
+                    f"adapter {entry.name!r} is routable and acts in layer {adapter.layers[0]}, below the router layer "
+                    f"{self.config.router_layer}."
+                )
+        self.load_router()
 
     def load_router(self) -> Router | None:
         """Read the router; None if the bank has none.

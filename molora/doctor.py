@@ -6,7 +6,7 @@ import importlib.metadata
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,11 @@ from molora.display import joined, one_line
 State = Literal["well", "note", "wrong"]
 ROOM_BYTES = 10**9  # for a small base and its download
 DRIVER = Path("/proc/driver/nvidia/version")
-MOST_DIFFERENT = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # of the kernels, over the largest value
+MOST_DIFFERENT = {
+    torch.float32: 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 2e-2,
+}  # of the kernels, over the largest value
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,8 @@ def _packages() -> Iterator[Finding]:
         named = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
         yield Finding("packages", "well", f"molora {version}, {named}")
     extras = importlib.metadata.metadata("molora").get_all("Provides-Extra") or []
-    lacking = {
-        extra: [text for each in requirements if _wanted(each, extra) and not _wanted(each) and (text := _lacks(each))]
-        for extra in extras
-    }
-    there = [extra for extra, texts in lacking.items() if not texts]
-    absent = [extra for extra, texts in lacking.items() if texts]
+    absent = [extra for extra in extras if _lacks_extra(requirements, extra)]
+    there = [extra for extra in extras if extra not in absent]
     text = f"installed: {joined(there) or 'none'}" + (f"; not: {joined(absent)}" if absent else "")
     yield Finding("extras", "well", text)
 
@@ -95,10 +95,17 @@ def _wanted(requirement: Requirement, extra: str = "") -> bool:
     return requirement.marker is None or requirement.marker.evaluate({"extra": extra})
 
 
+def _lacks_extra(requirements: Sequence[Requirement], extra: str) -> bool:
+    """Whether a package of an extra, or of one that it is made of, is missing or of another version."""
+    own = [each for each in requirements if _wanted(each, extra) and not _wanted(each)]
+    inner = [name for each in own if each.name == "molora" for name in each.extras]
+    return any(each.name != "molora" and _lacks(each) for each in own) or any(
+        _lacks_extra(requirements, name) for name in inner
+    )
+
+
 def _lacks(requirement: Requirement) -> str:
     """What is wrong with a package that is asked for, in words; empty if nothing is."""
-    if requirement.name == "molora":  # an extra that is made of others
-        return ""
     try:
         version = importlib.metadata.version(requirement.name)
     except importlib.metadata.PackageNotFoundError:
@@ -110,7 +117,9 @@ def _lacks(requirement: Requirement) -> str:
 
 def _gpus() -> Iterator[Finding]:
     if not torch.cuda.is_available():
-        if not DRIVER.exists():
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            yield Finding("GPU", "note", "none: CUDA_VISIBLE_DEVICES hides what is here")
+        elif not DRIVER.exists():
             yield Finding("GPU", "note", "none; a CPU is enough for the demo, and a bank is trained on a GPU")
         elif torch.version.cuda is None:
             advice = "install a build of torch for CUDA, as pytorch.org says for this machine"
@@ -120,7 +129,12 @@ def _gpus() -> Iterator[Finding]:
             yield Finding("GPU", "wrong", f"torch for CUDA {torch.version.cuda} finds none", advice)
         return
     for index in range(torch.cuda.device_count()):
-        free, total = (number / 2**30 for number in torch.cuda.mem_get_info(index))
+        try:
+            free, total = (number / 2**30 for number in torch.cuda.mem_get_info(index))
+        except RuntimeError as error:  # as of one that is full, or another process' alone
+            advice = "look who uses it by nvidia-smi, or choose another one by CUDA_VISIBLE_DEVICES"
+            yield Finding(f"GPU {index}", "wrong", one_line(error), advice)
+            continue
         text = f"{torch.cuda.get_device_name(index)}, {free:.1f} of {total:.1f} GiB free"
         if torch.cuda.get_device_capability(index) < (8, 0):
             yield Finding(f"GPU {index}", "note", text, "bfloat16 is slow here: use --dtype float16")
@@ -130,22 +144,9 @@ def _gpus() -> Iterator[Finding]:
 
 def _kernels(device: torch.device) -> Finding:
     """One routed linear by the kernels that this device gets, beside the definition."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     subject = "kernels"
-    generator = torch.Generator().manual_seed(0)
-    x, weight, a, b = (
-        torch.randn(shape, generator=generator).to(device, dtype)
-        for shape in ((48, 128), (256, 128), (2, 8, 128), (2, 256, 8))
-    )
-    ids = torch.arange(48, device=device) % 3 - 1
-    taken = ids.clamp(min=0)
-    change = torch.einsum("tor,tri,ti->to", b.double()[taken], a.double()[taken], x.double())
-    wanted = x.double() @ weight.double().T + change * (ids >= 0)[:, None]
-    plan = make_plan(ids[:, None].int(), 2)
-    ones = torch.ones(2, device=device), torch.ones(48, 1, device=device)
     try:
-        found = routed_linear(x, weight, None, a, b, *ones, plan)
-        difference = ((found - wanted).abs().max() / wanted.abs().max()).item()
+        dtype, difference = _difference(device)
     except Exception as error:  # whatever Triton, a compiler or a driver has to say
         advice = "Triton builds them with a C compiler and Python's headers: install gcc and python3-dev"
         return Finding(subject, "wrong", f"they do not run on {device.type}: {one_line(error)}", advice)
@@ -155,6 +156,25 @@ def _kernels(device: torch.device) -> Finding:
     if device.type == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
         return Finding(subject, "note", "they run in Triton's interpreter, which is slow", "unset TRITON_INTERPRET")
     return Finding(subject, "well", f"right on {device.type}, within {difference:.0e}")
+
+
+def _difference(device: torch.device) -> tuple[torch.dtype, float]:
+    """Of a routed linear from its definition in float64, over the largest value."""
+    dtype = torch.float32
+    if device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b = (
+        torch.randn(shape, generator=generator).to(device, dtype)
+        for shape in ((48, 128), (256, 128), (2, 8, 128), (2, 256, 8))
+    )
+    ids = torch.arange(48, device=device) % 3 - 1
+    taken = ids.clamp(min=0)
+    change = torch.einsum("tor,tri,ti->to", b.double()[taken], a.double()[taken], x.double())
+    wanted = x.double() @ weight.double().T + change * (ids >= 0)[:, None]
+    ones = torch.ones(2, device=device), torch.ones(48, 1, device=device)
+    found = routed_linear(x, weight, None, a, b, *ones, make_plan(ids[:, None].int(), 2))
+    return dtype, ((found - wanted).abs().max() / wanted.abs().max()).item()
 
 
 def _cache(folder: Path) -> Finding:
@@ -173,9 +193,7 @@ def _bank(folder: Path) -> tuple[Bank | None, Finding]:
     """The bank, if every file of it is what its description says."""
     try:
         bank = Bank.open(folder)
-        for entry in bank.adapters:
-            bank.load_adapter(entry.name)
-        bank.load_router()
+        bank.check()
     except (OSError, ValueError) as error:
         return None, Finding("bank", "wrong", one_line(error), "copy it here again, or name another by --bank")
     router = "a router" if bank.has_router else "no router"

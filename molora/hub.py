@@ -21,24 +21,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils._paths import filter_repo_objects
 
-from molora.bank import BANK_FILE, Bank, is_hub_name
+from molora.bank import BANK_FILE, ROUTER_FILE, Bank, is_hub_name
 from molora.display import one_line
 from molora.files import atomic_directory
 
 CARD = "README.md"
 PATTERNS = ["*.json", "*.safetensors", "*.md", "*.png", "LICENSE*"]
-OWN = [BANK_FILE, "*.safetensors", "adapters/*"]  # files of earlier versions that a push removes
+OWN = [BANK_FILE, ROUTER_FILE, "adapters/*"]  # what a push removes if the bank has it no more
 
 
 def push(bank: Bank, repo: str, *, private: bool | None = None, message: str | None = None) -> str:
     """Make the repository if there is none, and write the bank to it in one commit.
 
-    Adapters that the bank no longer has are removed there; other files are left alone. A bank without a card
-    (README.md) gets a generated one, there and not in its folder.
+    Adapters that the bank no longer has are removed there; files outside `adapters/` are left alone. A bank without a
+    card (README.md) gets a generated one, there and not in its folder.
 
     Args:
-        repo: such as "someone/my-bank".
+        repo: such as "someone/my-bank"; without an owner it is the account's.
         private: of a new repository; None is the account's default.
         message: of the commit.
 
@@ -46,25 +47,32 @@ def push(bank: Bank, repo: str, *, private: bool | None = None, message: str | N
         The commit's address.
 
     Raises:
-        ValueError: the name is none of a repository, or an adapter's files are not what the bank says.
+        ValueError: the name is none of a repository, a private one was asked for and is there and public, the bank
+            holds links, or a file is not what the bank says.
         PermissionError: nobody is logged in, or may not write there.
         ConnectionError: the hub cannot be reached.
     """
-    _check(bank)
-    with _explained(repo), tempfile.TemporaryDirectory() as scratch:
+    bank.check()
+    if links := [path for path in bank.path.rglob("*") if path.is_symlink()]:
+        raise ValueError(f"{links[0]} is a link; put what it leads to in its place, or remove it.")
+    with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "bank"
-        shutil.copytree(bank.path, folder, ignore=shutil.ignore_patterns(".*"))
+        _copy(bank.path, folder)
         if not (folder / CARD).exists():
             (folder / CARD).write_text(card(bank), encoding="utf-8")
-        api = HfApi()
-        api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo,
-            folder_path=folder,
-            allow_patterns=PATTERNS,
-            delete_patterns=OWN,
-            commit_message=message or f"The bank {bank.name}, {len(bank)} adapters",
-        )
+        with _explained(repo):
+            api = HfApi()
+            name = api.create_repo(repo, private=private, exist_ok=True).repo_id
+            is_public = bool(private) and not api.repo_info(name).private
+        if is_public:
+            raise ValueError(f"{name} is there already, and is public; make it private first, or name another one.")
+        with _explained(repo):
+            commit = api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                delete_patterns=OWN,
+                commit_message=message or f"The bank {bank.name}, {len(bank)} adapters",
+            )
     return commit.commit_url
 
 
@@ -89,11 +97,15 @@ def pull(repo: str, folder: str | Path, *, revision: str | None = None) -> Bank:
     if not (fetched / BANK_FILE).is_file():
         raise ValueError(f"{repo} on the hub is no bank: it has no {BANK_FILE}.")
     with atomic_directory(folder) as written:
-        shutil.copytree(fetched, written, dirs_exist_ok=True)  # links of the cache become files
+        _copy(fetched, written)
         try:
-            _check(Bank.open(written))
-        except (ValueError, FileNotFoundError) as error:
-            raise ValueError(f"{repo} on the hub is damaged: {one_line(error).replace(str(written), repo)}") from error
+            Bank.open(written).check()
+        except FileNotFoundError as error:
+            what = one_line(error).replace(str(written), repo)
+            raise ValueError(f"a file is missing, on the hub or in its local cache; pull it online: {what}") from error
+        except ValueError as error:
+            what = one_line(error).replace(str(written), repo)
+            raise ValueError(f"{repo} on the hub is damaged: {what}") from error
     return Bank.open(folder)
 
 
@@ -137,11 +149,13 @@ def card(bank: Bank) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _check(bank: Bank) -> None:
-    """Read every file of a bank, and compare it with its digest."""
-    for entry in bank.adapters:
-        bank.load_adapter(entry.name)
-    bank.load_router()
+def _copy(source: Path, target: Path) -> None:
+    """What a bank is made of, and no hidden file; links of the hub's cache become files."""
+    paths = [str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()]
+    seen = [path for path in paths if not any(part.startswith(".") for part in Path(path).parts)]
+    for path in filter_repo_objects(seen, allow_patterns=PATTERNS):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)
 
 
 @contextmanager
@@ -165,3 +179,7 @@ def _explained(repo: str) -> Iterator[None]:
         if error.response is not None and error.response.status_code in (401, 403):
             raise PermissionError(f"the hub does not let you write to {repo}: run `hf auth login`.") from error
         raise ConnectionError(f"the hub did not do it: {one_line(error)}") from error
+    except Exception as error:  # the hub's client raises its HTTP library's errors, which differ between versions
+        if getattr(error, "errno", None):
+            raise  # the disk's
+        raise ConnectionError(f"the hub cannot be reached ({one_line(error)})") from error

@@ -112,7 +112,8 @@ class Handler(BaseHTTPRequestHandler):
                 ]
                 return self.answer(200, tree)
             siblings = [{"rfilename": name} for name in files]
-            return self.answer(200, {"id": REPO, "sha": _sha(number), "siblings": siblings, "private": False})
+            about = {"id": REPO, "sha": _sha(number), "siblings": siblings, "private": REPO in self.server.private}
+            return self.answer(200, about)
         if "/resolve/" in path and commits is not None:
             revision, _, name = path.partition("/resolve/")[2].partition("/")
             number = _number(revision, commits)
@@ -226,6 +227,15 @@ def test_from_the_cache_when_the_hub_is_away(server: Hub, bank: Bank, tmp_path: 
     assert contents(pull(REPO, tmp_path / "second").path) == contents(tmp_path / "first")
     with pytest.raises(ConnectionError, match="cannot be reached"):
         pull("someone/other", tmp_path / "third")
+    with pytest.raises(ConnectionError, match="cannot be reached"):
+        push(bank, REPO)
+    (snapshot,) = (tmp_path / "hub cache").rglob("snapshots/*")
+    for name in ("pytorch_model.bin", "evil.py", ".hidden.json"):
+        (snapshot / name).write_text("{}")
+    assert contents(pull(REPO, tmp_path / "fourth").path) == contents(tmp_path / "first")
+    next(snapshot.rglob("adapter_model.safetensors")).unlink()
+    with pytest.raises((ValueError, ConnectionError), match="or in its local cache|is incomplete"):
+        pull(REPO, tmp_path / "fifth")
 
 
 def test_mistakes_are_explained(server: Hub, bank: Bank, tmp_path: Path) -> None:
@@ -235,6 +245,14 @@ def test_mistakes_are_explained(server: Hub, bank: Bank, tmp_path: Path) -> None
         push(bank, "a/b/c")
     with pytest.raises(FileExistsError, match="is there already"):
         pull(REPO, bank.path)
+    (bank.path / "elsewhere.json").symlink_to(tmp_path / "secret.json")
+    with pytest.raises(ValueError, match="is a link"):
+        push(bank, REPO)
+    (bank.path / "elsewhere.json").unlink()
+    server.repos[REPO] = [{}]
+    with pytest.raises(ValueError, match="is public"):
+        push(bank, REPO, private=True)
+    assert server.repos.pop(REPO) == [{}]
     server.refuses_writing = True
     with pytest.raises(PermissionError, match="hf auth login"):
         push(bank, REPO)
