@@ -6,6 +6,7 @@ does not come along is said in a line. This module reads and writes folders, and
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from molora.files import atomic_directory
 # What vLLM takes for --max-lora-rank: MaxLoRARanks of its vllm/config/lora.py.
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 XLORA_CLASSIFIER_FILE = "xlora_classifier.safetensors"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _XLORA_PREFIX = "base_model.lora_model.model."
 
 
@@ -167,12 +169,17 @@ def _find(source: Path) -> tuple[list[_Found], list[str]]:
         return _find_xlora(source, raw), _left_out_of_xlora(raw)
     # PEFT writes the adapter "default" into the folder itself, and others beside it, into folders of their names.
     inner = [each for each in sorted(source.iterdir()) if (each / CONFIG_FILE).is_file() and each.name[0] != "."]
+    earlier = [each for each in inner if is_adapter and _CHECKPOINT.fullmatch(each.name)]
+    inner = [each for each in inner if each not in earlier]
     if not (is_adapter or inner):
         raise ValueError(f"{source} holds no adapter: neither it nor a folder in it has an {CONFIG_FILE}.")
     found = [_Found(source.resolve().name, source, Adapter.read(source))] if is_adapter else []
     found += [_Found(each.name, each, Adapter.read(each)) for each in inner]
+    left_out = [f"{each.name}: what a Trainer had learned earlier" for each in earlier]
     # X-LoRA checkpoints from before it was part of PEFT have no configuration of PEFT's.
-    return found, _left_out_of_xlora({}) if (source / XLORA_CLASSIFIER_FILE).is_file() else []
+    if (source / XLORA_CLASSIFIER_FILE).is_file():
+        left_out += _left_out_of_xlora({})
+    return found, left_out
 
 
 def _find_xlora(source: Path, raw: dict[str, Any]) -> list[_Found]:

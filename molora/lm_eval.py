@@ -67,11 +67,13 @@ class MoLoRALM(TemplateLM):  # type: ignore[misc]  # the harness is not typed
         max_batch_size: int | None = None,
         add_bos_token: bool | None = None,
         seed: int | None = 1234,
+        **unknown: Any,
     ) -> None:
         """
         Args:
             bank, base, device, dtype: as for `molora.load`.
-            route: "auto" (the router), "base", an adapter's name, or a blend, as {name: weight} or "a=0.7,b=0.3".
+            route: "auto" (the router), "base", an adapter's name, or a blend, as {name: weight} or "a=0.7,b=0.3" (not
+                within a string of arguments, which the harness cuts at commas).
             activation: where adapters may begin to act: a policy or an index of the tokens that are read.
             max_length: tokens that are read at most, plus one; what is longer loses its beginning. None is what the
                 engine has room for.
@@ -85,7 +87,12 @@ class MoLoRALM(TemplateLM):  # type: ignore[misc]  # the harness is not typed
             ValueError, FileNotFoundError: the bank or a value is not as it should be.
         """
         super().__init__()
-        num_at_once = int(max_batch_size or MAX_SEQUENCES) if batch_size == "auto" else int(batch_size)
+        if unknown:
+            raise ValueError(
+                f"unknown arguments of the model: {', '.join(sorted(unknown))}; see molora.lm_eval.MoLoRALM."
+            )
+        is_auto = str(batch_size).partition(":")[0] == "auto"  # "auto:4" asks others to look for it four times
+        num_at_once = int(max_batch_size or MAX_SEQUENCES) if is_auto else int(batch_size)
         self._num_ahead = 2 * num_at_once  # half of them wait, so that whoever ends is followed at once
         engine = {"max_sequences": num_at_once, "max_waiting": self._num_ahead}
         self.m = m = molora.load(bank, base=base, device=device, dtype=dtype, engine=engine)

@@ -155,6 +155,13 @@ class TestImport:
         assert dropped == "left out: lora_dropout of law: it acts in training only"
         assert Bank.open(bank.path).load_adapter("law").digest == Adapter.read(tmp_path / "given" / "a").digest
 
+    def test_what_a_trainer_saved_on_the_way_is_left_out(self, make_adapter, bank, tmp_path):
+        make_adapter(seed=5).write(tmp_path / "out")
+        make_adapter(seed=6).write(tmp_path / "out" / "checkpoint-50")
+        done = import_adapters(bank.path, tmp_path / "out", name="late")
+        assert [entry.name for entry in done.entries] == ["late"]
+        assert done.left_out == ("checkpoint-50: what a Trainer had learned earlier",)
+
     def test_a_new_bank_by_command(self, make_adapter, base_dir, tmp_path):
         for name in "ab":
             make_adapter().write(tmp_path / "given" / name)

@@ -315,6 +315,7 @@ def test_special_tokens_that_the_tokenizer_adds(bank, tmp_path):
         ({"max_length": 2}, "max_length is 2; expected 3 to 1024 tokens"),
         ({"max_length": 1025}, "max_length is 1025; expected 3 to 1024 tokens"),
         ({"batch_size": 0}, "max_sequences is 0"),
+        ({"foo": 1, "a": 2}, "unknown arguments of the model: a, foo"),
     ],
 )
 def test_wrong_arguments(bank, args, message):
