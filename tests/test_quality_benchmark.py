@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,7 @@ TINY = ["--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1", "--
 TINY += ["--newcomer", "sorting", "--num-train", "40", "--device", "cpu", "--dtype", "float32"]
 TINY += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--singles", "1", "--composites", "2"]
 TINY += ["--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
+FREE = ("train bank", "eval joint")
 STARTS = ("first", "system", "half", "turn", "response")
 
 
@@ -107,6 +109,32 @@ def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
     assert "FileNotFoundError" in (tmp_path / "logs" / "seed-1-eval-joint.log").read_text()
     assert "2 of 6 failed" in done.stderr
     assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
+
+
+def test_a_job_waits_for_what_it_needs_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    from quality.schedule import Board, jobs_of
+
+    jobs = jobs_of([0, 1], ["nine", "bank", "open"], ["key", "joint"])
+    assert {job.name for job in jobs if not job.needs} == {f"seed {seed} {job}" for seed in (0, 1) for job in FREE}
+    board, found = Board(jobs), []
+    first, second = board.take("train"), board.take("train")
+    assert first is not None
+    assert second is not None
+    assert [job.name for job in (first, second)] == ["seed 0 train bank", "seed 1 train bank"]
+    board.end(second, well=False)  # and with it go the stages and rows of that seed, but for those that need nothing
+    waiting = threading.Thread(target=lambda: found.append(board.take("train")))
+    waiting.start()
+    waiting.join(0.2)
+    assert waiting.is_alive()  # the stages of seed 0 need its bank
+    board.end(first, well=True)
+    waiting.join(10)
+    assert found[0].name == "seed 0 train open"
+    assert {job.seed for job in board.waiting if job.kind == "train"} == {0}
+    assert {job.name for job in board.waiting if job.seed == 1} == {"seed 1 eval joint"}
+    board.stop()
+    assert board.take("train") is board.take("eval") is None
+    assert "seed 0 eval key" in board.failed
 
 
 @pytest.mark.parametrize(
