@@ -45,8 +45,9 @@ def test_it_ends_well(tmp_path: Path, script: str, options: list[str], expected:
 
 def test_the_readme_says_what_was_measured() -> None:
     text = " ".join((REPOSITORY / "README.md").read_text().split())
-    kills, clients = (
-        json.loads((REPOSITORY / f"benchmarks/results/{name}-cpu.json").read_text()) for name in ("kills", "clients")
+    kills, clients, alternation = (
+        json.loads((REPOSITORY / f"benchmarks/results/{name}-cpu.json").read_text())
+        for name in ("kills", "clients", "alternation")
     )
     assert kills["num_resumed"] > 0
     assert f"({kills['num_equal']} banks of {kills['num_banks']} after {kills['num_kills']} kills" in text
@@ -57,3 +58,7 @@ def test_the_readme_says_what_was_measured() -> None:
     assert f"grows by {100 * (clients['memory_growth'] - 1):.1f} %" in text
     assert (clients["num_clients"], clients["minutes"], clients["faults"]) == (200, 10, [])
     assert not any(clients["kept"].values())
+    assert f"Of {alternation['num_answers']:,} answers" in text
+    assert alternation["num_different"] == 0
+    changes = sum(alternation["counts"][name] for name in ("loads", "replacements", "unloads"))
+    assert changes // 1000 == 16  # thousands
