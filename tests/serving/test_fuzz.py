@@ -69,7 +69,7 @@ def test_no_request_makes_the_server_fail(make_app, folder, engine):
         make_app(adapter_folders=(folder,)), KNOWN | {"model": "demo"}, max_examples=int(EXAMPLES or 60)
     )
     assert num_requests > 500
-    assert len(engine.requests) > 50
+    assert len(engine.requests) > 25
     assert engine.running == []
 
 
