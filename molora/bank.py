@@ -239,11 +239,7 @@ class Bank:
         for entry in self.adapters:
             adapter = self.load_adapter(entry.name)
             self._check_adapter(entry.name, adapter)
-            if entry.routable and adapter.layers[0] < self.config.router_layer:
-                raise ValueError(
-                    f"adapter {entry.name!r} is routable and acts in layer {adapter.layers[0]}, below the router layer "
-                    f"{self.config.router_layer}."
-                )
+            self._check_routable(entry.name, adapter, entry.routable, None, None)
         self.load_router()
 
     def load_router(self) -> Router | None:

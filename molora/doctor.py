@@ -23,11 +23,8 @@ from molora.display import joined, one_line
 State = Literal["well", "note", "wrong"]
 ROOM_BYTES = 10**9  # for a small base and its download
 DRIVER = Path("/proc/driver/nvidia/version")
-MOST_DIFFERENT = {
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 2e-2,
-}  # of the kernels, over the largest value
+# Of the kernels from their definition, over the largest value.
+MOST_DIFFERENT = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)

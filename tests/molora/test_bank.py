@@ -409,3 +409,14 @@ class TestAdaptersThatDoNotFit:
 def test_the_version_is_written(bank):
     assert json.loads((bank.path / "molora.json").read_text())["format_version"] == bank_module.FORMAT_VERSION == 1
     assert isinstance(bank.load_router(), KeyRouter)
+
+
+def test_a_bank_that_does_not_fit_what_it_says_is_found(make_bank, tmp_path):
+    bank = make_bank(tmp_path)
+    bank.check()
+    for changes, words in (
+        ({"max_rank": 1}, "the bank's slots hold at most 1"),
+        ({"router_layer": 99}, "below the router"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Bank(bank.path, replace(bank.config, **changes)).check()

@@ -2,13 +2,17 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import uvicorn
 from fastapi import FastAPI
 
 from molora.activation import Activation, Prompt, render
@@ -305,6 +309,26 @@ def until() -> Callable[..., Awaitable[None]]:
                 await asyncio.sleep(0.001)
 
     return until
+
+
+@pytest.fixture(scope="session")
+def listening() -> Callable[[FastAPI], AbstractContextManager[str]]:
+    """An app on a socket of this machine; where it listens."""
+
+    @contextmanager
+    def listen(app: FastAPI) -> Iterator[str]:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.001)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return listen
 
 
 @pytest.fixture(scope="session")

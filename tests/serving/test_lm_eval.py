@@ -5,13 +5,10 @@ Everything is local: tasks, data, the base and the server.
 
 import json
 import pickle
-import threading
-import time
 from copy import deepcopy
 
 import pytest
 import torch
-import uvicorn
 
 import molora
 from molora.serving.app import create_app
@@ -106,21 +103,15 @@ def evaluate(tasks):
 
 
 @pytest.fixture(scope="module")
-def served(bank):
+def served(bank, listening):
     """Where the server listens."""
     m = molora.load(bank, device="cpu", dtype="float32")
     engine = Engine(m, config := EngineConfig(kv_cache_bytes=1 << 24))
     app = create_app(engine, ServeConfig(bank=str(bank.path), engine=config))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
     try:
-        while not server.started:
-            time.sleep(0.001)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+        with listening(app) as url:
+            yield f"{url}/v1"
     finally:
-        server.should_exit = True
-        thread.join()
         engine.close()
 
 

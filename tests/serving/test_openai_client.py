@@ -1,12 +1,10 @@
 """The official client library against a server on a socket."""
 
 import asyncio
-import threading
 import time
 
 import pydantic
 import pytest
-import uvicorn
 
 openai = pytest.importorskip("openai")
 
@@ -14,20 +12,12 @@ MESSAGES = [{"role": "user", "content": "hello there"}]
 
 
 @pytest.fixture
-def client(make_app, engine):
-    app = make_app(api_keys=("the-key",))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.001)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="the-key", max_retries=0) as client:
-            yield client
-    finally:
-        server.should_exit = True
-        thread.join()
+def client(make_app, engine, listening):
+    with (
+        listening(make_app(api_keys=("the-key",))) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key="the-key", max_retries=0) as client,
+    ):
+        yield client
     assert engine.running == []
 
 

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 import httpx
 import pytest
 import torch
-import uvicorn
 
 import molora
 from molora.adapter import random_adapter
@@ -40,30 +39,30 @@ def m(tmp_path_factory, make_bank, key_router):
     return molora.load(bank, device="cpu", dtype="float32", num_extra_slots=1)
 
 
-@contextmanager
-def serving(m, **settings):
+@pytest.fixture(scope="module")
+def serving(m, listening):
     """A client and the engine behind it."""
-    engine_config = EngineConfig(**{"kv_cache_bytes": 1 << 24, **settings.pop("engine", {})})
-    engine = Engine(m, engine_config)
-    config = ServeConfig(bank=str(m.bank.path), engine=engine_config, **settings)
-    server = uvicorn.Server(uvicorn.Config(create_app(engine, config), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started:
-            time.sleep(0.001)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
-            yield client, engine
-    finally:
-        server.should_exit = True
-        thread.join()
-        engine.close()
+
+    @contextmanager
+    def serve(**settings):
+        engine_config = EngineConfig(**{"kv_cache_bytes": 1 << 24, **settings.pop("engine", {})})
+        engine = Engine(m, engine_config)
+        app = create_app(engine, ServeConfig(bank=str(m.bank.path), engine=engine_config, **settings))
+        try:
+            with (
+                listening(app) as url,
+                openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client,
+            ):
+                yield client, engine
+        finally:
+            engine.close()
+
+    return serve
 
 
 @pytest.fixture(scope="module")
-def served(m, folder):
-    with serving(m, adapter_folders=(str(folder),), limits=Limits(max_adapter_rank=8)) as both:
+def served(serving, folder):
+    with serving(adapter_folders=(str(folder),), limits=Limits(max_adapter_rank=8)) as both:
         yield both
 
 
@@ -205,8 +204,8 @@ def test_a_client_that_leaves_a_whole_answer(client, engine):
     wait_until_idle(engine)
 
 
-def test_a_full_engine_refuses_and_those_that_wait_may_leave(m):
-    with serving(m, engine={"max_sequences": 1, "max_waiting": 1}) as (client, engine), ExitStack() as stack:
+def test_a_full_engine_refuses_and_those_that_wait_may_leave(serving):
+    with serving(engine={"max_sequences": 1, "max_waiting": 1}) as (client, engine), ExitStack() as stack:
 
         def start():
             return stack.enter_context(
