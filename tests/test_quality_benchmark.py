@@ -35,7 +35,7 @@ TINY = ["--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1", "--
 TINY += ["--newcomer", "sorting", "--num-train", "40", "--device", "cpu", "--dtype", "float32"]
 TINY += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--singles", "1", "--composites", "2"]
 TINY += ["--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
-FREE = ("train bank", "eval joint")
+FREE = ("train adapters", "eval joint")
 STARTS = ("first", "system", "half", "turn", "response")
 
 
@@ -99,15 +99,15 @@ def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
     done = run("all", tmp_path, *some, "--seeds", "0", "--rows-of", "gates")  # there are no data
     assert done.returncode == 1
     assert "seed 0 eval gates: left out" in done.stdout
-    assert "2 of 2 failed" in done.stderr
+    assert "3 of 3 failed" in done.stderr
     assert run("data", tmp_path).returncode == 0
     done = run("all", tmp_path, *some, "--seeds", "0", "1")
     assert {line.rpartition(":")[0] for line in done.stdout.splitlines() if line.endswith(" s")} == {
-        f"seed {seed} {job}" for seed in (0, 1) for job in ("train bank", "eval gates")
+        f"seed {seed} {job}" for seed in (0, 1) for job in ("train adapters", "train bank", "eval gates")
     }
     assert "seed 1 eval joint: failed, see" in done.stdout  # nobody has trained that
     assert "FileNotFoundError" in (tmp_path / "logs" / "seed-1-eval-joint.log").read_text()
-    assert "2 of 6 failed" in done.stderr
+    assert "2 of 8 failed" in done.stderr
     assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
 
 
@@ -121,15 +121,15 @@ def test_a_job_waits_for_what_it_needs_and_goes_with_it(monkeypatch: pytest.Monk
     first, second = board.take("train"), board.take("train")
     assert first is not None
     assert second is not None
-    assert [job.name for job in (first, second)] == ["seed 0 train bank", "seed 1 train bank"]
+    assert [job.name for job in (first, second)] == ["seed 0 train adapters", "seed 1 train adapters"]
     board.end(second, well=False)  # and with it go the stages and rows of that seed, but for those that need nothing
     waiting = threading.Thread(target=lambda: found.append(board.take("train")))
     waiting.start()
     waiting.join(0.2)
-    assert waiting.is_alive()  # the stages of seed 0 need its bank
+    assert waiting.is_alive()  # the stages of seed 0 need its adapters
     board.end(first, well=True)
     waiting.join(10)
-    assert found[0].name == "seed 0 train open"
+    assert found[0].name == "seed 0 train nine"  # the first that was asked for
     assert {job.seed for job in board.waiting if job.kind == "train"} == {0}
     assert {job.name for job in board.waiting if job.seed == 1} == {"seed 1 eval joint"}
     board.stop()

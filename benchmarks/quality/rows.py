@@ -121,15 +121,29 @@ def measure(args: Namespace) -> None:
 
 
 def of_bank(here: Measurement) -> None:
-    """The learned router, the adapters by themselves, and what else can be made of them."""
-    args, folder = here.args, seed_folder(here.args)
-    merges = peft_ways.MERGES
-    ways = ["auto", "given", "base", "sequence", "uniform", *args.domains]
-    if not here.missing([*ways, *merges, "random"]):
+    """The learned router, and what needs none."""
+    answer_in(here, ["auto", "given", "base", "sequence", "uniform"])
+
+
+def of_alone(here: Measurement) -> None:
+    """Each adapter for everything."""
+    answer_in(here, here.args.domains)
+
+
+def answer_in(here: Measurement, ways: Sequence[str]) -> None:
+    """Rows of the bank as it is, each named after `evaluate`'s way."""
+    if here.missing(ways):
+        with here.loaded(seed_folder(here.args) / "bank") as m:
+            for way in ways:
+                here.add(m, way, way)
+
+
+def of_merges(here: Measurement) -> None:
+    """What else can be made of the adapters, and a router that has learned nothing."""
+    args, folder, merges = here.args, seed_folder(here.args), peft_ways.MERGES
+    if not here.missing([*merges, "random"]):
         return
     with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
-        for way in ways:
-            here.add(m, way, way)
         for kind in here.missing(merges):
             merged = folder / "merged" / kind
             peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
@@ -267,8 +281,10 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
 
 GROUPS: dict[str, Callable[[Measurement], None]] = {
     "bank": of_bank,
+    "alone": of_alone,
+    "merges": of_merges,
     "gates": of_gates,
-    **{stage: of_stage(stage) for stage in STAGES if stage not in ("bank", "nine")},
+    **{stage: of_stage(stage) for stage in STAGES if stage not in ("adapters", "bank", "nine")},
     "nine": of_nine,
     "key": of_key,
     "removed": of_removed,

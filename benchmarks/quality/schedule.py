@@ -16,13 +16,10 @@ from threading import Condition, Thread
 
 import torch
 
-from quality.rows import GROUPS
-from quality.training import STAGES
+from quality.training import ROUTERS
 
-STAGE_OF = {"gates": "bank", "removed": "bank", "starts": "bank", "arrow": "bank", "xlora": "bank"}
+STAGE_OF = dict.fromkeys(("alone", "merges", "gates", "removed", "starts", "arrow", "xlora"), "bank")
 STAGE_OF |= {"plain starts": "plain", "key": "open"}  # a group's is of its own name otherwise
-TRAINED_BY = {"key": "nine"}  # whose newcomer a group adds
-ALONE = frozenset({"bank", "joint", "plain"})  # stages that build on no other
 
 
 @dataclass(frozen=True)
@@ -52,25 +49,24 @@ class Job:
 
 
 def jobs_of(seeds: Sequence[int], stages: Sequence[str], groups: Sequence[str]) -> list[Job]:
-    """In the order in which they are begun; what a job needs and is not asked for is taken to be there."""
+    """In the order in which they are begun, as asked; routers bring the training of their adapters along.
+
+    Whatever else a job needs and is not asked for is taken to be there.
+    """
+    if "adapters" not in stages and not ROUTERS.keys().isdisjoint(stages):
+        stages = ["adapters", *stages]
     found = [
-        Job("train", seed, stage, _train(seed, [] if stage in ALONE else ["bank"]))
-        for stage in STAGES
-        if stage in stages
+        Job("train", seed, stage, frozenset({f"seed {seed} train adapters"} if stage in ROUTERS else ()))
+        for stage in stages
         for seed in seeds
     ]
     found += [
-        Job("eval", seed, group, _train(seed, [STAGE_OF.get(group, group), *filter(None, [TRAINED_BY.get(group)])]))
-        for group in GROUPS
-        if group in groups
+        Job("eval", seed, group, frozenset({f"seed {seed} train {STAGE_OF.get(group, group)}"}))
+        for group in groups
         for seed in seeds
     ]
     names = {job.name for job in found}
     return [Job(job.kind, job.seed, job.part, job.needs & names) for job in found]
-
-
-def _train(seed: int, stages: Sequence[str]) -> frozenset[str]:
-    return frozenset(Job("train", seed, stage, frozenset()).name for stage in stages)
 
 
 class Board:

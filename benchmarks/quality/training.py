@@ -1,15 +1,16 @@
 """What is trained: the bank, other routers over its adapters, and the LoRAs that it is compared with.
 
-bank    the adapters, side by side, and a router by labels, with a LoRA of its own
-token   another router over the same adapters, by what each of them loses on each token
-lm      another one, by the language model loss alone
-own     another one by labels, whose language model loss is under its own choice
-steady  the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
-open    the bank's router again, which also practises to know a newcomer by the mean of its queries
-nine    one adapter more, and a router that knows it from the start
-tuned   the bank's router again, from the start, while the adapters go on learning with it
-joint   one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens, from the user's turn
-plain   the adapters again, as plain LoRAs: active on every token
+adapters  the bank's adapters and the newcomer's, side by side
+bank      a router over the adapters, by labels, with a LoRA of its own
+token     another router over the same adapters, by what each of them loses on each token
+lm        another one, by the language model loss alone
+own       another one by labels, whose language model loss is under its own choice
+steady    the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
+open      the bank's router again, which also practises to know a newcomer by the mean of its queries
+nine      one adapter more, and a router that knows it from the start
+tuned     the bank's router again, from the start, while the adapters go on learning with it
+joint     one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens, from the user's turn
+plain     the adapters again, as plain LoRAs: active on every token
 """
 
 import shutil
@@ -40,7 +41,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},
 }
-STAGES = (*ROUTERS, "joint", "plain")
+STAGES = ("adapters", *ROUTERS, "joint", "plain")
 
 
 def seed_folder(args: Namespace) -> Path:
@@ -51,7 +52,9 @@ def seed_folder(args: Namespace) -> Path:
 
 def train(args: Namespace) -> None:
     for stage in args.stages:
-        if stage in ROUTERS:
+        if stage == "adapters":
+            train_adapters(settings(args, "nine"))
+        elif stage in ROUTERS:
             train_bank(settings(args, stage))
         elif stage == "joint":
             write_bank(args, "joint", train_adapters(joint_settings(args)), activation="turn")
