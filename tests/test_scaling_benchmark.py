@@ -50,6 +50,12 @@ def fleet(module: Modules, measurements: Any) -> Any:
     return module("search").at(module("results").fleet_of(measurements), 40.0)
 
 
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((BENCHMARKS / "results" / "scaling.json").read_text())
+    return found
+
+
 def test_a_base_takes_what_the_measured_one_took(module: Modules, measurements: Any) -> None:
     base = module("measured").BASE
     found = measurements.details("decode", "base, batch 64, of the floor of weights and cache")
@@ -310,3 +316,88 @@ def test_a_config_that_cannot_be_counted_is_named(module: Modules, tmp_path: Pat
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(ValueError, match=re.escape(says)):
         module("base").Base.read(tmp_path)
+
+
+DOCS = (REPOSITORY / "docs" / "scaling.md").read_text()
+WORDS = " ".join(DOCS.split())
+
+
+def test_the_result_covers_the_grid(result: dict[str, Any]) -> None:
+    points = {(row["routing"], row["num_gpus"], row["number"]) for row in result["grid"]}
+    assert {gpus for _, gpus, _ in points} >= {1, 10, 100, 1000}
+    assert {number for _, _, number in points} >= {10, 100, 1000, 10_000, 100_000}
+    assert len(points) == 2 * 7 * 5 == len(result["grid"])
+    assert result["seed"] == 0
+    assert result["commit"]
+
+
+def test_the_result_is_what_the_model_says_now(module: Modules, result: dict[str, Any], measurements: Any) -> None:
+    grid, fleet = module("grid"), module("results").fleet_of(measurements)
+    rows = (grid.points(measurements), grid.slots_against_cache(fleet))
+    for now, then in zip(rows, (result["points"], result["slots"]), strict=True):
+        for ours, theirs in zip(now, then, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                if isinstance(value, float):
+                    assert value == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+                else:
+                    assert value == theirs[name], name
+    for row in result["needed"][::7]:
+        loaded = module("search").at(grid.with_adapters(fleet, row["number"], row["routing"]), row["requests_per_s"])
+        found = module("search").gpus_needed(loaded)
+        assert (found.num_gpus, found.num_slots) == (row["num_gpus"], row["num_slots"])
+    assert (BENCHMARKS / "results" / "scaling.md").read_text() == module("pages").page(result)
+
+
+def test_the_tables_of_the_page_are_those_of_the_result(module: Modules, result: dict[str, Any]) -> None:
+    pages = module("pages")
+    for table in (pages.needed(result), pages.constants(result), pages.held_out(result)):
+        assert table in DOCS
+
+
+def test_the_commands_of_the_page_print_what_it_says(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```bash\n(.*?)\n```\n\n```text\n(.*?)```", DOCS, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for command, printed in blocks:
+        script.main(command.removeprefix("python benchmarks/scaling.py ").split())
+        assert capsys.readouterr().out == printed
+
+
+def test_the_figures_in_the_text_of_the_page(
+    script: ModuleType, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plan(options: str) -> dict[str, Any]:
+        script.main(["plan", *options.split(), "--json"])
+        found: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return found
+
+    by_turns = plan("--adapters 2000 --requests-per-s 50 --routing round-robin")
+    assert f"the same load needs {by_turns['num_gpus']} GPUs" in WORDS
+    found = plan("--adapters 100000 --requests-per-s 40")
+    assert f"Without `--gpus` the answer is {found['num_gpus']} GPUs" in WORDS
+    assert not plan("--adapters 100000 --requests-per-s 40 --gpus 8 --rank 8")["problems"]
+    long = "--adapters 20 --requests-per-s 3 --gpus 1 --user-tokens 1000 --answer-tokens 300 --turns 8"
+    turn, kept = plan(long), plan(f"{long} --keeps-active")
+    assert turn["problems"]
+    assert not kept["problems"]
+    rates = [f"{each['prefix_hit_rate']:.0%}" for each in (kept, turn)]
+    assert f"{rates[0]} of the prompts' tokens are found rather than {rates[1]}" in WORDS
+    assert plan(f"{long} --keeps-active".replace("-s 3", "-s 4"))["prefix_hit_rate"] < 0.05
+    che = max(abs(each["difference"]) for each in result["slot_checks"])
+    few = [each for each in result["prefix_checks"] if each["requests_per_s"] == 1]
+    many = [each for each in result["prefix_checks"] if each["requests_per_s"] == 4]
+    differences = [max(abs(each["difference"]) for each in cases) for cases in (many, few)]
+    assert f"off by at most {che:.4f} in {len(result['slot_checks'])} cases" in WORDS
+    assert f"off by at most {differences[0]:.4f} from those" in WORDS
+    assert f"`BlockManager`, in {len(many)} cases" in WORDS
+    assert f"about ten conversations it is off by {differences[1]:.4f}, in {len(few)} cases" in WORDS
+    assert f"{result['engine_slots']['num_requests']:,} requests for 40 adapters in 12 slots" in WORDS
+    assert f"{result['fleet']['gpu']['bytes_per_s'] / 1e9:.0f} GB/s" in WORDS
+    (load,) = (each["measured"] for each in result["points"] if each["what"] == "loading an adapter")
+    assert f"{500 * load / 60e3:.0f} minutes for 500" in WORDS
+    busiest = {(each["num_gpus"], each["number"]): each["busiest"] for each in result["balance"]}
+    assert f"has {busiest[100, 1000]:.2f} of its share with 1,000 adapters, but {busiest[100, 10]:.2f} with 10" in WORDS
+    firsts = [each for each in result["points"] if each["what"].startswith("first token")]
+    missing_ms = [each["measured"] - each["predicted"] for each in firsts]
+    assert f"takes {min(missing_ms):.0f} to {max(missing_ms):.0f} ms more than the step" in WORDS
+    assert f"a server loads {result['fleet']['costs']['host_bytes_per_s'] / 1e6:.0f} MB/s" in WORDS
