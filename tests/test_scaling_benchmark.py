@@ -176,13 +176,15 @@ def test_prefixes_are_found_as_by_the_engines_block_managers(
     module: Modules, keeps_active: bool, num_gpus: int
 ) -> None:
     traffic = module("parts").Traffic(
-        requests_per_s=3, system_tokens=16, user_tokens=24, answer_tokens=40, keeps_active=keeps_active
+        requests_per_s=num_gpus, system_tokens=16, user_tokens=24, answer_tokens=40, keeps_active=keeps_active
     )
-    how = {"cache_tokens": 20_000 // num_gpus, "answer_s": 5.0, "num_gpus": num_gpus}
-    simulated = module("simulate").prefix_hit_rate(traffic, block_size=8, num_conversations=600, seed=1, **how)
-    model = module("prefixes").find_prefixes(traffic, requests_per_s=3 / num_gpus, **how)
+    how = {"cache_tokens": 5000, "answer_s": 5.0, "num_gpus": num_gpus}
+    simulated = module("simulate").prefix_hit_rate(
+        traffic, block_size=8, num_conversations=500 * num_gpus, seed=1, **how
+    )
+    model = module("prefixes").find_prefixes(traffic, requests_per_s=1, **how)
     assert 0.1 < simulated < 0.8
-    assert model.hit_rate == pytest.approx(simulated, abs=0.03)
+    assert model.hit_rate == pytest.approx(simulated, abs=0.025)
 
 
 def test_prefixes_have_bounds(module: Modules) -> None:
