@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 import yaml
 
 import molora
@@ -26,13 +25,12 @@ from molora.serving.app import create_app
 from molora.serving.config import ServeConfig
 from molora.serving.engine import Engine, EngineConfig
 
-pytest.importorskip("ray")
-
 ROOT = Path(__file__).parents[3]
 START_S = 180
 ENGINE = {"kv_cache_bytes": 1 << 24, "block_size": 16}
 KEY = {"Authorization": "Bearer secret"}
 CHAT = "/v1/chat/completions"
+LOADED = {"lora_name": "z", "lora_path": "z", "activation": 0}
 ENDLESS = {"max_tokens": 600, "ignore_eos": True}
 NUM_TENANTS, NUM_CONVERSATIONS, NUM_TURNS = 3, 4, 4
 
@@ -228,17 +226,32 @@ async def equals(found: Any, expected: object) -> bool:
 
 async def adapters(client: Client) -> None:
     """Once the load is answered, whoever is asked has it."""
-    body = {"lora_name": "z", "lora_path": "z", "activation": 0}
-    loaded = await client.http.post("/v1/load_lora_adapter", json=body)
+    loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.status_code for response in everyone} == {200}
     assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"1"}
     assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
-    assert (await client.http.post("/v1/load_lora_adapter", json=body)).status_code == 400
+    assert (await client.http.post("/v1/load_lora_adapter", json=LOADED)).status_code == 400
 
 
-async def a_kill(client: Client, parent: int) -> None:
+async def versions_survive(client: Client, server: int) -> None:
+    """The actor that keeps the versions dies; the next one learns them from the replicas."""
+    os.kill(processes(server, "ray::RolloutStore")[0], signal.SIGKILL)
+
+    async def unloaded() -> bool:
+        response = await client.http.post("/v1/unload_lora_adapter", json={"lora_name": "z"})
+        assert response.status_code in (200, 503), response.text
+        return response.status_code == 200
+
+    await client.until(unloaded)
+    loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
+    assert loaded.status_code == 200, loaded.text
+    everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
+
+
+async def a_kill(client: Client, server: int) -> None:
     """Its requests get an error that says to ask again, and no others do."""
     before = set(await client.metric("num_requests_running"))
     asking = [asyncio.create_task(client.chat(f"{i}", stream=bool(i % 2), **ENDLESS)) for i in range(12)]
@@ -248,7 +261,7 @@ async def a_kill(client: Client, parent: int) -> None:
         return sum(counts.values()) == len(asking) and min(counts.values()) > 1
 
     await client.until(both_run)
-    os.kill(replica_processes()[0], signal.SIGKILL)
+    os.kill(processes(server, "ray::ServeReplica:molora:Replica")[0], signal.SIGKILL)
     results = await asyncio.gather(*asking)
     lost = [each for each in results if "replica_lost" in each.text]
     assert 1 < len(lost) < len(results) - 1
@@ -278,9 +291,18 @@ async def a_kill(client: Client, parent: int) -> None:
     assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
 
 
-def replica_processes() -> list[int]:
-    listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-    return [int(line.split()[0]) for line in listed.splitlines() if "ray::ServeReplica:molora:Replica" in line]
+def processes(server: int, title: str) -> list[int]:
+    """Those that a server has started, and those that these have started, by a part of their command."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
+    parent = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def is_ours(pid: int) -> bool:
+        while pid in parent and pid != server:
+            pid = parent[pid]
+        return pid == server
+
+    return [int(pid) for pid, _, args in rows if title in args and is_ours(int(pid))]
 
 
 async def draining(client: Client, process: subprocess.Popen[bytes]) -> None:
