@@ -19,6 +19,7 @@ from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptio
 from ray.serve.request_router import RequestRouter
 from ray.serve.schema import LoggingConfig
 
+from molora.bank import Bank
 from molora.serving.cluster.config import ClusterConfig, RayConfig
 from molora.serving.cluster.ingress import Ingress
 from molora.serving.cluster.replica import STORE, Replica
@@ -74,14 +75,20 @@ def serve_on_ray(config: ClusterConfig) -> int:
     """Serve until told to stop, then let running requests finish.
 
     Raises:
-        RuntimeError: the replicas do not start; their log says why.
+        FileNotFoundError, ValueError: there is no such bank, or it is damaged.
+        RuntimeError: the replicas do not start; their log, which is printed, says why.
     """
     server = config.server
+    if config.ray.address is None:
+        Bank.open(server.bank)  # each replica would try several times
     start_ray(config.ray.address)
     try:
         print(f"Starting {config.ray.min_replicas} replicas of {server.bank} ...", flush=True)
         serve.start(http_options=http_options(server), logging_config=QUIET)
-        serve.run(application(config), name=APP, route_prefix="/")
+        try:
+            serve.run(application(config), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
         with _told_to_stop() as told:
             url = f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
             print(f"Serving a page on {url} and the API on {url}/v1", flush=True)

@@ -69,8 +69,9 @@ class Replica:
         return {PREFIX_KEYS: list(self._keys)}
 
     def __del__(self) -> None:
-        self._follower.stop()
-        self._engine.close()
+        if hasattr(self, "_follower"):  # Ray Serve calls it, too, where the constructor has failed
+            self._follower.stop()
+            self._engine.close()
 
     def _remember(self, keys: tuple[bytes, ...]) -> None:
         for key in reversed(keys):

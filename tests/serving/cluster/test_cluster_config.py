@@ -1,6 +1,7 @@
 """Settings of the form on Ray Serve, and one line where they are wrong or Ray is missing."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_without_ray_the_extra_is_named(monkeypatch, capsys):
 def test_wrong_settings_are_known_before_ray_starts(capsys):
     assert cli.main(["--ray", "--port", "0"]) == 2
     assert "'bank' is missing" in capsys.readouterr().err
+
+
+def test_a_bank_that_is_not_there_is_known_before_ray_starts(capsys, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own modules, when they are imported
+        assert cli.main(["--ray", "--bank", str(tmp_path / "nowhere"), "--port", "0"]) == 2
+    assert f"{tmp_path / 'nowhere'}" in capsys.readouterr().err
