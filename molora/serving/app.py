@@ -20,7 +20,7 @@ from molora.serving.errors import UnavailableError, add_error_handlers
 from molora.serving.page import add_page
 from molora.serving.protocol import ErrorBody
 from molora.serving.security import AnswerCancelled, AnswerHead, LimitBody, RequireKey, SafeHeaders
-from molora.serving.service import Service, TheService
+from molora.serving.service import AdapterLoader, Service, TheService
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
@@ -36,15 +36,18 @@ class Version(BaseModel):
     version: str
 
 
-def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
+def create_app(engine: Engine, config: ServeConfig, *, loader: AdapterLoader | None = None) -> FastAPI:
     """The server of one bank: its base, its router and each of its adapters are the models that it offers.
 
     The engine stays the caller's: it is not closed when the app ends.
 
+    Args:
+        loader: what loads and unloads adapters; None is the engine itself.
+
     Raises:
         ValueError: two models would have the same name.
     """
-    service = Service(engine, config)
+    service = Service(engine, config, engine if loader is None else loader)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -9,12 +9,14 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 import molora
 from molora.display import one_line
+from molora.serving.cluster.config import read_cluster_config
 from molora.serving.config import ServeConfig, read_config
 
 if TYPE_CHECKING:
@@ -41,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 2 when the settings are wrong, the port is taken or the bank cannot be loaded.
     """
     arguments = vars(parser().parse_args(argv))
+    if arguments.pop("ray", False):
+        return _on_ray(arguments.pop("config", None), _nested(arguments))
     try:
         try:
             config = read_config(arguments.pop("config", None), _nested(arguments))
@@ -49,6 +53,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _fail(one_line(error))
         with sock:
             return serve(config, sock)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _on_ray(file: str | None, flags: dict[str, Any]) -> int:
+    try:
+        config = read_cluster_config(file, flags)
+        with bind(config.server.host, config.server.port) as sock:
+            free = replace(config.server, port=sock.getsockname()[1])
+        from molora.serving.cluster.deploy import serve_on_ray
+
+        return serve_on_ray(replace(config, server=free))
+    except (ValueError, OSError, RuntimeError) as error:
+        return _fail(one_line(error))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "ray":
+            raise
+        return _fail("--ray needs Ray Serve, which is not installed; install it by: pip install 'molora[ray]'")
     except KeyboardInterrupt:
         return 130
 
@@ -90,6 +112,13 @@ def serve(config: ServeConfig, sock: socket.socket) -> int:
 def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     """The engine and the app; these imports take seconds, which a wrong flag should not."""
     from molora.serving.app import create_app
+
+    engine = load_engine(config)
+    return engine, create_app(engine, config)
+
+
+def load_engine(config: ServeConfig) -> Engine:
+    """An engine that is warm."""
     from molora.serving.engine import Engine
 
     model = molora.load(
@@ -104,7 +133,7 @@ def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     if engine.captures:
         print("Compiling for the GPU, which takes a minute or two ...", flush=True)
     engine.warm_up()
-    return engine, create_app(engine, config)
+    return engine
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,6 +144,11 @@ def parser() -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--config", help="a YAML file such as configs/serve.yaml, which lists every setting")
+    parser.add_argument(
+        "--ray",
+        action="store_true",
+        help="replicas on Ray Serve, which needs the extra `ray`; configs/serve_ray.yaml lists its settings",
+    )
     parser.add_argument("--bank", help="the bank's folder")
     parser.add_argument("--base", help="base model to use instead of the one the bank names: a folder or a hub name")
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1)")

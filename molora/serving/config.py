@@ -56,7 +56,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in (each.name for each in fields(self)):
             if (value := getattr(self, name)) is not None or name not in ("max_prompt_tokens", "max_adapter_rank"):
-                _check_int(f"limits.{name}", value, low=1)
+                check_int(f"limits.{name}", value, low=1)
         if self.max_logprobs > MAX_TOP_LOGPROBS:
             raise ValueError(f"limits.max_logprobs is {self.max_logprobs}; the engine reports {MAX_TOP_LOGPROBS}.")
 
@@ -101,18 +101,18 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         for name in ("bank", "dtype", "host"):
-            _check_text(name, getattr(self, name))
+            check_text(name, getattr(self, name))
         for name in ("base", "device", "api_key_file"):
             if getattr(self, name) is not None:
-                _check_text(name, getattr(self, name))
-        _check_int("port", self.port, low=0, high=65535)
+                check_text(name, getattr(self, name))
+        check_int("port", self.port, low=0, high=65535)
         for name in ("drain_s", "num_extra_slots"):
-            _check_int(name, getattr(self, name), low=0)
+            check_int(name, getattr(self, name), low=0)
         for name in ("keep_alive_s", "max_connections"):
-            _check_int(name, getattr(self, name), low=1)
+            check_int(name, getattr(self, name), low=1)
         for name in ("api_keys", "adapter_folders"):
             for value in getattr(self, name):
-                _check_text(name, value)
+                check_text(name, value)
         if not all(key.isascii() and key.isprintable() and " " not in key for key in self.api_keys):
             raise ValueError("api_keys has a key with spaces or with characters that no HTTP header can carry.")
         for folder in self.adapter_folders:
@@ -132,12 +132,12 @@ class ServeConfig:
         try:
             values = dict(values)
             for name, section in (("engine", EngineConfig), ("limits", Limits)):
-                values[name] = _build(section, values.get(name), f"{name}.")
+                values[name] = build_section(section, values.get(name), f"{name}.")
             for name in ("api_keys", "adapter_folders"):
                 values[name] = _tuple(name, values.get(name))
             if isinstance(file := values.get("api_key_file"), str):
                 values["api_keys"] += _read_keys(file)
-            config: Self = _build(cls, values, "")
+            config: Self = build_section(cls, values, "")
             return config
         except ValueError as error:
             raise ValueError(f"{source}: {error}") from None
@@ -149,6 +149,19 @@ def read_config(file: str | Path | None, flags: Mapping[str, Any]) -> ServeConfi
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no YAML mapping, a key is unknown, or a value is wrong.
+    """
+    values, source = read_values(file, flags)
+    if "ray" in values:
+        raise ValueError(f"{source}: the section 'ray' is for --ray; add that flag, or take the section out.")
+    return ServeConfig.build(values, source=source)
+
+
+def read_values(file: str | Path | None, flags: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Of a file and flags, not checked yet, and what to call their source.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no YAML mapping.
     """
     values: dict[str, Any] = {}
     if file is not None:
@@ -164,10 +177,18 @@ def read_config(file: str | Path | None, flags: Mapping[str, Any]) -> ServeConfi
             values[name] = value
         elif isinstance(section := values.get(name) or {}, dict):
             values[name] = section | value
-    return ServeConfig.build(values, source="the command line" if file is None else str(file))
+    return values, "the command line" if file is None else str(file)
 
 
-def _build(cls: Any, values: object, prefix: str) -> Any:
+def build_section(cls: Any, values: object, prefix: str) -> Any:
+    """A dataclass of plain values.
+
+    Args:
+        prefix: of the section's keys in messages, such as "limits."; empty for the whole file.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is wrong; the message names the key.
+    """
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -201,12 +222,12 @@ def _tuple(name: str, value: object) -> tuple[Any, ...]:
     return tuple(value)
 
 
-def _check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
+def check_int(name: str, value: object, *, low: int, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         wanted = f"of {low} or more" if high is None else f"from {low} to {high}"
         raise ValueError(f"{name} is {value!r}; expected a whole number {wanted}.")
 
 
-def _check_text(name: str, value: object) -> None:
+def check_text(name: str, value: object) -> None:
     if not isinstance(value, str) or not value:
         raise ValueError(f"{name} has {value!r}; expected some text.")

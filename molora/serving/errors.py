@@ -9,7 +9,6 @@ from starlette.exceptions import HTTPException
 
 from molora.serving.protocol import Error, ErrorBody
 from molora.serving.request import EngineClosedError, EngineError, EngineFullError
-from molora.slots import NoFreeSlotError
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
 
@@ -31,6 +30,8 @@ class UnavailableError(RuntimeError):
 
 
 def add_error_handlers(app: FastAPI) -> None:
+    from molora.slots import NoFreeSlotError  # it imports torch, which whoever only passes errors on does without
+
     @app.exception_handler(RequestValidationError)
     async def invalid_body(request: Request, error: RequestValidationError) -> Response:
         message, param = explain(error)

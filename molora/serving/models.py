@@ -92,7 +92,7 @@ async def load_adapter(body: LoadRequest, service: TheService) -> ModelCard:
     def load() -> None:
         folder = check_adapter(body.lora_path, service.adapter_folders, service.limits)
         try:
-            service.engine.load_adapter(body.lora_name, folder, activation=body.activation, replace=body.load_inplace)
+            service.loader.load_adapter(body.lora_name, folder, activation=body.activation, replace=body.load_inplace)
         except (ValueError, FileNotFoundError) as error:
             raise InvalidRequestError(f"lora_path: {error}", param="lora_path") from error
 
@@ -107,7 +107,7 @@ async def unload_adapter(body: UnloadRequest, service: TheService) -> Unloaded:
     if not is_known(service, body.lora_name):
         raise InvalidRequestError(f"there is no adapter {body.lora_name!r}", param="lora_name", status=404)
     try:
-        await asyncio.to_thread(service.engine.unload_adapter, body.lora_name)
+        await asyncio.to_thread(service.loader.unload_adapter, body.lora_name)
     except ValueError as error:
         raise InvalidRequestError(str(error), param="lora_name") from error
     return Unloaded(id=service.name_of(body.lora_name))

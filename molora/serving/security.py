@@ -134,7 +134,9 @@ class SafeHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", ()), *self.HEADERS]}
+                headers = list(message.get("headers", ()))
+                known = {name.lower() for name, _ in headers}
+                message = {**message, "headers": headers + [each for each in self.HEADERS if each[0] not in known]}
             await send(message)
 
         await self._app(scope, receive, with_headers)

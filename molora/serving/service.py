@@ -9,11 +9,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from molora.activation import Activation
 from molora.generation import Sampling
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.errors import InvalidRequestError, UnavailableError
@@ -42,15 +44,26 @@ class Model:
     adapter: AdapterInfo | None = None
 
 
-class Service:
-    """Attributes: engine, limits, metrics, and when it was created, in seconds since 1970."""
+class AdapterLoader(Protocol):
+    """What loads and unloads adapters: the engine, or something that stands for several; see `Engine`."""
 
-    def __init__(self, engine: Engine, config: ServeConfig) -> None:
+    def load_adapter(
+        self, name: str, path: str | Path, *, activation: Activation | None = None, replace: bool = False
+    ) -> AdapterInfo: ...
+
+    def unload_adapter(self, name: str) -> None: ...
+
+
+class Service:
+    """Attributes: engine, loader, limits, metrics, and when it was created, in seconds since 1970."""
+
+    def __init__(self, engine: Engine, config: ServeConfig, loader: AdapterLoader) -> None:
         """
         Raises:
             ValueError: the base and the router would have one name.
         """
         self.engine = engine
+        self.loader = loader
         self.limits: Limits = config.limits
         self.adapter_folders = config.adapter_folders
         self.metrics = Metrics(engine)

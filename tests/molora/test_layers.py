@@ -64,6 +64,7 @@ COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/lm_eval.py", "molora/mode
         ("fastapi", "molora/serving"),
         ("starlette", "molora/serving"),
         ("uvicorn", "molora/serving"),
+        ("ray", "molora/serving/cluster"),
     ],
 )
 def test_a_framework_stays_in_its_folder(package, folder):
@@ -87,6 +88,12 @@ def test_the_engine_knows_nothing_of_http():
     assert not web & {f"molora/serving/{part}.py" for part in parts}
     for part in ("scheduler", "block_manager", "packing", "request", "text"):
         assert f"molora/serving/{part}.py" not in importers("torch", MOLORA)
+
+
+def test_the_server_needs_no_ray():
+    assert outside(importers("molora.serving.cluster", MOLORA), "molora/serving/cluster") == {"molora/serving/cli.py"}
+    named = {f"molora/serving/cluster/{part}.py" for part in ("router", "ingress", "replica", "deploy")}
+    assert importers("ray", MOLORA) == named
 
 
 def test_training_and_serving_do_not_know_each_other():
@@ -120,4 +127,5 @@ def test_import_molora_is_light():
         "tensorboard",
         "matplotlib",
         "lm_eval",
+        "ray",
     }

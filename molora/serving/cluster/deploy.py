@@ -1,0 +1,180 @@
+"""The application on Ray Serve, and what `serve.py --ray` does: start it, wait, drain it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, DeploymentActorConfig, HTTPOptions, RequestRouterConfig
+from ray.serve.request_router import RequestRouter
+from ray.serve.schema import LoggingConfig
+
+from molora.bank import Bank
+from molora.serving.cluster.config import ClusterConfig, RayConfig
+from molora.serving.cluster.ingress import Ingress
+from molora.serving.cluster.replica import STORE, Replica
+from molora.serving.cluster.rollout import RolloutStore
+from molora.serving.cluster.router import PrefixRouter
+from molora.serving.config import ServeConfig
+
+APP = "molora"
+GRACE_S = 5  # beyond drain_s, in which an ingress passes on the replicas' last words
+OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here; nothing large is passed
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+STATISTICS_PERIOD_S = 2.0  # how often replicas say whose prefixes they hold
+
+
+def application(config: ClusterConfig, *, router: type[RequestRouter] = PrefixRouter) -> serve.Application:
+    """What `serve.run` takes.
+
+    Args:
+        router: picks the replica of a request.
+    """
+    server, ray_config = _with_whole_paths(config.server), config.ray
+    common: dict[str, Any] = dict(
+        logging_config=QUIET,
+        health_check_period_s=ray_config.health_check_period_s,
+        health_check_timeout_s=ray_config.health_check_timeout_s,
+    )
+    replicas: Any = serve.deployment(
+        Replica,
+        **_scale(ray_config),
+        **common,
+        ray_actor_options={"num_cpus": ray_config.num_cpus, "num_gpus": ray_config.num_gpus},
+        max_ongoing_requests=ray_config.max_ongoing_requests,
+        max_queued_requests=ray_config.max_queued_requests,
+        graceful_shutdown_timeout_s=server.drain_s,
+        request_router_config=_routing(ray_config, router),
+        deployment_actors=[
+            DeploymentActorConfig(name=STORE, actor_class=ray.remote(RolloutStore), actor_options={"num_cpus": 0})
+        ],
+    )
+    ingress: Any = serve.deployment(
+        Ingress,
+        num_replicas=ray_config.num_ingresses,
+        **common,
+        ray_actor_options={"num_cpus": 0},
+        max_ongoing_requests=ray_config.max_replicas * ray_config.max_ongoing_requests + ray_config.max_queued_requests,
+        graceful_shutdown_timeout_s=server.drain_s + GRACE_S,
+    )
+    bound: serve.Application = ingress.bind(server, replicas.bind(server))
+    return bound
+
+
+def serve_on_ray(config: ClusterConfig) -> int:
+    """Serve until told to stop, then let running requests finish.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such bank, or it is damaged.
+        RuntimeError: the replicas do not start; their log, which is printed, says why.
+    """
+    server = config.server
+    if config.ray.address is None:
+        Bank.open(server.bank)  # each replica would try several times
+    start_ray(config.ray.address)
+    try:
+        print(f"Starting {config.ray.min_replicas} replicas of {server.bank} ...", flush=True)
+        serve.start(http_options=http_options(server), logging_config=QUIET)
+        try:
+            serve.run(application(config), name=APP, route_prefix="/")
+        except RuntimeError as error:
+            raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
+        with _told_to_stop() as told:
+            url = f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
+            print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
+            told.wait()
+            print(f"Finishing what runs, for up to {server.drain_s} s. Ctrl-C again stops now.", flush=True)
+            stop(config)
+    finally:
+        ray.shutdown()
+    return 0
+
+
+def start_ray(address: str | None) -> None:
+    """Join a cluster, or start one on this machine, which tells nobody of itself."""
+    if address is not None:
+        ray.init(address=address, logging_level=logging.WARNING)
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level=logging.WARNING)
+
+
+def stop(config: ClusterConfig) -> None:
+    """Drain the application: nothing of it is left, and nothing of Ray Serve where the cluster was started here."""
+    serve.delete(APP, _blocking=False)  # what blocks gives up after a minute
+    deadline = time.monotonic() + config.server.drain_s + 2 * GRACE_S
+    while APP in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if config.ray.address is None:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+def http_options(server: ServeConfig) -> HTTPOptions:
+    return HTTPOptions(host=server.host, port=server.port, keep_alive_timeout_s=server.keep_alive_s)
+
+
+def _routing(config: RayConfig, router: type[RequestRouter]) -> RequestRouterConfig:
+    options: dict[str, Any] = {
+        "request_router_class": router,
+        "request_routing_stats_period_s": STATISTICS_PERIOD_S,
+    }
+    if router is PrefixRouter:
+        own = {"max_prefix_keys": config.max_prefix_keys, "max_imbalance": config.max_imbalance}
+        options["request_router_kwargs"] = own
+    return RequestRouterConfig(**options)
+
+
+def _scale(config: RayConfig) -> dict[str, Any]:
+    if config.min_replicas == config.max_replicas:
+        return {"num_replicas": config.min_replicas}
+    return {
+        "autoscaling_config": AutoscalingConfig(
+            min_replicas=config.min_replicas,
+            max_replicas=config.max_replicas,
+            target_ongoing_requests=config.target_ongoing_requests,
+            upscale_delay_s=config.upscale_delay_s,
+            downscale_delay_s=config.downscale_delay_s,
+        )
+    }
+
+
+def _with_whole_paths(server: ServeConfig) -> ServeConfig:
+    """Replicas start in folders of their own."""
+
+    def whole(name: str) -> str:
+        return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+    return replace(
+        server,
+        bank=whole(server.bank),
+        base=None if server.base is None else whole(server.base),
+        adapter_folders=tuple(whole(folder) for folder in server.adapter_folders),
+    )
+
+
+@contextmanager
+def _told_to_stop() -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set it, in the place of what Ray does at them; a second SIGINT is a KeyboardInterrupt."""
+    told = threading.Event()
+
+    def note(number: int, frame: object) -> None:
+        if told.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        told.set()
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

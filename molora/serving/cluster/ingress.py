@@ -1,0 +1,179 @@
+"""The ingress: takes HTTP requests, finds out what they begin with, and passes each to the replica that is picked.
+
+Ray's HTTP proxy asks the router of the first deployment before anyone has read a request's body. So that the router can
+see a prompt, the first deployment is this one, which holds no model, and the replicas stand behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray import serve
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from molora.serving.cluster.http_call import VERSION_HEADER, HttpCall, HttpHead
+from molora.serving.cluster.merged_metrics import merge
+from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, prefix_of
+from molora.serving.config import ServeConfig
+from molora.serving.errors import SERVER_ERROR, STOPPING, error_response
+from molora.serving.protocol import Error
+from molora.serving.security import LimitBody, RequireKey, SafeHeaders
+from molora.serving.sse import to_event, while_connected
+
+GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+METRICS_S = 5.0  # for the slowest replica
+LOST = Error(
+    message="the replica that worked on this request was lost, and its answer with it; send the request again",
+    type="server_error",
+    code="replica_lost",
+)
+FULL = Error(
+    message="too many requests wait already; try again in 1 s.", type="rate_limit_error", code="rate_limit_exceeded"
+)
+
+
+@serve.ingress()
+class Ingress:
+    def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any]) -> None:
+        self._config = config
+        self._replicas = replicas
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        return create_ingress(self._replicas, self._config)
+
+
+def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig) -> ASGIApp:
+    """The app before all replicas; what it does not do itself, the app of each replica does (`app.py`)."""
+
+    async def metrics(request: Request) -> Response:
+        return await merged_metrics(replicas)
+
+    limits = config.limits
+    return Starlette(
+        routes=[Route("/metrics", metrics), Mount("/", Forward(replicas))],
+        middleware=[
+            Middleware(SafeHeaders),
+            Middleware(RequireKey, keys=config.api_keys),
+            Middleware(LimitBody, max_body_bytes=limits.max_body_bytes, max_body_s=limits.max_body_s),
+        ],
+    )
+
+
+async def merged_metrics(replicas: DeploymentHandle[Any]) -> Response:
+    """Of all replicas that answer in time."""
+    found = await replicas.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    return Response(merge(dict(each for each in found if isinstance(each, tuple))), media_type=CONTENT_TYPE_LATEST)
+
+
+class Forward:
+    """Every request, whole, to one replica, and its answer back as it comes.
+
+    A replica that is lost costs the client an error that says so: with status 503, or as the last event of a stream.
+    """
+
+    def __init__(self, replicas: DeploymentHandle[Any]) -> None:
+        self._answer = replicas.options(stream=True).answer
+        self._adapters_version = 0  # the newest that an answer has told of
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        with suppress(ClientDisconnect, OSError):  # either way of learning that the client has left
+            parts = self._parts(await self._call(scope, receive))
+            try:
+                await while_connected(receive, _relay(parts, scope, receive, send))
+            finally:
+                await parts.aclose()
+
+    async def _call(self, scope: Scope, receive: Receive) -> HttpCall:
+        body = await Request(scope, receive).body()
+        return HttpCall(
+            method=scope["method"],
+            path=scope["path"],
+            raw_path=scope["raw_path"],
+            query=scope["query_string"],
+            headers=tuple(scope["headers"]),
+            body=body,
+            prefix=await asyncio.to_thread(_prefix, body) if scope["path"] in GENERATING else NO_PREFIX,
+            adapters_version=self._adapters_version,
+        )
+
+    async def _parts(self, call: HttpCall) -> AsyncGenerator[HttpHead | bytes]:
+        """
+        Raises:
+            _FailedError: there is no more to come, though there should be.
+        """
+        response: Any = self._answer.remote(call)
+        try:
+            async for part in response:
+                if isinstance(part, HttpHead):
+                    self._note(part)
+                yield part
+        except Exception as error:
+            raise _FailedError(error) from error
+        finally:
+            response.cancel()
+
+    def _note(self, head: HttpHead) -> None:
+        version = int(dict(head.headers).get(VERSION_HEADER, b"0"))
+        self._adapters_version = max(self._adapters_version, version)
+
+
+class _FailedError(Exception):
+    """Attributes: status and error, which the client is told."""
+
+    def __init__(self, cause: Exception) -> None:
+        self.status, self.error = 500, SERVER_ERROR
+        if isinstance(cause, BackPressureError):
+            self.status, self.error = 429, FULL
+        elif isinstance(cause, (DeploymentUnavailableError, TaskCancelledError)):
+            self.status, self.error = 503, STOPPING
+        elif isinstance(cause, RayError) and not isinstance(cause, RayTaskError):
+            self.status, self.error = 503, LOST
+
+    @property
+    def response(self) -> Response:
+        headers = None if self.status == 500 else {"Retry-After": "1"}
+        return error_response(self.status, self.error, headers=headers)
+
+
+async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        head = await anext(parts)
+        first = await anext(parts, b"")  # until it is there, an error has a status of its own
+    except _FailedError as failed:
+        await failed.response(scope, receive, send)
+        return
+    assert isinstance(head, HttpHead)
+    await send({"type": "http.response.start", "status": head.status, "headers": list(head.headers)})
+    await send({"type": "http.response.body", "body": first, "more_body": True})
+    last = b""
+    try:
+        async for part in parts:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    except _FailedError as failed:
+        if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+            raise  # the connection ends before the answer does
+        last = to_event({"error": failed.error.model_dump()}).encode()
+    await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def _prefix(body: bytes) -> Prefix:
+    try:
+        return prefix_of(json.loads(body))
+    except (ValueError, RecursionError):  # the replica says what is wrong with it
+        return NO_PREFIX

@@ -1,0 +1,60 @@
+"""The request router: Ray Serve asks it, in each ingress, which replica a request is sent to."""
+
+from __future__ import annotations
+
+import random
+
+from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+
+from molora.serving.cluster.http_call import HttpCall
+from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, PrefixMap, choose
+
+PREFIX_KEYS = "prefix_keys"  # of a replica's routing statistics: of the prompts that it has answered last
+
+
+class PrefixRouter(RequestRouter):
+    """To the replica that holds most of a prompt, else to the less loaded one of two.
+
+    What a replica holds is known from the requests that this router has sent to it, and from what the replica says of
+    those that other ingresses have sent.
+    """
+
+    def initialize_state(self, **kwargs: int) -> None:
+        """
+        Args:
+            kwargs: max_prefix_keys and max_imbalance, as of `RayConfig`.
+        """
+        self._max_imbalance = kwargs["max_imbalance"]
+        self._prefixes: PrefixMap[ReplicaID] = PrefixMap(kwargs["max_prefix_keys"])
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The first rank is tried first; where its replicas are full, the second one is."""
+        two = random.sample(candidate_replicas, min(2, len(candidate_replicas)))
+        if pending_request is None:
+            return [two]
+        pending_request.routing_context.should_backoff = True  # Ray would ask again at once while all are full
+        replicas = {replica.replica_id: replica for replica in candidate_replicas}
+        loads = {replica_id: self.replica_queue_len_cache.get(replica_id) or 0 for replica_id in replicas}
+        prefix = _prefix(pending_request)
+        best = choose(self._prefixes.num_held(prefix), prefix.num_bytes, loads, self._max_imbalance)
+        return [two] if best is None else [[replicas[best]], two]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
+        self._prefixes.record(_prefix(pending_request).keys, replica_id)
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        super().update_replicas(replicas)
+        self._prefixes.keep(replica.replica_id for replica in replicas)
+        for replica in replicas:
+            self._prefixes.record(replica.routing_stats.get(PREFIX_KEYS, ()), replica.replica_id)
+
+    def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
+        super().on_replica_actor_died(replica_id)
+        self._prefixes.keep(self.curr_replicas)
+
+
+def _prefix(request: PendingRequest) -> Prefix:
+    call = request.args[0] if request.args else None
+    return call.prefix if isinstance(call, HttpCall) else NO_PREFIX

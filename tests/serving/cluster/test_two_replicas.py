@@ -1,0 +1,319 @@
+"""Two CPU replicas on this machine, by the command that a user types.
+
+To start them takes most of the time, and pytest-xdist may run the tests of a module in several processes; so there is
+one test, and what it does stands in functions of its own.
+"""
+
+import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+
+import molora
+from molora.serving.app import create_app
+from molora.serving.config import ServeConfig
+from molora.serving.engine import Engine, EngineConfig
+
+ROOT = Path(__file__).parents[3]
+START_S = 180
+ENGINE = {"kv_cache_bytes": 1 << 24, "block_size": 16}
+KEY = {"Authorization": "Bearer secret"}
+CHAT = "/v1/chat/completions"
+LOADED = {"lora_name": "z", "lora_path": "z", "activation": 0}
+ENDLESS = {"max_tokens": 600, "ignore_eos": True}
+NUM_TENANTS, NUM_CONVERSATIONS, NUM_TURNS = 3, 4, 4
+
+
+@dataclass
+class Answered:
+    status: int
+    headers: httpx.Headers
+    text: str
+
+    @property
+    def replica(self) -> str:
+        return self.headers["x-molora-replica"]
+
+
+class Client:
+    def __init__(self, url: str) -> None:
+        self.http = httpx.AsyncClient(base_url=url, headers=KEY, timeout=60)
+
+    async def chat(self, *contents: str, **options: Any) -> Answered:
+        """Whole or, with `stream`, as its events; what the server broke off is what came of it."""
+        roles = ("user", "assistant")
+        messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+        body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0, **options}
+        async with self.http.stream("POST", CHAT, json=body) as response:
+            text = "".join([part async for part in response.aiter_text()])
+        return Answered(response.status_code, response.headers, text)
+
+    async def metric(self, name: str) -> dict[str, float]:
+        """By replica."""
+        text = (await self.http.get("/metrics")).text
+        found = re.findall(rf'^molora:{name}{{.*replica="(\w+)"}} (\S+)$', text, re.MULTILINE)
+        return {replica: float(value) for replica, value in found}
+
+    async def until(self, condition: Any, *, within_s: float = 60) -> None:
+        async with asyncio.timeout(within_s):
+            while not await condition():
+                await asyncio.sleep(0.1)
+
+
+@contextmanager
+def started(settings: dict[str, Any], folder: Path):
+    """The URL and the process of `serve.py --ray`; whatever happens, nothing of it is left."""
+    file = folder / "serve.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    log = folder / "log"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "serve.py"), "--ray", "--config", str(file)],
+            stdout=out, stderr=subprocess.STDOUT, env=env | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + START_S
+        while not (found := re.search(r"Serving a page on (\S+)", log.read_text(errors="replace"))):
+            assert process.poll() is None, log.read_text(errors="replace")
+            assert time.monotonic() < deadline, log.read_text(errors="replace")
+            time.sleep(0.1)
+        yield found[1], process
+        assert process.wait(30) == 0, log.read_text(errors="replace")
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(60)
+
+
+def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
+    bank = make_bank(tmp_path, router=key_router())
+    loadable = tmp_path / "loadable"
+    make_adapter(seed=3).write(loadable / "z")
+    common = {"bank": str(bank.path), "device": "cpu", "dtype": "float32", "api_keys": ["secret"]}
+    one = hit_rate_of_one(common, listening)
+    settings = {
+        **common,
+        "port": 0,
+        "drain_s": 10,
+        "engine": ENGINE,
+        "adapter_folders": [str(loadable)],
+        "num_extra_slots": 2,
+        "limits": {"max_body_bytes": 100_000},
+        "ray": {"min_replicas": 2, "max_replicas": 2, "health_check_period_s": 1},
+    }
+
+    async def run(url: str, process: subprocess.Popen[bytes]) -> None:
+        client = Client(url)
+        async with client.http:
+            await answers(client)
+            await refusals(client)
+            await prefixes(client)
+            rate = await hit_rate(client)
+            assert rate >= 0.9 * one > 0.4
+            await leaving(client)
+            await adapters(client)
+            await a_kill(client, process.pid)
+            await draining(client, process)
+
+    with started(settings, tmp_path) as (url, process):
+        asyncio.run(run(url, process))
+
+
+def hit_rate_of_one(common: dict[str, Any], listening: Any) -> float:
+    """Without Ray: an engine of the same size behind the app itself."""
+    model = molora.load(common["bank"], device="cpu", dtype="float32")
+    engine = Engine(model, EngineConfig(**ENGINE))
+
+    async def run(url: str) -> float:
+        client = Client(url)
+        async with client.http:
+            return await hit_rate(client)
+
+    try:
+        with listening(create_app(engine, ServeConfig(**{**common, "api_keys": ("secret",)}))) as url:
+            return asyncio.run(run(url))
+    finally:
+        engine.close()
+
+
+async def hit_rate(client: Client) -> float:
+    """The share of prompt tokens that were found, of conversations of several tenants side by side."""
+    counts: Counter[str] = Counter()
+
+    async def converse(tenant: int, conversation: int) -> None:
+        said = [f"Tenant {tenant} begins conversation {conversation} about rivers and their sources."]
+        for turn in range(NUM_TURNS):
+            answered = await client.chat(*said, cache_salt=f"salt {tenant}")
+            assert answered.status == 200, answered.text
+            body = httpx.Response(200, text=answered.text).json()
+            counts["prompt"] += body["usage"]["prompt_tokens"]
+            counts["cached"] += body["usage"]["prompt_tokens_details"]["cached_tokens"]
+            said += [body["choices"][0]["message"]["content"], f"And what of turn {turn}, which is the next one?"]
+
+    await asyncio.gather(*(converse(t, c) for t in range(NUM_TENANTS) for c in range(NUM_CONVERSATIONS)))
+    return counts["cached"] / counts["prompt"]
+
+
+async def answers(client: Client) -> None:
+    """What the app of a replica says, it says through the ingress, too; both replicas are asked."""
+    models = [(await client.http.get("/v1/models")) for _ in range(12)]
+    assert {model["id"] for model in models[0].json()["data"]} > {"tiny", "tiny:x", "tiny:y"}
+    assert len({response.headers["x-molora-replica"] for response in models}) == 2
+    assert {response.headers["x-molora-adapters-version"] for response in models} == {"0"}
+    assert len(await client.metric("num_requests_running")) == 2
+    assert (await client.http.head("/ready")).status_code == 200
+    assert "text/html" in (await client.http.get("/")).headers["content-type"]
+
+    whole, streamed = await client.chat("Rivers?"), await client.chat("Rivers?", stream=True)
+    assert whole.headers["content-type"] == "application/json"
+    assert streamed.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert streamed.text.endswith("data: [DONE]\n\n")
+    content = httpx.Response(200, text=whole.text).json()["choices"][0]["message"]["content"]
+    chunks = [httpx.Response(200, text=line[6:]).json() for line in streamed.text.split("\n\n")[:-2]]
+    assert "".join(chunk["choices"][0]["delta"]["content"] for chunk in chunks) == content
+
+
+async def refusals(client: Client) -> None:
+    assert (await client.http.post(CHAT, json={}, headers={"Authorization": ""})).status_code == 401
+    assert (await client.http.get("/metrics", headers={"Authorization": ""})).status_code == 401
+    assert (await client.http.get("/health", headers={"Authorization": ""})).status_code == 200
+    assert (await client.chat("x" * 200_000)).status == 413
+    assert (await client.chat("x", model="nobody")).status == 404
+    refused = await client.http.post(CHAT, content=b"{")
+    assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert (await client.http.post("/nothing")).json()["error"]["message"] == "Not Found: POST /nothing"
+
+
+async def prefixes(client: Client) -> None:
+    """A conversation stays where it began, and a tenant finds nothing of another one's."""
+    text = "A long question about rivers. " * 10
+    for index in range(6):
+        first = await client.chat(f"{index} {text}", cache_salt=f"one {index}")
+        again = await client.chat(f"{index} {text}", cache_salt=f"one {index}")
+        assert first.replica == again.replica
+        assert '"cached_tokens":0' not in again.text
+        other = await client.chat(f"{index} {text}", cache_salt=f"other {index}")
+        assert '"cached_tokens":0' in other.text
+
+
+async def leaving(client: Client) -> None:
+    async def running() -> float:
+        return sum((await client.metric("num_requests_running")).values())
+
+    asking = [asyncio.create_task(client.chat(f"{i}", stream=bool(i % 2), **ENDLESS)) for i in range(4)]
+    await client.until(lambda: equals(running, 4))
+    for task in asking:
+        task.cancel()
+    await asyncio.gather(*asking, return_exceptions=True)
+    await client.until(lambda: equals(running, 0), within_s=5)
+
+
+async def equals(found: Any, expected: object) -> bool:
+    return await found() == expected
+
+
+async def adapters(client: Client) -> None:
+    """Once the load is answered, whoever is asked has it."""
+    loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
+    assert loaded.status_code == 200, loaded.text
+    everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
+    assert {response.status_code for response in everyone} == {200}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"1"}
+    assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
+    assert (await client.http.post("/v1/load_lora_adapter", json=LOADED)).status_code == 400
+
+
+async def versions_survive(client: Client, server: int) -> None:
+    """The actor that keeps the versions dies; the next one learns them from the replicas."""
+    os.kill(processes(server, "ray::RolloutStore")[0], signal.SIGKILL)
+
+    async def unloaded() -> bool:
+        response = await client.http.post("/v1/unload_lora_adapter", json={"lora_name": "z"})
+        assert response.status_code in (200, 503), response.text
+        return response.status_code == 200
+
+    await client.until(unloaded)
+    loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
+    assert loaded.status_code == 200, loaded.text
+    everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
+
+
+async def a_kill(client: Client, server: int) -> None:
+    """Its requests get an error that says to ask again, and no others do."""
+    before = set(await client.metric("num_requests_running"))
+    asking = [asyncio.create_task(client.chat(f"{i}", stream=bool(i % 2), **ENDLESS)) for i in range(12)]
+
+    async def both_run() -> bool:
+        counts = await client.metric("num_requests_running")
+        return sum(counts.values()) == len(asking) and min(counts.values()) > 1
+
+    await client.until(both_run)
+    os.kill(processes(server, "ray::ServeReplica:molora:Replica")[0], signal.SIGKILL)
+    results = await asyncio.gather(*asking)
+    lost = [each for each in results if "replica_lost" in each.text]
+    assert 1 < len(lost) < len(results) - 1
+    for each in lost:
+        if each.status == 200:
+            last = each.text.split("\n\n")[-2]
+            assert last.startswith('data: {"error":{"message":"the replica that worked on this request was lost')
+        else:
+            assert (each.status, each.headers["retry-after"]) == (503, "1")
+            assert '"type":"server_error"' in each.text
+    whole = [each for each in results if each not in lost]
+    assert all(each.status == 200 for each in whole)
+    assert all(each.text.endswith("data: [DONE]\n\n") or '"usage"' in each.text for each in whole)
+    survivors = {each.replica for each in whole}
+    assert len(survivors) == 1
+    assert survivors.isdisjoint(each.headers.get("x-molora-replica") for each in lost)
+
+    again = await asyncio.gather(*(client.chat(f"{i}", model="tiny:z") for i in range(4)))
+    assert {each.status for each in again} == {200}
+
+    async def replaced() -> bool:
+        return len(set(await client.metric("num_requests_running")) - (before - survivors)) == 2
+
+    await client.until(replaced)
+    everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]  # which the new one was never told of
+    assert {response.status_code for response in everyone} == {200}
+    assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
+
+
+def processes(server: int, title: str) -> list[int]:
+    """Those that a server has started, and those that these have started, by a part of their command."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()[1:]]
+    parent = {int(pid): int(ppid) for pid, ppid, _ in rows}
+
+    def is_ours(pid: int) -> bool:
+        while pid in parent and pid != server:
+            pid = parent[pid]
+        return pid == server
+
+    return [int(pid) for pid, _, args in rows if title in args and is_ours(int(pid))]
+
+
+async def draining(client: Client, process: subprocess.Popen[bytes]) -> None:
+    """Told to stop, it finishes what runs."""
+    asking = [asyncio.create_task(client.chat(f"{i}", stream=True, max_tokens=200, ignore_eos=True)) for i in range(4)]
+
+    async def all_run() -> bool:
+        return sum((await client.metric("num_requests_running")).values()) == len(asking)
+
+    await client.until(all_run)
+    process.send_signal(signal.SIGTERM)
+    for each in await asyncio.gather(*asking):
+        assert each.status == 200
+        assert each.text.endswith("data: [DONE]\n\n")
