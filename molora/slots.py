@@ -11,7 +11,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from threading import RLock
+from threading import Lock, RLock
 
 from molora.activation import Activation
 from molora.adapter import Adapter
@@ -131,6 +131,7 @@ class AdapterSlots:
         self._decoder = decoder
         self._base = bank.config.base.name
         self._lock = RLock()
+        self._reading = Lock()  # of those who read what was dropped, one after the other; the others go on beside them
         self._slot_of: dict[str, int] = {}  # by digest
         self._idle: OrderedDict[int, None] = OrderedDict((slot, None) for slot in range(decoder.num_slots))
         self._released: deque[Hold] = deque()
@@ -157,35 +158,54 @@ class AdapterSlots:
     def acquire(self, route: ResolvedRoute) -> Hold:
         """Keep what a route needs; an explicit adapter that was dropped from its slot is read again.
 
+        Routes whose adapters are in slots do not wait for those that are being read.
+
         Raises:
             NoFreeSlotError: there is no slot for it now.
             ValueError, FileNotFoundError: its folder has changed, or is gone.
         """
-        with self._lock:
-            self._settle()
-            version = self.current
-            infos = [version[name] for name in route.names]
-            slots: list[int] = []
-            try:
-                for info in infos:
-                    slots.append(self._slot(info))
-                    self._num_users[slots[-1]] += 1  # at once: the next one must not take it
-                    self._idle.pop(slots[-1], None)
-            except BaseException:
-                self._num_users.subtract(slots)
-                self._find_idle()
-                raise
-            self._num_on_version[version.number] += 1
-            if route.auto:
-                infos = [info for info in version.adapters.values() if info.routable]
-            of_slots = version.column_slots if route.auto else slots
-            return Hold(
-                version,
-                tuple(slots),
-                {slot: info.digest for slot, info in zip(of_slots, infos, strict=True)},
-                {info.digest: info.name for info in infos},
-                any(info.acts_early for info in infos) or bool(route.auto and self._decoder.prepares),
-            )
+        read: dict[str, Adapter] = {}
+        while True:
+            with self._lock:
+                self._settle()
+                version = self.current
+                infos = [version[name] for name in route.names]
+                missing = [info for info in infos if info.digest not in self._slot_of and info.digest not in read]
+                if not missing:
+                    return self._hold(version, route, infos, read)
+                self._check_idle()
+            with self._reading:
+                for info in missing:
+                    if info.digest not in self._slot_of:  # nobody has read it meanwhile
+                        read[info.digest] = _read(info)
+
+    def _hold(
+        self, version: BankVersion, route: ResolvedRoute, infos: Sequence[AdapterInfo], read: Mapping[str, Adapter]
+    ) -> Hold:
+        """`acquire`, once all that it needs is in a slot, or `read`."""
+        taken: list[int] = []
+        try:
+            for info in sorted(infos, key=lambda info: info.digest not in self._slot_of):  # those in slots stay there
+                slot = self._slot_of.get(info.digest)
+                taken.append(self._put(read[info.digest]) if slot is None else slot)
+                self._num_users[taken[-1]] += 1  # at once: the next one must not take it
+                self._idle.pop(taken[-1], None)
+        except BaseException:
+            self._num_users.subtract(taken)
+            self._find_idle()
+            raise
+        slots = tuple(self._slot_of[info.digest] for info in infos)
+        self._num_on_version[version.number] += 1
+        if route.auto:
+            infos = [info for info in version.adapters.values() if info.routable]
+        of_slots = version.column_slots if route.auto else slots
+        return Hold(
+            version,
+            slots,
+            {slot: info.digest for slot, info in zip(of_slots, infos, strict=True)},
+            {info.digest: info.name for info in infos},
+            any(info.acts_early for info in infos) or bool(route.auto and self._decoder.prepares),
+        )
 
     def release(self, hold: Hold) -> None:
         """It never waits: while an adapter is being loaded, the next call settles it."""
@@ -272,21 +292,16 @@ class AdapterSlots:
             folder,
         )
 
-    def _slot(self, info: AdapterInfo) -> int:
-        if info.digest not in self._slot_of:
-            adapter = Adapter.read(info.path)
-            if adapter.digest != info.digest:
-                raise ValueError(f"adapter {info.name!r} in {info.path} is not the one that was loaded; load it again.")
-            self._put(adapter)
-        return self._slot_of[info.digest]
-
-    def _put(self, adapter: Adapter) -> int:
-        """Into a slot that nobody uses: the one that was used least recently."""
+    def _check_idle(self) -> None:
         if not self._idle:
             raise NoFreeSlotError(
                 f"all {self._decoder.num_slots} adapter slots are in use; try again when requests have ended, or start "
                 "with more slots."
             )
+
+    def _put(self, adapter: Adapter) -> int:
+        """Into a slot that nobody uses: the one that was used least recently."""
+        self._check_idle()
         slot = next(iter(self._idle))
         self._slot_of = {digest: other for digest, other in self._slot_of.items() if other != slot}
         self._decoder.set_adapter(slot, adapter)
@@ -320,6 +335,13 @@ class AdapterSlots:
                 self._idle.pop(slot, None)
             elif slot not in self._idle:
                 self._idle[slot] = None
+
+
+def _read(info: AdapterInfo) -> Adapter:
+    adapter = Adapter.read(info.path)
+    if adapter.digest != info.digest:
+        raise ValueError(f"adapter {info.name!r} in {info.path} is not the one that was loaded; load it again.")
+    return adapter
 
 
 def read_route(slots: Sequence[int], gates: Sequence[float], digests: Mapping[int, str]) -> TokenRoute:

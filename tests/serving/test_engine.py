@@ -344,6 +344,38 @@ class TestAdaptersAtRunTime:
         loading.join(30)
         idle(served)
 
+    def test_reading_what_was_dropped_keeps_only_those_waiting_who_need_it(
+        self, served, folder, random_ids, monkeypatch
+    ):
+        for seed, name in enumerate("pqr", 70):
+            served.load_adapter(name, folder(seed))
+        assert not served.m.slots.resident("p")
+        entered, go_on, reads, read = threading.Event(), threading.Event(), [], Adapter.read
+
+        def slowly(path: Any) -> Adapter:
+            reads.append(path)
+            entered.set()
+            assert go_on.wait(30)
+            return read(path)
+
+        monkeypatch.setattr(Adapter, "read", slowly)
+        outs: list[Generation] = []
+        request = ask(random_ids(9), "p", num_new=3)
+        waiting = [threading.Thread(target=lambda: outs.extend(served.generate(request))) for _ in range(2)]
+        for thread in waiting:
+            thread.start()
+        assert entered.wait(30)
+        for name in ("x", "r", "auto"):  # these are in slots
+            assert served.generate(ask(random_ids(9), name, num_new=3))[0].num_generated_tokens == 3
+        assert not outs
+        go_on.set()
+        for thread in waiting:
+            thread.join(30)
+        assert len(outs) == 2
+        assert len(reads) == 1, "the second one finds what the first has read"
+        check(served.m, request, outs[0])
+        idle(served)
+
     def test_many_versions_come_and_go(self, served, folder, random_ids):
         paths = [folder(20), folder(21)]
         for turn in range(40):
