@@ -8,7 +8,7 @@ from scaling.model import Fleet, kv_tokens, load_s, settle
 from scaling.popularity import Placement, Popularity, Routing
 
 MOST_COMPUTING = 0.8  # of what a GPU can answer: a burst of 1.25 times the requests is to be answered
-MOST_LOADING = 0.5  # of a server's time: one adapter is loaded at a time, and requests that name adapters wait for it
+MOST_LOADING = 0.5  # of a server's time: one adapter is loaded at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +88,9 @@ def assess(fleet: Fleet, num_gpus: int, num_slots: int) -> Outlook:
     loading, busy = loads_per_s * each_s, placement.num_asked(steady.batch)
     first_s = math.inf
     if loading < 1 and computing < 1:
-        wait_s = loading * each_s / 2 / (1 - loading)  # M/D/1: whoever names an adapter waits while one is being loaded
+        wait_s = loading * each_s / 2 / (1 - loading)  # M/D/1: until one's own is loaded
         reading_s = steady.reading_s / (1 - requests_per_s * steady.reading_s)
-        first_s = wait_s + (1 - hit_rate) * each_s + reading_s + steady.token_s
+        first_s = (1 - hit_rate) * (wait_s + each_s) + reading_s + steady.token_s
     problems = []
     if burst_per_s > burst.max_requests_per_s:
         problems.append(
