@@ -1,12 +1,15 @@
 """Data of functions: labels that are right, balanced splits that share nothing, drafts that go on; and the training."""
 
 import json
+import re
 from collections import Counter
 from itertools import combinations
+from pathlib import Path
 from random import Random
 
 import lightning as L
 import pytest
+import yaml
 
 import molora
 from molora.activation import render
@@ -25,6 +28,7 @@ from molora.training.recipes.functions import main, questions
 from molora.training.recipes.tasks import DEMO, verify
 from molora.training.recipes.verdicts import INVOCATIONS, balanced, check, corrupted, uncertainty
 
+REPOSITORY = Path(__file__).parents[2]
 NUMS = {"train": 40, "val": 10, "heldout": 20}
 
 
@@ -256,3 +260,22 @@ def test_functions_are_trained_side_by_side_and_answer_behind_their_invocations(
 def test_every_function_needs_an_invocation():
     with pytest.raises(ValueError, match="one for 'guard' as well"):
         AdapterTraining(["check", "guard"], invocation={"check": "Right?"})
+
+
+def test_the_records_of_the_docs_are_what_training_reads():
+    text = (REPOSITORY / "docs" / "functions.md").read_text()
+    records = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, flags=re.DOTALL)]
+    assert {record["domain"] for record in records} == {"guard", "grounded", "rewrite"}
+    for record in records:
+        example = encode(record, byte_tokenizer())
+        assert set(example.domains[example.turn + 20 :]) == {record["domain"]}
+        invocation = record["messages"][-2]["content"]
+        assert byte_tokenizer().decode(example.token_ids[example.turn : example.response]).count(invocation) == 1
+    config = yaml.safe_load((REPOSITORY / "configs" / "functions.yaml").read_text())
+    assert config["model"]["init_args"]["invocation"] == INVOCATIONS
+    assert all(f"`{name}`" in text for name in INVOCATIONS)
+    for name in re.findall(r"\]\(([^)#]+)\)", text):
+        assert (REPOSITORY / "docs" / name).is_file()
+    own = yaml.safe_load(*re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL))
+    assert AdapterTraining(**own["model"]["init_args"]).invocation == records[0]["messages"][-2]["content"]
+    assert ActivationMix(**own["data"]["activation"]) == ActivationMix(**config["data"]["activation"])
