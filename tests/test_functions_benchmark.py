@@ -57,7 +57,7 @@ def test_every_function_is_measured_in_every_way(tmp_path, make_adapter, make_ba
     data.mkdir(parents=True)
     make_tiny_base(tmp_path / "base", seed=0, vocab_size=259, max_position_embeddings=1024)
     bank = make_bank(tmp_path, adapters={domain: make_adapter(seed=seed) for seed, domain in enumerate(DEMO)})
-    write_questions(data, seed=0, num_train=NUM, num_heldout=NUM)
+    write_questions(data, seed=0, num_train=NUM, num_heldout=NUM, num_best=NUM)
     pretend(data, bank)
     out = tmp_path / "functions.json"
     options = ["--bank", str(bank.path), "--base", str(tmp_path / "base"), "--device", "cpu", "--dtype", "float32"]

@@ -16,7 +16,7 @@ from molora.training.evaluate import paired_difference
 from molora.training.examples import read_records
 from molora.training.recipes.verdicts import INVOCATIONS, LABELS
 
-AT_ONCE = 64  # conversations that are read, and then asked about: the cache holds them until then
+AT_ONCE = 64  # conversations that are read, asked about and forgotten: a lookup goes through all that there are
 NUM_BINS = 15  # of the calibration error
 ALL_WAYS = ("base", *WAYS)
 
@@ -33,6 +33,7 @@ def measure_calls(m: MoLoRA, args: Namespace, name: str) -> dict[str, Any]:
     conversations = [record["messages"][:-2] for record in records]
     verdicts: dict[str, list[Verdict]] = {way: [] for way in ALL_WAYS}
     for first in range(0, len(records), AT_ONCE):
+        m.engine.clear_cache()
         for way, function in functions_of(name).items():
             verdicts[way] += call_each(m, function, conversations[first : first + AT_ONCE])
     rows = {way: figures(records, found) for way, found in verdicts.items()}

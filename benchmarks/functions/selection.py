@@ -16,7 +16,7 @@ from molora.training.recipes.drafts import MAX_NEW_TOKENS, Drafts
 from molora.training.recipes.tasks import TASKS
 
 NUMS_DRAFTS = (1, 2, 4, 8)
-QUESTIONS_AT_ONCE = 16
+QUESTIONS_AT_ONCE = 8
 METHODS = ("random", "oracle", "majority", "log-probability", *ALL_WAYS, "activated vote")
 
 
@@ -62,12 +62,13 @@ class Candidates:
 
 
 def measure_selection(m: MoLoRA, args: Namespace) -> dict[str, Any]:
-    questions = [*read_records(args.work / "data" / "questions_heldout.jsonl")][: args.limit]
-    lines = [*read_records(args.work / "data" / "drafts_heldout.jsonl")]
+    questions = [*read_records(args.work / "data" / "questions_best.jsonl")][: args.limit]
+    lines = [*read_records(args.work / "data" / "drafts_best.jsonl")]
     drafts: list[Any] = lines[1 : len(questions) + 1]
     candidates: list[Candidates] = []
     for first in range(0, len(questions), QUESTIONS_AT_ONCE):
         these = slice(first, first + QUESTIONS_AT_ONCE)
+        m.engine.clear_cache()
         candidates += score_drafts(m, questions[these], drafts[these])
     domains = [question["domain"] for question in questions]
     return {

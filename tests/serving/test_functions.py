@@ -22,7 +22,7 @@ def loaded(tmp_path_factory, make_function_bank):
     m = molora.load(
         make_function_bank(tmp_path_factory.mktemp("functions"), invocations), device="cpu", dtype="float32"
     )
-    m._engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24, block_size=16))
+    m._engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24, block_size=512))  # no conversation here fills a block
     return m
 
 

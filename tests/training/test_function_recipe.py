@@ -29,7 +29,7 @@ from molora.training.recipes.tasks import DEMO, verify
 from molora.training.recipes.verdicts import INVOCATIONS, balanced, check, corrupted, uncertainty
 
 REPOSITORY = Path(__file__).parents[2]
-NUMS = {"train": 40, "val": 10, "heldout": 20}
+NUMS = {"train": 40, "val": 10, "heldout": 20, "best": 10}
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,8 @@ def test_splits_share_no_wording_no_name_and_no_record(asked):
     assert all(not one & other for one, other in combinations([*contexts, *tasks], 2))
     assert [len(each) for each in tasks] == [*NUMS.values()]
     assert {name: len(records) for name, records in asked.items()} == NUMS
-    held, learned = ({r["wording"] for r in asked[name] if r["domain"] == "words"} for name in ("heldout", "train"))
-    assert not held & learned
+    wordings = {name: {(each["domain"], each["wording"]) for each in records} for name, records in asked.items()}
+    assert not (wordings["heldout"] | wordings["best"]) & (wordings["train"] | wordings["val"])
 
 
 def test_drafts_become_balanced_records_whose_labels_the_verifier_gives(asked):
@@ -189,7 +189,7 @@ def test_drafts_go_on_behind_the_last_whole_line(m, asked, tmp_path):
 def test_the_command_writes_what_needs_no_model_and_then_the_rest(m, tmp_path, capsys, monkeypatch):
     pytest.importorskip("reasoning_gym")
     out = tmp_path / "data"
-    options = ["--out", str(out), "--num-train", "30", "--num-heldout", "15"]
+    options = ["--out", str(out), "--num-train", "30", "--num-heldout", "15", "--num-best", "5"]
     main(options)
     assert "30" in capsys.readouterr().out
     written = {file.name for file in out.iterdir()}

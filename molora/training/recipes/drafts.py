@@ -4,7 +4,6 @@ A run that is broken off goes on behind the last whole line.
 """
 
 import json
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -76,29 +75,28 @@ def _done(out: Path, head: Mapping[str, Any]) -> list[Drafts]:
 
 
 def _draw(m: MoLoRA, questions: Sequence[Mapping[str, Any]], first: int, head: Mapping[str, Any]) -> Iterator[Drafts]:
-    running: deque[list[Any]] = deque()
-    waiting = deque(questions)
-    num_drafts, number = head["num_drafts"], first
-    asked: deque[Mapping[str, Any]] = deque()
-    while waiting or running:
-        while waiting and (len(running) + 1) * num_drafts <= max(AT_ONCE, num_drafts):
-            question = waiting.popleft()
-            asked.append(question)
-            running.append(
-                [
-                    m.stream(
-                        question["messages"][:-1],
-                        route=question["domain"],
-                        temperature=head["temperature"],
-                        seed=(head["seed"] << 32) + number * num_drafts + index,
-                        max_new_tokens=head["max_new_tokens"],
-                        logprobs=0,
-                    )
-                    for index in range(num_drafts)
-                ]
-            )
-            number += 1
-        yield _verified(asked.popleft(), running.popleft())
+    """Of question number `first` and those that follow it."""
+    num_drafts = head["num_drafts"]
+    size = max(1, AT_ONCE // num_drafts)
+    for begin in range(0, len(questions), size):
+        group = questions[begin : begin + size]
+        streams = [
+            [
+                m.stream(
+                    question["messages"][:-1],
+                    route=question["domain"],
+                    temperature=head["temperature"],
+                    seed=(head["seed"] << 32) + number * num_drafts + index,
+                    max_new_tokens=head["max_new_tokens"],
+                    logprobs=0,
+                )
+                for index in range(num_drafts)
+            ]
+            for number, question in enumerate(group, first + begin)
+        ]
+        yield from map(_verified, group, streams)
+        # A lookup compares a prompt with every conversation that begins like it: they all have one system message.
+        m.engine.clear_cache()
 
 
 def _verified(question: Mapping[str, Any], streams: Sequence[Any]) -> Drafts:

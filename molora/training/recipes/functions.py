@@ -43,8 +43,12 @@ WIDER: Mapping[str, Mapping[str, object]] = {
 }
 """What is changed of the settings of each domain's generator, to make harder items as well."""
 
-SPLITS: dict[str, Split] = {"train": "train", "val": "val", "heldout": "held out"}
-NUM_DRAFTS = {"train": 4, "val": 4, "heldout": 8}
+SPLITS: dict[str, Split] = {"train": "train", "val": "val", "heldout": "held out", "best": "held out"}
+"""Files of questions, and whose wordings each has; of those in "best", the best of n drafts is taken."""
+
+NUM_DRAFTS = {"train": 4, "val": 4, "heldout": 2, "best": 8}
+CONTEXTS = 4  # training records of "answerability" for each question: they cost no drafts
+MAX_CONTEXTS_HELDOUT = 2000
 
 
 def questions(seed: int, nums: Mapping[str, int]) -> dict[str, list[Record]]:
@@ -66,13 +70,14 @@ def questions(seed: int, nums: Mapping[str, int]) -> dict[str, list[Record]]:
     return found
 
 
-def write_questions(out: Path, *, seed: int, num_train: int, num_heldout: int) -> dict[str, Any]:
+def write_questions(out: Path, *, seed: int, num_train: int, num_heldout: int, num_best: int) -> dict[str, Any]:
     """Write what needs no model, and say what recipe.json says of it."""
-    nums = {"train": num_train, "val": min(NUM_VAL, num_train), "heldout": num_heldout}
+    nums = {"train": num_train, "val": min(NUM_VAL, num_train), "heldout": num_heldout, "best": num_best}
     files = {}
     for name, records in questions(seed, nums).items():
         files[f"questions_{name}.jsonl"] = write_records(out / f"questions_{name}.jsonl", records)
-    for name, num in nums.items():
+    contexts = {"train": CONTEXTS * num_train, "val": nums["val"], "heldout": min(num_heldout, MAX_CONTEXTS_HELDOUT)}
+    for name, num in contexts.items():
         verdicts = answerability(num, SPLITS[name], seed)
         files[f"{name}_answerability.jsonl"] = write_records(out / f"{name}_answerability.jsonl", verdicts)
     return files
@@ -99,6 +104,8 @@ def write_verdicts(out: Path, m: Any, *, seed: int, temperature: float, limit: i
             temperature=temperature,
             seed=seed,
         )
+        if name == "best":
+            continue
         rng = Random(f"verdicts {name} {seed}")
         is_heldout = name == "heldout"
         for function, records in (
@@ -125,13 +132,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal questions (default: 0)")
-    parser.add_argument("--num-train", type=int, default=3000, help="questions, and records (default: 3000)")
-    parser.add_argument("--num-heldout", type=int, default=2000, help="the same (default: 2000)")
+    parser.add_argument("--num-train", type=int, default=3000, help="questions to learn from (default: 3000)")
+    parser.add_argument("--num-heldout", type=int, default=5000, help="held-out ones, two drafts each (default: 5000)")
+    parser.add_argument("--num-best", type=int, default=1000, help="held-out ones, eight drafts each (default: 1000)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the drafts (default: 1)")
     parser.add_argument("--limit", type=int, help="draft only for the first so many questions of each file")
     options = parser.parse_args(arguments)
     recipe = options.out / "recipe.json"
-    made = {name: getattr(options, name) for name in ("seed", "num_train", "num_heldout")}
+    made = {name: getattr(options, name) for name in ("seed", "num_train", "num_heldout", "num_best")}
     try:
         summary = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
         if summary.get("questions") != made:
