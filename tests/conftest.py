@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # today's default; Triton 3.9 warns on a GPU while it is unset
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from molora_kernels import backend
 
 import molora
 from molora import Adapter, Bank, BaseInfo, KeyRouter, MoLoRA, RouterConfig
+from molora.activation import render
 from molora.adapter import LoraWeights, layer_index, random_adapter
 from molora.checkpoint import load_base
 from molora.digest import base_digest
@@ -29,7 +31,7 @@ from molora.injection import linears_of_layers
 from molora.router import Router
 from molora.serving import engine as engine_module
 from molora.serving.engine import Engine, EngineConfig
-from molora.tiny import make_tiny_base
+from molora.tiny import byte_tokenizer, make_tiny_base
 
 torch.set_num_threads(1)  # nothing here is large enough to share, and many threads wait for each other
 
@@ -164,6 +166,25 @@ def make_bank(
             router.lora = _router_lora(base_model(architecture, **overrides), router.config)
         if router is not None:
             bank.set_router(router)
+        return bank
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_function_bank(
+    make_bank: Callable[..., Bank], make_adapter: Callable[..., Adapter], key_router: Callable[..., KeyRouter]
+) -> Callable[..., Bank]:
+    """A bank of "x", "y", a router, and functions, by their names and the texts that invoke them."""
+
+    def make(folder: Path, invocations: dict[str, str]) -> Bank:
+        bank = make_bank(folder, router=key_router())
+        for seed, (name, text) in enumerate(invocations.items(), 11):
+            asked = render(byte_tokenizer(), [{"role": "user", "content": text}])
+            ids = list(asked.token_ids[asked.starts["turn"] : asked.starts["response"]])
+            adapter = make_adapter(seed=seed)
+            config = replace(adapter.config, alora_invocation_tokens=ids)
+            bank.add_all({name: Adapter.from_tensors(config, adapter.tensors())})
         return bank
 
     return make

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ class AdapterTraining(FrozenBase):
         rank, alpha: of the LoRA; its scaling is alpha / rank.
         target_modules: last components of the linears to adapt.
         router_layer: the first layer that is adapted, and the one whose input a router will read.
+        invocation: the text of the user message that invokes it, where it is a function that is called behind a
+            conversation (see docs/functions.md); of several, by their names. None: any user message does.
         schedule: of the learning rate.
         dtype: of the frozen base; the adapter itself is trained in float32.
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
@@ -57,6 +60,7 @@ class AdapterTraining(FrozenBase):
         alpha: float = 16.0,
         target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         router_layer: int = 8,
+        invocation: str | dict[str, str] | None = None,
         schedule: Schedule = Schedule(),
         dtype: str = "auto",
         gradient_checkpointing: bool = False,
@@ -67,7 +71,9 @@ class AdapterTraining(FrozenBase):
         self.names = [check_name(each) for each in ([name] if isinstance(name, str) else name)]
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"name is {name!r}; expected one name, or several different ones.")
-        self.output_dir = Path(output_dir)
+        if isinstance(invocation, dict) and (missing := sorted(set(self.names) - set(invocation))):
+            raise ValueError(f"invocation has texts for {sorted(invocation)}; expected one for {missing[0]!r} as well.")
+        self.output_dir, self.invocation = Path(output_dir), invocation
         self.rank, self.alpha, self.target_modules = rank, alpha, tuple(target_modules)
         self.router_layer = router_layer
         self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
@@ -133,21 +139,28 @@ class AdapterTraining(FrozenBase):
             target_modules=target_suffixes(paths),
             base_model_name_or_path=self.base,
             layers_to_transform=sorted({layer_index(path) for path in paths}),
-            alora_invocation_tokens=self._invocation_tokens(),
         )
         adapters = {}
         for index, name in enumerate(self.names):
+            own = self.invocation[name] if isinstance(self.invocation, dict) else self.invocation
             tensors = {}
             for path, weights in self.stack.weights(index).items():
                 tensors[f"base_model.model.{path}.lora_A.weight"] = weights.a_RI.bfloat16()
                 tensors[f"base_model.model.{path}.lora_B.weight"] = weights.b_OR.bfloat16()
-            adapters[name] = Adapter.from_tensors(config, tensors)
+            invoked = replace(config, alora_invocation_tokens=self._invocation_tokens(own))
+            adapters[name] = Adapter.from_tensors(invoked, tensors)
         return adapters
 
-    def _invocation_tokens(self) -> list[int] | None:
-        """The header of a user message: its last occurrence is where PEFT, like the policy `turn`, activates."""
+    def _invocation_tokens(self, invocation: str | None) -> list[int] | None:
+        """What PEFT activates from the last occurrence of: a whole user message, or the header of any.
+
+        Either way that is where the policy `turn` activates, if the invocation is the last user message.
+        """
         if self.tokenizer.chat_template is None:
             return None
+        if invocation is not None:
+            asked = render(self.tokenizer, [{"role": "user", "content": invocation}])
+            return list(asked.token_ids[asked.starts.get("turn", 0) : asked.starts.get("response")])
         text = "molora"
         prompt = render(self.tokenizer, [{"role": "user", "content": text}])
         start = prompt.starts.get("turn", 0)

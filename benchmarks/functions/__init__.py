@@ -1,0 +1,1 @@
+"""What `benchmarks/functions.py` trains and measures."""
