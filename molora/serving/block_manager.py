@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
+from molora.serving.children import Children
 from molora.serving.notes import Notes
 
 NEVER = 2**62  # the activation_start of a request that the base model answers
@@ -134,10 +135,10 @@ class BlockManager:
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # hold contents and have no user; oldest first
         self._by_key: dict[bytes, int] = {}
-        self._by_parent: defaultdict[bytes, dict[int, None]] = defaultdict(dict)  # oldest first
+        self._by_parent: defaultdict[bytes, Children] = defaultdict(Children)
         # Active blocks by the keys that they would have if they were base.
         self._by_base_key: Counter[bytes] = Counter()
-        self._by_base_parent: defaultdict[bytes, dict[int, None]] = defaultdict(dict)
+        self._by_base_parent: defaultdict[bytes, Children] = defaultdict(Children)
         self._coming: Counter[bytes] = Counter()
         self._key = lru_cache(num_blocks)(_key)  # a history's are asked for again with each turn that follows it
 
@@ -259,11 +260,12 @@ class BlockManager:
             is_active = end > table.source.activation_start
             if block.parent is None:
                 block.parent = table.keys[index]
-                self._by_parent[block.parent][number] = None
+                self._by_parent[block.parent].add(number, block.token_ids)
             if is_active and block.base_parent is None:
                 block.base_parent = table.base_keys[index]
-                self._by_base_parent[block.base_parent][number] = None
+                self._by_base_parent[block.base_parent].add(number, block.token_ids)
             if end - first == size:
+                self._settle(number)
                 self._complete(table, number, first, is_active)
 
     def close(self, table: BlockTable) -> None:
@@ -339,16 +341,19 @@ class BlockManager:
                 break
             key, first = following, first + size
         wanted = list(token_ids[first : min(first + size, end)])
-        holders = (*self._by_base_parent.get(key, ()), *self._by_parent.get(key, ())) if wanted else ()
-        agreed = max((_count_common(wanted, self._blocks[number].token_ids) for number in holders), default=0)
+        holders = [children[key] for children in (self._by_base_parent, self._by_parent) if key in children]
+        agreed = max((next(each.nearest(wanted))[1] for each in holders), default=0)
         return max(0, first + agreed - table.num_computed)
 
     def _copy_what_agrees(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         first = len(table.blocks) * self.block_size
         wanted = list(token_ids[first : first + self.block_size])
         best, most = -1, 0
-        for number in self._by_parent.get(table.keys[-1], ()):
-            agreed = self._count_agreed(self._blocks[number], wanted, first, table.source)
+        children = self._by_parent.get(table.keys[-1])
+        for number, common in children.nearest(wanted) if children is not None else ():
+            if common <= most:
+                break
+            agreed = _count_agreed(self._blocks[number], common, first, table.source)
             if agreed > most:
                 best, most = number, agreed
         if not most:
@@ -365,15 +370,6 @@ class BlockManager:
         table.notes += copied.notes
         table.num_computed += most
 
-    @staticmethod
-    def _count_agreed(block: _Block, wanted: list[int], first: int, source: Source) -> int:
-        """How many tokens at the start of a block are the wanted ones and were computed alike."""
-        assert block.source is not None
-        starts = (block.source.activation_start, source.activation_start)
-        if starts[0] != starts[1] or block.source.route_digest != source.route_digest:
-            wanted = wanted[: max(0, min(starts) - first)]
-        return _count_common(wanted, block.token_ids)
-
     def _take(self, number: int) -> None:
         self._blocks[number].num_users += 1
         self._idle.pop(number, None)
@@ -383,6 +379,7 @@ class BlockManager:
         block.num_users -= 1
         if block.num_users == 0:
             if block.parent is not None:
+                self._settle(number)
                 self._idle[number] = None
             else:
                 self._blocks[number] = _Block()
@@ -405,13 +402,21 @@ class BlockManager:
         self._unlink(number)
         self._blocks[number] = _Block()
 
+    def _settle(self, number: int) -> None:
+        """Nobody adds to the block any more."""
+        block = self._blocks[number]
+        if block.parent is not None:
+            self._by_parent[block.parent].settle(number)
+        if block.base_parent is not None:
+            self._by_base_parent[block.base_parent].settle(number)
+
     def _unlink(self, number: int) -> None:
         block = self._blocks[number]
         if block.parent is not None:
-            _remove_child(self._by_parent, block.parent, number)
+            _remove_child(self._by_parent, block.parent, number, block.token_ids)
             block.parent = None
         if block.base_parent is not None:
-            _remove_child(self._by_base_parent, block.base_parent, number)
+            _remove_child(self._by_base_parent, block.base_parent, number, block.token_ids)
             block.base_parent = None
         if block.base_key is not None:
             self._by_base_key[block.base_key] -= 1
@@ -420,17 +425,19 @@ class BlockManager:
             block.base_key = None
 
 
-def _remove_child(children: dict[bytes, dict[int, None]], parent: bytes, number: int) -> None:
-    del children[parent][number]
+def _remove_child(children: dict[bytes, Children], parent: bytes, number: int, token_ids: list[int]) -> None:
+    children[parent].remove(number, token_ids)
     if not children[parent]:
         del children[parent]
 
 
-def _count_common(first: Sequence[int], second: Sequence[int]) -> int:
-    length = min(len(first), len(second))
-    if first[:length] == second[:length]:
-        return length
-    return next(index for index in range(length) if first[index] != second[index])
+def _count_agreed(block: _Block, num_common: int, first: int, source: Source) -> int:
+    """How many of the tokens that a block has in common with a sequence were computed alike."""
+    assert block.source is not None
+    starts = (block.source.activation_start, source.activation_start)
+    if starts[0] == starts[1] and block.source.route_digest == source.route_digest:
+        return num_common
+    return min(num_common, max(0, min(starts) - first))
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -39,12 +39,12 @@ def manager() -> BlockManager:
     return BlockManager(num_blocks=40, block_size=4)
 
 
-def test_it_imports_the_standard_library_and_notes_alone() -> None:
+def test_it_imports_the_standard_library_children_and_notes_alone() -> None:
     tree = ast.parse(Path(block_manager.__file__).read_text())
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     others = {name for name in imported if name.partition(".")[0] not in sys.stdlib_module_names}
-    assert others == {"molora.serving.notes"}
+    assert others == {"molora.serving.children", "molora.serving.notes"}
 
 
 def test_a_sequence_is_found_again_with_its_partial_tail(manager: BlockManager) -> None:
@@ -104,6 +104,17 @@ def test_a_running_sequence_is_found_as_far_as_it_is(manager: BlockManager) -> N
     assert cached(manager, IDS) == 6
     manager.commit(table, IDS, 13)
     assert cached(manager, IDS) == 13
+
+
+def test_among_many_conversations_the_longest_agreement_is_copied() -> None:
+    """Also where the nearest one in tokens agrees less, as its tokens were computed otherwise."""
+    manager = BlockManager(num_blocks=900, block_size=8)
+    for number in range(400):
+        manager.close(run(manager, [1, 2, 3, 4, 5, number], Source(2 + number % 4, ROUTE)))
+    manager.close(run(manager, [1, 2, 3, 4, 5, 77, 9], Source(3, OTHER)))
+    third = b"digest of a third"
+    for start, route, agreed in ((2, ROUTE, 5), (3, OTHER, 6), (3, third, 3), (5, third, 5), (6, third, 5)):
+        assert cached(manager, [1, 2, 3, 4, 5, 77, 8], Source(start, route)) == agreed
 
 
 def test_what_could_be_found_and_is_computed_counts_as_recomputed(manager: BlockManager) -> None:
