@@ -19,7 +19,9 @@ from molora.text_limit import TextLimit
 
 Policy = Literal["invocation", "response", "turn", "system"]
 Activation = Policy | int
+"""A policy's name, or an absolute token index."""
 Messages = Sequence[Mapping[str, Any]]
+"""The messages of a conversation, each with a `role` and a `content`."""
 
 POLICIES: tuple[str, ...] = get_args(Policy)
 NEED_MESSAGES = frozenset({"turn", "response"})
@@ -39,7 +41,7 @@ class Prompt:
 
     @cached_property
     def packed(self) -> array[int]:
-        """The ids as 32-bit integers: a long prompt's are checked, hashed and copied much faster so.
+        """The ids as 32-bit integers, since a long prompt's are checked, hashed and copied much faster so.
 
         Raises:
             struct.error: one is no integer, or does not fit.

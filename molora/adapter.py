@@ -225,7 +225,7 @@ class Adapter:
 
     @property
     def digest(self) -> str:
-        """Digest of what the adapter computes: its weights by module, their scalings, its invocation tokens."""
+        """Digest of what the adapter computes by, its weights by module, their scalings and its invocation tokens."""
         scalings = {module: pair.scaling for module, pair in self.weights.items()}
         return combine_digests(
             tensor_digest(self.tensors()), json_digest([scalings, self.config.alora_invocation_tokens])

@@ -1,4 +1,4 @@
-"""A bank: many adapters over one frozen base model, and the router that picks among them, as a folder.
+"""A bank: many adapters over one frozen base model, and the router that picks among them, as a folder::
 
     my-bank/
       molora.json                    format version, base model, router layer, policies, ordered adapters with digests

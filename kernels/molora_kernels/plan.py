@@ -41,7 +41,7 @@ class Plan:
 
     Attributes:
         ids: [T, K] int32, contiguous, each in [-1, num_adapters); -1 is no adapter.
-        num_adapters: E.
+        num_adapters: E, of the bank.
         tables: None on a device where no Triton kernel can run.
     """
 

@@ -26,6 +26,19 @@ class Watch(L.Callback):
         self._is_bad: Tensor | None = None
         self._since_s, self._num_tokens = time.perf_counter(), 0
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """
+        Raises:
+            ValueError: some processes go on from a checkpoint, and others find none; they would wait for each other.
+        """
+        is_found = trainer.ckpt_path is not None
+        is_anywhere = trainer.strategy.reduce_boolean_decision(is_found, all=False)
+        if is_anywhere and not trainer.strategy.reduce_boolean_decision(is_found):
+            raise ValueError(
+                "some machines find the last checkpoint and others do not; keep checkpoints in a folder that all of "
+                "them share, or copy it to each."
+            )
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._since_s, self._num_tokens = time.perf_counter(), 0
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor
 
+from molora.checkpoint import resolve_base
 from molora.files import replace
 from molora.injection import find_layers
 from molora.routing import RoutingLayer
@@ -43,6 +44,14 @@ class Trainer(L.Trainer):
         super().__init__(*args, **kwargs)
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = WholeCheckpoints()
+
+    def fit(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """As Lightning's, once the base is on this machine.
+
+        Processes that know of each other cannot make it: transformers saves a model in the first of them alone.
+        """
+        resolve_base(model.base)
+        super().fit(model, *args, **kwargs)
 
     def lr_find(
         self,
