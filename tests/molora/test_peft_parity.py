@@ -168,6 +168,43 @@ class TestInvocation:
         assert not torch.allclose(swapped[0, -1], got[0, -1], atol=0.1)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_batch_of_base_lora_and_alora(load, in_peft, small, random_ids, side):
+    """Each of them longer once than the others, padded on either side."""
+    invoked = small(seed=1)
+    invoked = replace(invoked, config=replace(invoked.config, alora_invocation_tokens=INVOCATION))
+    m = load({"alora": invoked, "lora": small(seed=2, rank=6)})
+    peft_model = in_peft(m)
+    texts = {
+        "alora": [*INVOCATION, 70, 71, *[i for i in random_ids(4) if i not in INVOCATION], *INVOCATION, 72],
+        "lora": random_ids(7, seed=1),
+        "base": random_ids(5, seed=2),
+    }
+    starts = {"alora": m.activation_start(m.render(texts["alora"]), "alora", "invocation"), "lora": 0, "base": 0}
+    for longest in texts:
+        wanted = {name: ([*random_ids(9, seed=3), *ids] if name == longest else ids) for name, ids in texts.items()}
+        width = max(map(len, wanted.values()))
+        pads = {name: [0] * (width - len(ids)) for name, ids in wanted.items()}
+        at_end = side == "right"
+        ids_BT = torch.tensor([[*ids, *pads[n]] if at_end else [*pads[n], *ids] for n, ids in wanted.items()])
+        mask_BT = torch.tensor(
+            [[1] * len(ids) + pads[n] if at_end else pads[n] + [1] * len(ids) for n, ids in wanted.items()]
+        )
+        own = [starts[name] + 9 * (name == longest == "alora") for name in wanted]
+        got, _ = m.logits(ids_BT, own, route=list(wanted), attention_mask=mask_BT)
+        expected = peft_logits(
+            peft_model,
+            ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0),
+            adapter_names=["alora", "lora", "__base__"],
+        )
+        assert close(got[mask_BT.bool()], expected[mask_BT.bool()]), longest
+        without = m.model(ids_BT, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(-1) - 1).clamp(min=0)).logits
+        for row in (0, 1):
+            assert not torch.allclose(got[row][mask_BT[row].bool()], without[row][mask_BT[row].bool()], atol=0.1)
+
+
 def test_a_batch_of_base_and_two_plain_adapters_with_left_padding(load, in_peft, small, random_ids):
     m = load({"x": small(seed=1), "y": small(seed=2, rank=6)})
     ids_BT = torch.tensor([random_ids(12), [2] * 5 + random_ids(7, seed=1), [2] * 2 + random_ids(10, seed=2)])
