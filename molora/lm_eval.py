@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import molora
 from molora.activation import Activation, Prompt, activation_of_text, check_activation
-from molora.cli import parse_activation, parse_route
+from molora.cli_common import parse_activation, parse_route
 from molora.generation import Generation, Sampling
 from molora.serving.request import Request
 from molora.serving.stream import Stream

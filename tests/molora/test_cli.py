@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 import molora
 from molora.bank import Bank, BaseInfo
 from molora.benchmark import measure
-from molora.cli import app, parse_activation, parse_route
+from molora.cli import app
+from molora.cli_common import parse_activation, parse_route
 from molora.digest import base_digest
 from molora.router import KeyRouter
 from molora.tiny import make_tiny_base

@@ -49,7 +49,7 @@ def test_kernels_know_no_molora():
 
 # The commands stand to the right of everything; and a model answers by its engine, which it makes when it is asked.
 # lm-evaluation-harness asks a model as a command does.
-COMMANDS = {"molora/cli.py", "molora/demo.py", "molora/lm_eval.py", "molora/model.py"}
+COMMANDS = {"molora/cli.py", "molora/cli_bank.py", "molora/demo.py", "molora/lm_eval.py", "molora/model.py"}
 
 
 @pytest.mark.parametrize(
