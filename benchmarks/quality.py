@@ -21,6 +21,7 @@ on the same data and answers the same items.
     token, lm           the same by each adapter's loss on the token, and by the language model loss alone
     own                 the same by labels, whose language model loss is under its own choice, not the labels'
     steady, steadier    the same by labels, with a price on switches between tokens of one domain, 0.1 and 1
+    parts               the same by labels, and by those of the first tokens of an answer's parts once more
     open                the same by labels; it also practises to know a newcomer by the mean of its queries
     top-2, soft         auto's scores as soft gates, not renormalized: of the two likeliest columns, and of all, or the
                         eight likeliest

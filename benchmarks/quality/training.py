@@ -6,6 +6,7 @@ token     another router over the same adapters, by what each of them loses on e
 lm        another one, by the language model loss alone
 own       another one by labels, whose language model loss is under its own choice
 steady    the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
+parts     the bank's router again, to which the first tokens of an answer's parts count more
 open      the bank's router again, which also practises to know a newcomer by the mean of its queries
 nine      one adapter more, and a router that knows it from the start
 tuned     the bank's router again, from the start, while the adapters go on learning with it
@@ -37,6 +38,7 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "own": {"losses": {"label": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "steady": {"losses": LABELS | {"switch": 0.1}},
     "steadier": {"losses": LABELS | {"switch": 1.0}},
+    "parts": {"losses": LABELS | {"parts": 0.3}},
     "open": {"losses": LABELS | {"newcomer": 1.0}},
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},

@@ -45,6 +45,8 @@ class RouterLosses:
 
     Args:
         label: cross entropy against the domains of the data, a column each.
+        parts: the same on those tokens alone that write the first token of an answer or of a part of it: a few in a
+            conversation, where it is decided whose turn comes next.
         token: the loss to be expected on the next token if base or an adapter were drawn by the router's probabilities,
             each acting from the activation point on; needs no labels, and a forward for each. A token of the question
             has what each loses in the answer.
@@ -63,6 +65,7 @@ class RouterLosses:
     """
 
     label: float = 1.0
+    parts: float = 0.0
     token: float = 0.0
     lm: float = 0.0
     given: float = 0.0
@@ -82,7 +85,7 @@ class RouterLosses:
 
     @property
     def needs_labels(self) -> bool:
-        return bool(self.label or self.given or self.newcomer)
+        return bool(self.label or self.parts or self.given or self.newcomer)
 
     @property
     def needs_whole_model(self) -> bool:
@@ -430,6 +433,7 @@ class RouterTraining(FrozenBase):
             columns_N = torch.where(active.flatten(), columns_N, IGNORE)
         labelled = columns_N != IGNORE
         metrics["label"] = label_loss(logits_NC, columns_N)
+        metrics["parts"] = label_loss(logits_NC, torch.where(_begin_parts(batch), columns_N, IGNORE))
         if losses_NC is not None:
             counted = losses_NC.amax(-1) > 0  # active, of a conversation of which something is learned
             probs_NC = (logits_NC[counted] / self.router_config.temperature).softmax(-1)
@@ -443,6 +447,13 @@ class RouterTraining(FrozenBase):
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics, logits_NC
+
+
+def _begin_parts(batch: Batch) -> Tensor:
+    """Whether a token [N] writes the first token of an answer, or of one of its parts."""
+    writes_N, domains_N = (batch.targets != IGNORE).flatten(), batch.domains.flatten()
+    goes_on_N = writes_N.roll(1) & (domains_N == domains_N.roll(1)) & (batch.position_ids.flatten() > 0)
+    return writes_N & ~goes_on_N
 
 
 def _neighbours(batch: Batch, active: Tensor) -> Tensor:

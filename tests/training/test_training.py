@@ -26,7 +26,7 @@ from molora.training.adapter import AdapterTraining
 from molora.training.data import ActivationMix, PackedLoader
 from molora.training.examples import encode, examples, read_records
 from molora.training.newcomer import key_from_data
-from molora.training.router import RouterLosses, RouterTraining, _neighbours
+from molora.training.router import RouterLosses, RouterTraining, _begin_parts, _neighbours
 from molora.training.router_report import router_statistics
 
 REPOSITORY = Path(__file__).parents[2]
@@ -391,6 +391,24 @@ def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> N
     assert found.tolist() == [False, False, True, False, True, False, True, True]
 
 
+def test_parts_begin_where_an_answer_does_or_its_domain_changes() -> None:
+    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
+    targets = torch.tensor([[-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]])
+    domains = torch.tensor([[2, 1, 1, 1, 2, 2, 2, 2, 2, -100]])
+    found = _begin_parts(SimpleNamespace(position_ids=positions, targets=targets, domains=domains))  # type: ignore[arg-type]
+    assert torch.nonzero(found).flatten().tolist() == [2, 4, 7, 9]
+
+
+def test_the_beginnings_of_parts_may_count_more() -> None:
+    found = []
+    for weight in (0.0, 3.0):
+        fit(config=router_config(losses={"parts": weight}))
+        (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+        found.append(column(metrics, "train/parts")[-1])
+        shutil.rmtree("runs")
+    assert found[1] < 0.8 * found[0]
+
+
 @pytest.mark.parametrize("losses", [{}, {"given": 1.0}], ids=["labels", "given"])
 def test_a_router_with_a_lora_of_its_own(losses: dict[str, float]) -> None:
     config = router_config(router={"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}, losses=losses)
@@ -660,7 +678,8 @@ def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_every_config_begins_with_its_command() -> None:
     for path in sorted((REPOSITORY / "configs").glob("*.yaml")):
-        others = {"serve.yaml": "python serve.py"} | dict.fromkeys(("bank.yaml", "texts.yaml"), "molora train bank")
+        others = {"serve.yaml": "python serve.py", "serve_ray.yaml": "python serve.py --ray"}
+        others |= dict.fromkeys(("bank.yaml", "texts.yaml"), "molora train bank")
         command = others.get(path.name, "python train.py fit")
         assert path.read_text().splitlines()[0] == f"# {command} --config configs/{path.name}"
         assert json.dumps(yaml.safe_load(path.read_text()))
