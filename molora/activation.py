@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex, get_args
 
-from jinja2 import TemplateError
-
+from molora.chat_template import TemplateLimitError, apply_chat_template
 from molora.text_limit import TextLimit
 
 Policy = Literal["invocation", "response", "turn", "system"]
@@ -69,8 +68,8 @@ def render(
         limit: of the rendered text; a longer one is refused before it is tokenized.
 
     Raises:
-        ValueError: nothing to render, a malformed message, a text that is too long, or a tokenizer without a chat
-            template.
+        ValueError: nothing to render, a malformed message, a text that is too long, a tokenizer without a chat
+            template, or one that refuses the messages or does not end on them.
     """
     if isinstance(messages_or_text, str):
         if not messages_or_text:
@@ -189,14 +188,8 @@ def check_message(message: Any, index: int) -> dict[str, str]:
 
 
 def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
-
     def text_of(some: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}.") from error
+        return apply_chat_template(tokenizer, some, add_generation_prompt=generation_prompt)
 
     full = text_of(messages, generation_prompt=True)
     if limit is not None:
@@ -212,6 +205,8 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: Text
     for policy, find in (("system", _system_end), ("turn", _turn_start), ("response", _response_start)):
         try:
             char = find(text_of, messages, full)
+        except TemplateLimitError:
+            raise
         except ValueError:  # the template refuses a part of the conversation by itself, so it hides the place
             char = None
         if char is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 import molora
+from molora.chat_template import start_rendering
 from molora.display import one_line
 from molora.serving.config import ServeConfig, read_config
 
@@ -92,6 +93,7 @@ def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     from molora.serving.app import create_app
     from molora.serving.engine import Engine
 
+    start_rendering()
     model = molora.load(
         config.bank,
         base=config.base,
