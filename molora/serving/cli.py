@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 import molora
 from molora.chat_template import start_rendering
 from molora.display import one_line
-from molora.serving.config import ServeConfig, read_config
+from molora.serving.config import LOG_FORMATS, ServeConfig, read_config
+from molora.serving.logs import json_logging
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -92,7 +94,9 @@ def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     """The engine and the app; these imports take seconds, which a wrong flag should not."""
     from molora.serving.app import create_app
     from molora.serving.engine import Engine
+    from molora.serving.tracing import Tracer
 
+    tracer = None if config.otlp_endpoint is None else Tracer.to_endpoint(config.otlp_endpoint)
     start_rendering()
     model = molora.load(
         config.bank,
@@ -106,7 +110,7 @@ def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     if engine.captures:
         print("Compiling for the GPU, which takes a minute or two ...", flush=True)
     engine.warm_up()
-    return engine, create_app(engine, config)
+    return engine, create_app(engine, config, tracer=tracer)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -143,6 +147,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time to finish running requests after Ctrl-C or SIGTERM (default: 30)",
     )
+    parser.add_argument("--log-format", choices=LOG_FORMATS, help="of standard error; json logs each request, too")
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="where OpenTelemetry traces go (needs molora[otel])")
     engine = parser.add_argument_group("engine")
     for name, description in ENGINE_FLAGS.items():
         engine.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=description)
@@ -185,6 +191,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_level="warning",
+                log_config=json_logging() if config.log_format == "json" else LOGGING_CONFIG,
                 server_header=False,
                 limit_concurrency=config.max_connections,
                 timeout_keep_alive=config.keep_alive_s,
