@@ -37,34 +37,25 @@ def fuzz(name: str, folder: Path, seconds: float) -> dict[str, Any]:
     end_s, results, fatal = time.monotonic() + seconds, [], []
     while (left_s := end_s - time.monotonic()) > SHORTEST_S:
         with TemporaryDirectory(dir=folder) as place:
-            if (folder / "corpus").is_dir():
-                (Path(place) / "corpus").symlink_to(folder / "corpus")
+            (Path(place) / "corpus").symlink_to(folder / "corpus")
             begun_s = time.monotonic()
-            command = [
-                sys.executable,
-                str(ONE),
-                name,
-                place,
-                "--seconds",
-                str(int(left_s)),
-                "--seed",
-                str(len(results) + 1),
-            ]
+            options = ("--seconds", str(int(left_s)), "--seed", str(len(results) + 1))
             done = subprocess.run(
-                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace",
-                timeout=left_s + GRACE_S, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-            )  # fmt: skip
+                [sys.executable, str(ONE), name, place, *options],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                timeout=left_s + GRACE_S,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                check=False,
+            )
             state = Path(place) / "state.json"
             if not state.exists():
                 raise SystemExit(f"{name}: {done.stderr[-3000:]}")
             results.append(json.loads(state.read_text()) | progress(done.stderr))
             if done.returncode:
-                inputs = [path for kind in ("timeout", "crash", "oom") for path in Path(place).glob(f"{kind}-*")]
-                fatal += [
-                    {"error": path.name.partition("-")[0], "where": last_place(done.stderr),
-                     "input": base64.b64encode(path.read_bytes()).decode()}
-                    for path in inputs or [Path(os.devnull)]
-                ]  # fmt: skip
+                fatal.append(end_of(done, Path(place)))
                 if time.monotonic() - begun_s < SHORTEST_S:
                     break
     found = {(each["error"], each["where"]): each for result in results for each in result["found"]}
@@ -95,10 +86,13 @@ def progress(log: str) -> dict[str, int]:
     }
 
 
-def last_place(log: str) -> str:
-    """Where in our code a process ended, as far as its log says."""
-    places = re.findall(r'/(molora/[\w/]+\.py)", line (\d+)', log)
-    return ":".join(places[-1]) if places else ""
+def end_of(done: "subprocess.CompletedProcess[str]", place: Path) -> dict[str, str]:
+    """How a process ended that should not have, and the input that libFuzzer left, if it was that."""
+    inputs = [path for kind in ("timeout", "crash", "oom") for path in place.glob(f"{kind}-*")]
+    places = re.findall(r'/(molora/[\w/]+\.py)", line (\d+)', done.stderr)
+    kind = inputs[0].name.partition("-")[0] if inputs else f"status {done.returncode}: {done.stderr[-500:]}"
+    made = inputs[0].read_bytes() if inputs else b""
+    return {"error": kind, "where": ":".join(places[-1]) if places else "", "input": base64.b64encode(made).decode()}
 
 
 def main() -> None:

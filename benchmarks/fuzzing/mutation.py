@@ -23,7 +23,7 @@ def mutated(value: Any, draw: Random) -> Any:
         other_parent, other_key = draw.choice(places)
         match draw.randrange(6):
             case 0 | 1:
-                parent[key] = draw.choice(VALUES)
+                parent[key] = copy.deepcopy(draw.choice(VALUES))
             case 2:
                 parent[key] = copy.deepcopy(other_parent[other_key])
             case 3 if parent is not root:
@@ -31,7 +31,7 @@ def mutated(value: Any, draw: Random) -> Any:
             case 4 if isinstance(parent, dict) and parent is not root:
                 parent[str(draw.choice((other_key, key * 2, *VALUES)))] = parent.pop(key)
             case _ if isinstance(parent, list):
-                parent[key:key] = parent[key : key + 1] * draw.choice((1, 2, 5))
+                parent[key:key] = [copy.deepcopy(parent[key]) for _ in range(draw.choice((1, 2, 5)))]
             case _:
                 parent[key] = [parent[key]] if draw.random() < 0.5 else _stretched(parent[key], draw)
     return root[""]
