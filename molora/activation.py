@@ -6,6 +6,7 @@ nothing is counted from the end. This module knows tokenizers and chat templates
 
 from __future__ import annotations
 
+import operator
 import struct
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,8 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex, get_args
 
-from jinja2 import TemplateError
-
+from molora.chat_template import TemplateLimitError, apply_chat_template
 from molora.text_limit import TextLimit
 
 Policy = Literal["invocation", "response", "turn", "system"]
@@ -71,12 +71,13 @@ def render(
         limit: of the rendered text; a longer one is refused before it is tokenized.
 
     Raises:
-        ValueError: nothing to render, a malformed message, a text that is too long, or a tokenizer without a chat
-            template.
+        ValueError: nothing to render, a malformed message, a text that is too long, a tokenizer without a chat
+            template, or one that refuses the messages or does not end on them.
     """
     if isinstance(messages_or_text, str):
         if not messages_or_text:
             raise ValueError("the prompt is empty; pass some text or a list of messages.")
+        _check_unicode(messages_or_text, "the prompt")
         if limit is not None:
             limit.check(messages_or_text)
         return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
@@ -89,13 +90,14 @@ def render(
     if not items:
         raise ValueError("the message list is empty; pass at least one {'role': ..., 'content': ...}.")
     if isinstance(items[0], int):
-        prompt = Prompt(items if type(items[0]) is int else tuple(map(int, items)), {"system": 0})  # type: ignore[arg-type]
         try:
+            ids = items if type(items[0]) is int else tuple(map(operator.index, items))  # type: ignore[arg-type]
+            prompt = Prompt(ids, {"system": 0})  # type: ignore[arg-type]
             _ = prompt.packed
-        except struct.error:
-            for item in prompt.token_ids:
+        except (struct.error, TypeError):
+            for item in items:
                 if not isinstance(item, SupportsIndex):
-                    raise ValueError(f"a prompt of token ids holds something else: {item!r}.") from None
+                    raise ValueError(f"a prompt of token ids holds something else: {item!r:.100}.") from None
             raise ValueError("the prompt has token ids of more than 32 bits; no vocabulary is so large.") from None
         return prompt
     messages = [check_message(item, index) for index, item in enumerate(items)]
@@ -170,7 +172,7 @@ def check_message(message: Any, index: int) -> dict[str, str]:
     """A message's role and text.
 
     Raises:
-        ValueError: it has no role or no text, or says more than a chat template is given here.
+        ValueError: it has no role or no text, no Unicode text, or says more than a chat template is given here.
     """
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"message {index} is {message!r}; expected {{'role': ..., 'content': ...}}.")
@@ -187,18 +189,20 @@ def check_message(message: Any, index: int) -> dict[str, str]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"message {index} ({message['role']}) has content {content!r}; expected text.")
+    _check_unicode(message["role"] + content, f"message {index}")
     return {"role": message["role"], "content": content}
 
 
-def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds half of a surrogate pair, which no tokenizer reads; remove it.") from None
 
+
+def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
     def text_of(some: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
-        try:
-            return str(tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=generation_prompt))
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses these messages: {error}.") from error
+        return apply_chat_template(tokenizer, some, add_generation_prompt=generation_prompt)
 
     full = text_of(messages, generation_prompt=True)
     if limit is not None:
@@ -214,6 +218,8 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: Text
     for policy, find in (("system", _system_end), ("turn", _turn_start), ("response", _response_start)):
         try:
             char = find(text_of, messages, full)
+        except TemplateLimitError:
+            raise
         except ValueError:  # the template refuses a part of the conversation by itself, so it hides the place
             char = None
         if char is not None:

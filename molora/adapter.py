@@ -23,6 +23,7 @@ from torch import Tensor
 
 from molora.digest import combine_digests, json_digest, tensor_digest
 from molora.files import write_atomic
+from molora.patterns import first_match, is_pattern
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -63,9 +64,8 @@ _IRRELEVANT = frozenset(
     }
 )
 MAX_ALPHA = 1e6
-MAX_PATTERN_LENGTH = 200
-MAX_PATTERN_REPEATS = 4
-_REPEATED_GROUP = re.compile(r"\)[*+?{]")
+MAX_MATCHES = 500_000  # of modules and patterns: it takes about 10 us to hold one against the other
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # These initializations change the base model's own weights, so the adapter alone is not enough.
 _BASE_CHANGING_INIT = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -159,10 +159,10 @@ class AdapterConfig:
         }
 
     def rank_of(self, module: str) -> int:
-        return int(_pattern_value(self.rank_pattern, module, self.r))
+        return int(first_match(self.rank_pattern, module, self.r))
 
     def scaling_of(self, module: str) -> float:
-        alpha = float(_pattern_value(self.alpha_pattern, module, self.lora_alpha))
+        alpha = float(first_match(self.alpha_pattern, module, self.lora_alpha))
         rank = self.rank_of(module)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
@@ -198,11 +198,22 @@ class Adapter:
             sides.setdefault(match["module"], {})[match["side"]] = tensor
         if not sides:
             raise ValueError(f"{source}: the file holds no adapter weights.")
+        num_patterns = len(config.rank_pattern) + len(config.alpha_pattern)
+        if len(sides) * num_patterns > MAX_MATCHES:
+            raise ValueError(
+                f"{source}: {len(sides)} modules and {num_patterns} patterns of {CONFIG_FILE} are too many together; "
+                f"expected a product of at most {MAX_MATCHES}. Write patterns that stand for several modules."
+            )
         weights = {}
         for module, pair in sorted(sides.items()):
             if set(pair) != {"A", "B"}:
                 raise ValueError(f"{source}: module {module!r} has lora_{next(iter(pair))} but not its partner.")
             a_RI, b_OR = pair["A"], pair["B"]
+            if not (a_RI.dtype in DTYPES and b_OR.dtype in DTYPES):
+                expected = ", ".join(map(str, DTYPES))
+                raise ValueError(
+                    f"{source}: module {module!r} has weights of {a_RI.dtype} and {b_OR.dtype}; expected {expected}."
+                )
             if not (torch.isfinite(a_RI).all() and torch.isfinite(b_OR).all()):
                 raise ValueError(f"{source}: module {module!r} has weights that are infinite or not a number.")
             rank = config.rank_of(module)
@@ -264,11 +275,13 @@ def target_suffixes(modules: Iterable[str]) -> list[str]:
     return sorted({module.rsplit(".", 1)[-1] for module in modules})
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 1 << 31
+def is_whole(value: object, low: int = 1) -> bool:
+    """Whether it is a whole number of at least `low`, of 32 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 31
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a finite number of a size that a scaling may have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA
 
 
@@ -276,20 +289,9 @@ def _is_list(of: type) -> Callable[[object], bool]:
     return lambda value: isinstance(value, list) and all(type(each) is of for each in value)
 
 
-def _is_pattern(key: object) -> bool:
-    """A regular expression that takes no time to speak of: short, and without a repeated group."""
-    if not isinstance(key, str) or len(key) > MAX_PATTERN_LENGTH or _REPEATED_GROUP.search(key):
-        return False
-    try:
-        re.compile(key)
-    except (re.error, RecursionError, OverflowError):
-        return False
-    return key.count("*") + key.count("+") <= MAX_PATTERN_REPEATS
-
-
 def _is_map(is_value: Callable[[object], bool]) -> Callable[[object], bool]:
     return lambda value: (
-        isinstance(value, dict) and all(_is_pattern(key) and is_value(each) for key, each in value.items())
+        isinstance(value, dict) and all(is_pattern(key) and is_value(each) for key, each in value.items())
     )
 
 
@@ -298,13 +300,13 @@ def _is_text_or(other: Callable[[object], bool]) -> Callable[[object], bool]:
 
 
 _FIELDS: dict[str, tuple[Callable[[object], bool], str]] = {
-    "r": (_is_count, "a positive integer"),
-    "lora_alpha": (_is_number, f"a number of at most {MAX_ALPHA:g}"),
+    "r": (is_whole, "a positive integer"),
+    "lora_alpha": (is_number, f"a number of at most {MAX_ALPHA:g}"),
     "target_modules": (_is_text_or(_is_list(str)), "a name, or a list of names"),
     "base_model_name_or_path": (lambda value: isinstance(value, str), "a name"),
     "use_rslora": (lambda value: isinstance(value, bool), "true or false"),
-    "rank_pattern": (_is_map(_is_count), "an object of simple expressions and positive integers"),
-    "alpha_pattern": (_is_map(_is_number), f"an object of simple expressions and numbers of at most {MAX_ALPHA:g}"),
+    "rank_pattern": (_is_map(is_whole), "an object of simple expressions and positive integers"),
+    "alpha_pattern": (_is_map(is_number), f"an object of simple expressions and numbers of at most {MAX_ALPHA:g}"),
     "layers_to_transform": (lambda value: type(value) is int or _is_list(int)(value), "a layer, or a list of layers"),
     "layers_pattern": (_is_text_or(_is_list(str)), "a name, or a list of names"),
     "exclude_modules": (_is_text_or(_is_list(str)), "a name, or a list of names"),
@@ -325,14 +327,6 @@ def _check_supported(name: str, value: Any, source: str) -> None:
     if value in (None, False, "none", {}, []):
         return
     raise ValueError(f"{source}: field {name!r} is {value!r}, which MoLoRA does not support; only its default works.")
-
-
-def _pattern_value(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """PEFT's rule: the first key that matches the end of the module path as a regular expression."""
-    for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
 
 
 def read_config(folder: Path) -> dict[str, Any]:

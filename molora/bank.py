@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from molora.activation import Activation, check_activation
-from molora.adapter import Adapter
+from molora.adapter import Adapter, is_whole
 from molora.digest import json_digest
 from molora.files import atomic_directory, write_atomic
 from molora.router import KeyRouter, Router, RouterConfig, TokenRangeRouter
@@ -92,8 +92,12 @@ class BankConfig:
             raise ValueError(
                 f"the bank has format version {self.format_version}; this release reads version {FORMAT_VERSION}."
             )
-        if self.router_layer < 0 or self.max_rank < 1:
-            raise ValueError(f"router_layer={self.router_layer} and max_rank={self.max_rank} must be >= 0 and >= 1.")
+        check_name(self.name)
+        if not (is_whole(self.router_layer, 0) and is_whole(self.max_rank, 1)):
+            raise ValueError(
+                f"router_layer={self.router_layer!r} and max_rank={self.max_rank!r}: expected whole numbers of at "
+                "least 0 and 1."
+            )
         check_activation(self.activation)
         names = [entry.name for entry in self.adapters]
         if len(set(names)) != len(names):

@@ -15,10 +15,12 @@ from filelock import FileLock
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from molora.digest import missing_safetensors, open_safetensors, safetensors_files
+from molora.display import one_line
 from molora.progress import quiet_transformers, say, step
 from molora.wheel import WHEELS, from_wheel
 
@@ -146,7 +148,7 @@ def load_base(
 
     Raises:
         ValueError: the dtype is unknown; a safetensors file is missing, truncated or corrupt (found before anything
-            is loaded); or the files lack weights of the architecture.
+            is loaded); or the files lack weights of the architecture, or hold some of another shape.
     """
     device = torch.device(device)
     if dtype != "auto" and dtype not in DTYPES:
@@ -159,7 +161,15 @@ def load_base(
     torch_dtype = DTYPES["bfloat16" if device.type == "cuda" else "float32"] if dtype == "auto" else DTYPES[dtype]
     with quiet_transformers():
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        model, info = _AutoModel.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True)
+        try:
+            model, info = _AutoModel.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, SafetensorError) as error:
+            raise ValueError(
+                f"{folder} does not hold the weights that its config.json describes ({one_line(error):.300}): "
+                "download it again"
+            ) from error
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}: download it again")
     return model.to(device).eval().requires_grad_(False), tokenizer

@@ -6,6 +6,7 @@ equal digests must mean equal contents, and each part is hashed with its length 
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,7 +32,8 @@ def base_digest(folder: Path) -> str:
     reads about 1 GB/s.
 
     Raises:
-        ValueError: a file is missing, truncated or corrupt, or two files hold a tensor of the same name.
+        ValueError: a file is missing, truncated or corrupt, two files hold a tensor of the same name, or one is of a
+            type that torch has not.
     """
     with ExitStack() as stack:
         owners: dict[str, tuple[Path, Any]] = {}
@@ -44,7 +46,16 @@ def base_digest(folder: Path) -> str:
                         "remove the file that does not belong to the model"
                     )
                 owners[name] = path, file
-        return _digest_tensors(owners, lambda name: owners[name][1].get_tensor(name))
+
+        def read(name: str) -> Tensor:
+            path, file = owners[name]
+            try:
+                tensor: Tensor = file.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+            return tensor
+
+        return _digest_tensors(owners, read)
 
 
 def json_digest(value: Any) -> str:
@@ -83,11 +94,19 @@ def safetensors_files(folder: Path) -> list[Path]:
 
 
 def missing_safetensors(folder: Path) -> list[str]:
-    """What a model folder lacks of its weights: the shards its index names, or any "*.safetensors" at all."""
+    """What a model folder lacks of its weights: the shards its index names, or any "*.safetensors" at all.
+
+    Raises:
+        ValueError: the index is damaged.
+    """
     found = {path.name for path in folder.glob("*.safetensors")}
     named: set[str] = set()
     for index in folder.glob("*.safetensors.index.json"):
-        named.update(json.loads(index.read_text())["weight_map"].values())
+        try:
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            named.update(map(os.fspath, files))  # a TypeError if one is no text
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{index} is no index of safetensors ({error!r:.200}): download it again") from error
     return sorted(named - found) if found or named else ["*.safetensors"]
 
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 import molora
 from molora.activation import Activation, Prompt, activation_of_text, check_activation
+from molora.chat_template import apply_chat_template
 from molora.cli_common import parse_activation, parse_route
 from molora.generation import Generation, Sampling
 from molora.serving.request import Request
@@ -134,9 +135,9 @@ class MoLoRALM(TemplateLM):  # type: ignore[misc]  # the harness is not typed
             add_generation_prompt: if not, the last message is the beginning of an answer, which goes on.
         """
         text = Conversation(
-            self.tokenizer.apply_chat_template(
+            apply_chat_template(
+                self.tokenizer,
                 chat_history,
-                tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=not add_generation_prompt,
             )

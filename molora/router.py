@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from molora.adapter import LoraWeights
+from molora.adapter import DTYPES, LoraWeights, is_number, is_whole
 from molora.digest import combine_digests, json_digest, tensor_digest
 
 Gate = Literal["hard", "soft"]
@@ -51,19 +51,22 @@ class RouterConfig:
     lora_alpha: float = 16.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ranges", tuple((int(lo), int(hi), str(name)) for lo, hi, name in self.ranges))
+        object.__setattr__(self, "ranges", tuple((lo, hi, str(name)) for lo, hi, name in self.ranges))
         if self.kind not in ("keys", "token_ranges"):
             raise ValueError(f"router kind {self.kind!r} is unknown; expected 'keys' or 'token_ranges'.")
         if self.gate not in ("hard", "soft"):
             raise ValueError(f"router gate {self.gate!r} is unknown; expected 'hard' or 'soft'.")
-        if self.top_k < 1 or (self.gate == "hard" and self.top_k != 1):
+        for name, low in (("top_k", 1), ("hidden_dim", 1), ("key_dim", 1), ("lora_rank", 0)):
+            if not is_whole(value := getattr(self, name), low):
+                raise ValueError(f"router {name} is {value!r}; expected a whole number from {low} on.")
+        if self.gate == "hard" and self.top_k != 1:
             raise ValueError(f"top_k={self.top_k} with gate={self.gate!r}: hard gates are top-1; use gate='soft'.")
-        if not self.temperature > 0:
-            raise ValueError(f"router temperature is {self.temperature}; expected a number above 0.")
-        if self.hidden_dim < 1 or self.key_dim < 1:
-            raise ValueError("router hidden_dim and key_dim must be positive.")
-        if self.lora_rank < 0 or (self.lora_rank and self.kind != "keys"):
-            raise ValueError(f"router lora_rank is {self.lora_rank}; expected 0 or more, and kind='keys' above 0.")
+        if not (is_number(self.temperature) and self.temperature > 0):
+            raise ValueError(f"router temperature is {self.temperature!r:.100}; expected a number above 0.")
+        if not is_number(self.lora_alpha):
+            raise ValueError(f"router lora_alpha is {self.lora_alpha!r:.100}; expected a number.")
+        if self.lora_rank and self.kind != "keys":
+            raise ValueError(f"router lora_rank is {self.lora_rank}; expected 0, or kind='keys'.")
         if self.kind == "token_ranges":
             _check_ranges(self.ranges)
             if self.gate != "hard":
@@ -141,8 +144,14 @@ class KeyRouter(nn.Module):
         """What `tensors` gave.
 
         Raises:
-            KeyError, RuntimeError, IndexError: they are not a router's, or not of the shapes that `config` gives.
+            KeyError, RuntimeError, IndexError: they are not a router's, not of the shapes that `config` gives, or not
+                finite; or those that score are not float32.
         """
+        for name, tensor in tensors.items():
+            if tensor.dtype not in (DTYPES if name.startswith(_LORA) else DTYPES[:1]):
+                raise RuntimeError(f"{name} is of {tensor.dtype}; expected torch.float32")
+            if not torch.isfinite(tensor).all():
+                raise RuntimeError(f"{name} has values that are infinite or not a number")
         own = {name: tensor for name, tensor in tensors.items() if not name.startswith(_LORA)}
         with torch.device("meta"):  # no random weights, which would move the global generator
             router = cls(config, own["hidden.weight"].shape[1], own["keys_CD"].shape[0])
@@ -282,6 +291,9 @@ def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = 
 def _check_ranges(ranges: Sequence[tuple[int, int, str]]) -> None:
     if not ranges:
         raise ValueError("router: kind 'token_ranges' needs at least one range (first id, last id + 1, adapter).")
+    for lo, hi, name in ranges:
+        if not (is_whole(lo, 0) and is_whole(hi)):
+            raise ValueError(f"router: range [{lo!r}, {hi!r}) of {name!r} is not of token ids.")
     previous = 0
     for lo, hi, name in sorted(ranges):
         if lo < previous or hi <= lo:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from fastapi import APIRouter, FastAPI, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.routing import Mount, Route
 
 import molora
 from molora.serving import chat, completions, models, tokenizing
@@ -19,11 +20,13 @@ from molora.serving.config import ServeConfig
 from molora.serving.errors import UnavailableError, add_error_handlers
 from molora.serving.page import add_page
 from molora.serving.protocol import ErrorBody
+from molora.serving.request_log import LogRequests
 from molora.serving.security import AnswerCancelled, AnswerHead, LimitBody, RequireKey, SafeHeaders
 from molora.serving.service import AdapterLoader, Service, TheService
 
 if TYPE_CHECKING:
     from molora.serving.engine import Engine
+    from molora.serving.tracing import Tracer
 
 router = APIRouter(tags=["operation"])
 
@@ -36,10 +39,12 @@ class Version(BaseModel):
     version: str
 
 
-def create_app(engine: Engine, config: ServeConfig, *, loader: AdapterLoader | None = None) -> FastAPI:
+def create_app(
+    engine: Engine, config: ServeConfig, *, loader: AdapterLoader | None = None, tracer: Tracer | None = None
+) -> FastAPI:
     """The server of one bank: its base, its router and each of its adapters are the models that it offers.
 
-    The engine stays the caller's: it is not closed when the app ends.
+    The engine stays the caller's: it is not closed when the app ends. A tracer is closed.
 
     Args:
         loader: what loads and unloads adapters; None is the engine itself.
@@ -53,6 +58,8 @@ def create_app(engine: Engine, config: ServeConfig, *, loader: AdapterLoader | N
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
+        if tracer is not None:
+            tracer.close()
 
     app = FastAPI(
         title="MoLoRA",
@@ -69,10 +76,14 @@ def create_app(engine: Engine, config: ServeConfig, *, loader: AdapterLoader | N
     app.add_middleware(RequireKey, keys=config.api_keys)
     app.add_middleware(SafeHeaders)
     app.add_middleware(AnswerHead)
-    for module in (chat, completions, models, tokenizing):
-        app.include_router(module.router)
-    app.include_router(router)
+    routers = [chat.router, completions.router, models.router, tokenizing.router, router]
+    for each in routers:
+        app.include_router(each)
     add_page(app)
+    known = [*app.routes, *(route for each in routers for route in each.routes)]
+    app.add_middleware(
+        LogRequests, paths={route.path for route in known if isinstance(route, Route | Mount)}, tracer=tracer
+    )
     return app
 
 

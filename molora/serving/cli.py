@@ -13,11 +13,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.config import LOGGING_CONFIG
 
 import molora
+from molora.chat_template import start_rendering
 from molora.display import one_line
 from molora.serving.cluster.config import read_cluster_config
-from molora.serving.config import ServeConfig, read_config
+from molora.serving.config import LOG_FORMATS, ServeConfig, read_config
+from molora.serving.logs import json_logging
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -112,15 +115,18 @@ def serve(config: ServeConfig, sock: socket.socket) -> int:
 def load(config: ServeConfig) -> tuple[Engine, FastAPI]:
     """The engine and the app; these imports take seconds, which a wrong flag should not."""
     from molora.serving.app import create_app
+    from molora.serving.tracing import Tracer
 
+    tracer = None if config.otlp_endpoint is None else Tracer.to_endpoint(config.otlp_endpoint)
     engine = load_engine(config)
-    return engine, create_app(engine, config)
+    return engine, create_app(engine, config, tracer=tracer)
 
 
 def load_engine(config: ServeConfig) -> Engine:
     """An engine that is warm."""
     from molora.serving.engine import Engine
 
+    start_rendering()
     model = molora.load(
         config.bank,
         base=config.base,
@@ -175,6 +181,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="time to finish running requests after Ctrl-C or SIGTERM (default: 30)",
     )
+    parser.add_argument("--log-format", choices=LOG_FORMATS, help="of standard error; json logs each request, too")
+    parser.add_argument("--otlp-endpoint", metavar="URL", help="where OpenTelemetry traces go (needs molora[otel])")
     engine = parser.add_argument_group("engine")
     for name, description in ENGINE_FLAGS.items():
         engine.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=description)
@@ -217,6 +225,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_level="warning",
+                log_config=json_logging() if config.log_format == "json" else LOGGING_CONFIG,
                 server_header=False,
                 limit_concurrency=config.max_connections,
                 timeout_keep_alive=config.keep_alive_s,

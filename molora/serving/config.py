@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from molora.serving.engine import EngineConfig
 
 
+LOG_FORMATS = ("plain", "json")
+
+
 def _default_engine() -> EngineConfig:
     from molora.serving.engine import EngineConfig
 
@@ -79,6 +82,8 @@ class ServeConfig:
         keep_alive_s: how long a client may leave a connection idle; longer than load balancers do, which use 60 s, so
             that none of them sends a request into a connection that is being closed.
         max_connections: open at once, idle ones included; requests on one more are answered by 503.
+        log_format: of standard error; "plain" has warnings only, "json" a line for each of them and for each request.
+        otlp_endpoint: where traces of requests are sent, such as http://localhost:4318/v1/traces; None makes none.
         engine: the engine's own settings.
         limits: of one request.
     """
@@ -96,15 +101,19 @@ class ServeConfig:
     drain_s: int = 30
     keep_alive_s: int = 75
     max_connections: int = 512
+    log_format: str = "plain"
+    otlp_endpoint: str | None = None
     engine: EngineConfig = field(default_factory=_default_engine)
     limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         for name in ("bank", "dtype", "host"):
             check_text(name, getattr(self, name))
-        for name in ("base", "device", "api_key_file"):
+        for name in ("base", "device", "api_key_file", "otlp_endpoint"):
             if getattr(self, name) is not None:
                 check_text(name, getattr(self, name))
+        if self.log_format not in LOG_FORMATS:
+            raise ValueError(f"log_format is {self.log_format!r}; expected {' or '.join(LOG_FORMATS)}.")
         check_int("port", self.port, low=0, high=65535)
         for name in ("drain_s", "num_extra_slots"):
             check_int(name, getattr(self, name), low=0)

@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 
 from molora.serving.protocol import Error, ErrorBody
 from molora.serving.request import EngineClosedError, EngineError, EngineFullError
+from molora.serving.request_log import served
 
 SERVER_ERROR = Error(message="the server failed on this request; its log says why", type="server_error")
 
@@ -71,7 +72,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def server_error(request: Request, error: Exception) -> Response:
-        return error_response(500, SERVER_ERROR)  # Starlette then raises it again, for the log
+        known = served.get()  # this answer is made outside of what would add it
+        headers = {} if known is None else {"X-Request-Id": known.id}
+        return error_response(500, SERVER_ERROR, headers=headers)  # Starlette then raises it again, for the log
 
 
 def describe(error: Exception) -> Error:

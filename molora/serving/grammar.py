@@ -285,7 +285,9 @@ class _SchemaReader:
         for key, most in (("minProperties", 1), ("multipleOf", MAX_MULTIPLE_OF)):  # names may come twice
             if isinstance(value := schema.get(key), (int, float)) and abs(value) > most:
                 raise self._refusal(f"{path}/{key}", f"is over {most}, which is not supported")
-        bounds = {key: schema[key] for key in BOUNDS if isinstance(schema.get(key), (int, float))}
+        bounds = {key: schema[key] for key in BOUNDS if type(schema.get(key)) in (int, float)}
+        for value in bounds.values():  # they are subtracted, which a large integer and a fraction cannot be
+            _check_number(json.dumps(value))
         lows, highs = ([value for key, value in bounds.items() if word in key.lower()] for word in ("min", "max"))
         if lows and highs and min(highs) - max(lows) < 1 and any("exclusive" in key for key in bounds):
             raise self._refusal(path, "excludes a bound of less than a unit, which is not supported")  # it would match
@@ -364,7 +366,7 @@ def _check_number(text: str) -> None:
     """Of no more digits than llguidance reads exactly."""
     _, digits, exponent = Decimal(text).normalize().as_tuple()
     if len(digits) > MAX_DIGITS or not isinstance(exponent, int) or abs(exponent) > MAX_EXPONENT:
-        raise ValueError(f"the JSON schema has {one_line(text)}, which is too large a number, or too exact a one.")
+        raise ValueError(f"the JSON schema has {one_line(text):.100}, which is too large a number, or too exact a one.")
 
 
 def _reason(matcher: llguidance.LLMatcher) -> str:

@@ -12,8 +12,9 @@ from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from molora.generation import Generation, Token
-from molora.serving.metrics import Metrics
+from molora.serving.metrics import ABORT, Metrics
 from molora.serving.protocol import CachedTokens, Report, Usage
+from molora.serving.request_log import served
 
 if TYPE_CHECKING:
     from molora.serving.stream import Stream
@@ -26,6 +27,7 @@ class Running:
         self.streams = streams
         self._metrics = metrics
         self._finished = False
+        self._request = served.get()
 
     async def __aenter__(self) -> Running:
         return self
@@ -33,7 +35,10 @@ class Running:
     async def __aexit__(self, *exc: object) -> None:
         if not self._finished:
             self._finished = True
-            self._metrics.unfinished(len(self.streams), failed=isinstance(exc[1], Exception))
+            failed = isinstance(exc[1], Exception)
+            self._metrics.unfinished(len(self.streams), failed=failed)
+            if self._request is not None:
+                self._request.unfinished("error" if failed else ABORT)
         for stream in self.streams:
             stream.close()
 
@@ -54,6 +59,8 @@ class Running:
         self._finished = True
         for result in self.results:
             self._metrics.finished(result)
+        if self._request is not None:
+            self._request.finished(self.usage, self.results)
 
     async def all_tokens(self) -> list[list[Token]]:
         """The tokens of each choice, once all have ended: those of the first prompt, then of the next."""

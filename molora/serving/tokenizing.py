@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from fastapi import APIRouter
-from jinja2 import TemplateError
 from pydantic import BaseModel, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from molora.chat_template import apply_chat_template
 from molora.serving.errors import InvalidRequestError
 from molora.serving.fields import Message, Neutral, RequestPart, Text, TokenId, conflict
 from molora.serving.service import TheService
@@ -96,7 +96,7 @@ def to_ids(m: MoLoRA, body: TokenizeRequest) -> list[int]:
             add_special = body.add_special_tokens is True
             if add_prompt is not False and not add_special:
                 return list(m.render(messages).token_ids)  # as a request to answer them is read
-            text = _apply_template(m.tokenizer, messages, add_prompt is not False)
+            text = apply_chat_template(m.tokenizer, messages, add_generation_prompt=add_prompt is not False)
         if m.text_limit is not None:
             m.text_limit.check(text)
     except ValueError as error:
@@ -113,12 +113,3 @@ def to_text(m: MoLoRA, ids: list[int]) -> str:
     if any(token_id >= num_ids for token_id in ids):
         raise InvalidRequestError(f"tokens: expected token ids from 0 to {num_ids - 1}", param="tokens")
     return str(m.tokenizer.decode(ids))
-
-
-def _apply_template(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise ValueError("this tokenizer has no chat template; send a prompt instead of messages")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
-    except TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages: {error}") from error

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from molora.activation import check_message, render
+from molora.chat_template import apply_chat_template
 from molora.display import joined
 
 IGNORE = -100
@@ -125,7 +126,7 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     if roles[-1:] != ["assistant"] or "user" not in roles:
         raise ValueError("a record's messages must end with a user message and the assistant's answer.")
     prompt = render(tokenizer, plain[:-1])
-    full = tokenizer.apply_chat_template(plain, tokenize=False)
+    full = apply_chat_template(tokenizer, plain)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if tuple(ids[: len(prompt.token_ids)]) != prompt.token_ids:

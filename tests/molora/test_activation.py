@@ -162,6 +162,13 @@ def test_text_parts_are_joined(tokenizer):
         ([USER, {"content": "hi"}], "message 1 is {'content': 'hi'}; expected"),
         ([{"role": "user"}], r"message 0 \(user\) has content None; expected text"),
         ([{"role": "user", "content": [{"type": "image_url"}]}], "message 0: only text parts"),
+        ("a\ud83d", "the prompt holds half of a surrogate pair"),
+        ([USER, {"role": "assistant", "content": "\ud83d"}], "message 1 holds half of a surrogate pair"),
+        ([{"role": "\ud83d", "content": ""}], "message 0 holds half of a surrogate pair"),
+        ([True, None], "token ids holds something else: None"),
+        ([True, float("inf")], "token ids holds something else: inf"),
+        ([True, 1.5], "token ids holds something else: 1.5"),
+        ([1, 1.5], "token ids holds something else: 1.5"),
     ],
 )
 def test_prompts_that_are_wrong(tokenizer, given, message):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from molora import adapter as adapter_module
 from molora.adapter import Adapter, AdapterConfig, layer_index
 
 PATH = "model.layers.1.self_attn.q_proj"
@@ -187,8 +188,10 @@ def test_weights_that_are_not_finite_are_refused() -> None:
         ("rank_pattern", [1]),
         ("rank_pattern", {"q_proj": 0}),
         ("rank_pattern", {"(": 4}),
-        ("rank_pattern", {"(a+)+": 4}),
-        ("rank_pattern", {".*" * 5: 4}),
+        ("rank_pattern", {"(?=a)": 4}),
+        ("rank_pattern", {r"(a)\1": 4}),
+        ("rank_pattern", {"\ud800": 4}),
+        ("rank_pattern", {"a{900}" * 30: 4}),
         ("rank_pattern", {"a" * 201: 4}),
         ("alpha_pattern", {"q_proj": None}),
         ("alpha_pattern", {"q_proj": float("nan")}),
@@ -207,3 +210,18 @@ def test_json_without_end_is_refused(tmp_path):
     (tmp_path / "adapter_config.json").write_text("[" * 100_000)
     with pytest.raises(ValueError, match="is not valid JSON"):
         Adapter.read(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int64, torch.complex64, torch.bool])
+def test_weights_of_other_types_are_refused(folder, dtype):
+    weights = folder / "adapter_model.safetensors"
+    save_file({key: torch.zeros(tensor.shape, dtype=dtype) for key, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ValueError, match=rf"has weights of {dtype} and {dtype}; expected torch\.float32, "):
+        Adapter.read(folder)
+
+
+def test_modules_and_patterns_may_not_be_too_many_together(make_adapter):
+    adapter = make_adapter(seed=1)
+    patterns = {f"m{number}": 4 for number in range(adapter_module.MAX_MATCHES // len(adapter.weights) + 1)}
+    with pytest.raises(ValueError, match=r"patterns of adapter_config\.json are too many together"):
+        Adapter.from_tensors(replace(adapter.config, rank_pattern=patterns), adapter.tensors())

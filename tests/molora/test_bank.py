@@ -420,3 +420,24 @@ def test_a_bank_that_does_not_fit_what_it_says_is_found(make_bank, tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             Bank(bank.path, replace(bank.config, **changes)).check()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("name", 5, "expected string|expected str"),
+        ("name", "auto", "'auto' is no legal name"),
+        ("router_layer", 1.5, "router_layer=1.5"),
+        ("max_rank", True, "max_rank=True"),
+        ("max_rank", 10**400, "max_rank=1000"),
+        ("base", [], "BaseInfo"),
+        ("adapters", {"a": 1}, "AdapterEntry"),
+        ("router", [], "molora.json"),
+        ("router", {"config": [], "digest": ""}, "molora.json"),
+    ],
+)
+def test_a_description_of_wrong_values_is_refused(bank, field, value, message):
+    raw = json.loads((bank.path / "molora.json").read_text())
+    (bank.path / "molora.json").write_text(json.dumps(raw | {field: value}))
+    with pytest.raises(ValueError, match=message):
+        Bank.open(bank.path)

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import molora
 from molora import checkpoint
@@ -415,3 +415,10 @@ class Opens:
 
     def __reduce__(self):
         return open, (str(self.path), "w")
+
+
+def test_load_base_names_weights_of_another_shape(base):
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": torch.zeros(3)}, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"does not hold the weights that its config\.json describes"):
+        load_base(base, device="cpu")

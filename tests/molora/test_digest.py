@@ -133,3 +133,21 @@ def test_combine_digests_keeps_order_and_grouping():
     assert len({one, two, *combined}) == 7
     with pytest.raises(ValueError, match="'my-adapter' is not a digest"):
         combine_digests(one, "my-adapter")
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": []}}', "[" * 10**5],
+)
+def test_an_index_that_is_none_is_named(tmp_path, index):
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is no index of safetensors"):
+        base_digest(tmp_path)
+
+
+def test_a_tensor_of_a_type_that_torch_has_not(tmp_path):
+    header = b'{"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}'
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"abc")
+    with pytest.raises(ValueError, match="tensor 'a' cannot be read"):
+        base_digest(tmp_path)

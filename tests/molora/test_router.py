@@ -128,15 +128,15 @@ class TestTokenRanges:
         ({"kind": "dice"}, "kind 'dice' is unknown"),
         ({"gate": "firm"}, "gate 'firm' is unknown"),
         ({"top_k": 2}, "top_k=2 with gate='hard': hard gates are top-1"),
-        ({"top_k": 0, "gate": "soft"}, "top_k=0"),
+        ({"top_k": 0, "gate": "soft"}, "top_k is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"key_dim": 0}, "hidden_dim and key_dim must be positive"),
+        ({"key_dim": 0}, "key_dim is 0; expected a whole number from 1 on"),
         ({"ranges": RANGES}, "'ranges' belongs to kind='token_ranges'"),
         ({"kind": "token_ranges"}, "needs at least one range"),
         ({"kind": "token_ranges", "ranges": ((5, 5, "x"),)}, r"range \[5, 5\) of 'x' is empty"),
         ({"kind": "token_ranges", "ranges": ((5, 9, "x"), (8, 10, "y"))}, r"range \[8, 10\) of 'y' .* overlaps"),
-        ({"kind": "token_ranges", "ranges": ((-1, 9, "x"),)}, r"range \[-1, 9\) of 'x' .* negative"),
+        ({"kind": "token_ranges", "ranges": ((-1, 9, "x"),)}, r"range \[-1, 9\) of 'x' is not of token ids"),
         ({"kind": "token_ranges", "ranges": RANGES, "gate": "soft"}, "no scores to make soft gates of"),
     ],
 )
@@ -151,3 +151,37 @@ def test_a_configuration_survives_json():
     with pytest.raises(ValueError, match=r"unknown fields \['colour'\]"):
         RouterConfig.from_json({"colour": "red"})
     assert isinstance(KeyRouter(RouterConfig(), 8, 2).digest, str)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_dim": 1 << 60}, "hidden_dim is"),
+        ({"hidden_dim": True}, "hidden_dim is True"),
+        ({"key_dim": 1.5}, "key_dim is 1.5"),
+        ({"lora_rank": -1}, "lora_rank is -1"),
+        ({"lora_alpha": 10**400}, "lora_alpha is 1000"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"kind": "token_ranges", "ranges": ((0, float("inf"), "x"),)}, "not of token ids"),
+        ({"kind": "token_ranges", "ranges": ((0, 10**30, "x"),)}, "not of token ids"),
+    ],
+)
+def test_sizes_that_no_router_has(fields, message):
+    with pytest.raises(ValueError, match=message):
+        RouterConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.double(), "expected torch.float32"),
+        (lambda tensor: tensor.to(torch.complex64), "expected torch.float32"),
+        (lambda tensor: tensor * float("nan"), "infinite or not a number"),
+    ],
+)
+def test_weights_that_no_router_has(change, message):
+    config = RouterConfig(hidden_dim=4, key_dim=2)
+    tensors = KeyRouter(config, 8, 3).tensors()
+    with pytest.raises(RuntimeError, match=message):
+        KeyRouter.from_tensors(config, {name: change(tensor) for name, tensor in tensors.items()})

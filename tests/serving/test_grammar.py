@@ -365,6 +365,7 @@ REFUSED = [
     (Grammar("json_schema", '{"minimum": NaN}'), "has NaN, which is too large"),
     (Grammar("json_schema", '{"minimum": 1e999}'), "has Infinity, which is too large"),
     (schema(const=(1 << 53) + 1), "too large a number"),
+    (schema(type="number", exclusiveMinimum=10**400, maximum=0.5), "too large a number"),
     (schema(enum=[0.1 + 0.2]), "too exact"),
     (schema(minimum=1e-30), "too exact"),
     (schema(minimum=1e300), "too large"),

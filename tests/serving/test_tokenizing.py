@@ -2,6 +2,8 @@
 
 import pytest
 
+from molora import chat_template
+
 MESSAGES = [{"role": "user", "content": "hé"}]
 
 
@@ -86,3 +88,20 @@ def test_a_tokenizer_without_a_chat_template(tokenize, engine, assert_refused):
     for add_prompt in (True, False):
         response = tokenize(messages=MESSAGES, add_generation_prompt=add_prompt)
         assert_refused(response, "messages", words="no chat template")
+
+
+def test_a_chat_template_that_does_not_end(app, call, tokenize, engine, assert_refused, monkeypatch, caplog):
+    """The client's messages are refused, the operator is told, and others are served."""
+    monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
+    chat_template._renderer.end()  # one that knows the limit takes its place
+    tokenizer = engine.m.tokenizer
+    usual = tokenizer.chat_template
+    tokenizer.chat_template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    chat = {"model": "demo", "messages": MESSAGES}
+    for path, body in (("/v1/chat/completions", chat), ("/tokenize", {"messages": MESSAGES})):
+        assert_refused(call(app, "POST", path, json=body), "messages", words="does not end within 0.5 s")
+    assert [record.levelname for record in caplog.records if record.name == "molora.chat_template"] == ["WARNING"] * 2
+    tokenizer.chat_template = usual
+    assert call(app, "POST", "/v1/chat/completions", json=chat).status_code == 200
+    assert engine.running == []
+    chat_template._renderer.end()

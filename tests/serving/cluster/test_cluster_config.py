@@ -50,6 +50,7 @@ def test_flags_override_the_server_s_settings(write):
         ("bank: a\nray: {min_replicas: 3}", "ray.min_replicas is 3, over ray.max_replicas, 2"),
         ("bank: a\nray: {target_ongoing_requests: 65}", "over ray.max_ongoing_requests, 64"),
         ("bank: a\nmax_connections: 5", "max_connections is not supported on Ray"),
+        ("bank: a\nlog_format: json", "log_format is not supported on Ray"),
         ("bank: a\nprot: 1", "unknown key 'prot'"),
     ],
 )
