@@ -685,6 +685,24 @@ def test_every_config_begins_with_its_command() -> None:
         assert json.dumps(yaml.safe_load(path.read_text()))
 
 
+def test_the_stages_one_by_one_are_those_of_the_bank() -> None:
+    def read(name: str) -> Any:
+        return yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+
+    bank = read("bank")
+    for stage, configs in (
+        ("adapters", [f"adapter_{name}" for name in bank["adapters"]["domains"]]),
+        ("router", ["router"]),
+    ):
+        for name in configs:
+            own, whole = read(name), bank[stage]
+            assert own["seed_everything"] == bank["seed"]
+            assert whole["model"].items() <= own["model"]["init_args"].items(), name
+            assert whole["data"].items() <= own["data"].items(), name
+            assert whole["trainer"].items() <= own["trainer"].items(), name
+            assert own["model"]["init_args"]["router_layer"] == bank["router_layer"]
+
+
 @pytest.mark.parametrize(
     ("name", "train", "words"),
     [
