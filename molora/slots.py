@@ -165,24 +165,30 @@ class AdapterSlots:
             ValueError, FileNotFoundError: its folder has changed, or is gone.
         """
         read: dict[str, Adapter] = {}
-        while True:
-            with self._lock:
-                self._settle()
-                version = self.current
-                infos = [version[name] for name in route.names]
-                missing = [info for info in infos if info.digest not in self._slot_of and info.digest not in read]
-                if not missing:
-                    return self._hold(version, route, infos, read)
-                self._check_idle()
-            with self._reading:
-                for info in missing:
-                    if info.digest not in self._slot_of:  # nobody has read it meanwhile
-                        read[info.digest] = _read(info)
+        hold = self._hold(route, read)
+        if hold is None:
+            with self._reading:  # until it is in its slot: whoever waits for the same one finds it there
+                while (hold := self._hold(route, read)) is None:
+                    read |= {info.digest: _read(info) for info in self._missing(route, read)}
+        return hold
 
-    def _hold(
-        self, version: BankVersion, route: ResolvedRoute, infos: Sequence[AdapterInfo], read: Mapping[str, Adapter]
-    ) -> Hold:
-        """`acquire`, once all that it needs is in a slot, or `read`."""
+    def _missing(self, route: ResolvedRoute, read: Mapping[str, Adapter]) -> list[AdapterInfo]:
+        """What a route needs and is neither in a slot nor read."""
+        with self._lock:
+            infos = [self.current[name] for name in route.names]
+            return [info for info in infos if info.digest not in self._slot_of and info.digest not in read]
+
+    def _hold(self, route: ResolvedRoute, read: Mapping[str, Adapter]) -> Hold | None:
+        """`acquire`, of what is in slots or was read; None if something is missing."""
+        with self._lock:
+            self._settle()
+            if self._missing(route, read):
+                self._check_idle()
+                return None
+            return self._take(self.current, route, read)
+
+    def _take(self, version: BankVersion, route: ResolvedRoute, read: Mapping[str, Adapter]) -> Hold:
+        infos = [version[name] for name in route.names]
         taken: list[int] = []
         try:
             for info in sorted(infos, key=lambda info: info.digest not in self._slot_of):  # those in slots stay there
