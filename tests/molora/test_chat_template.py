@@ -14,7 +14,8 @@ from molora.activation import render
 from molora.chat_template import TemplateLimitError, apply_chat_template
 from molora.tiny import byte_tokenizer
 
-USER = {"role": "user", "content": "Hé, ✓ <b>\x00\n\t\"quoted\" 'and' \\ \u2028 you!"}
+USER = {"role": "user", "content": "Hé, ✓ <b>\x00\n\t\"quoted\" 'and' \\ \u2028 \ud83d you!"}
+PLAIN = {"role": "user", "content": "Hé"}
 SYSTEM = {"role": "system", "content": " Be brief. "}
 ANSWER = {"role": "assistant", "content": "😀 Hm. "}
 TEMPLATES = {
@@ -115,7 +116,7 @@ def short(monkeypatch):
 def test_a_template_that_does_not_end_is_ended(short, template):
     begun = time.monotonic()
     with pytest.raises(TemplateLimitError, match=r"does not end within 0\.5 s on these messages; send others"):
-        render(with_template(template), [SYSTEM, USER, ANSWER, USER])
+        render(with_template(template), [SYSTEM, PLAIN, ANSWER, PLAIN])
     assert time.monotonic() - begun < 20
     assert short._process is None
     assert apply_chat_template(byte_tokenizer(), [USER]).endswith("<|im_end|>\n")
@@ -126,20 +127,20 @@ def test_one_that_ends_only_on_the_whole_conversation(short):
     template = ENDLESS["loops"].join(("{% if not add_generation_prompt %}", "{% endif %}x"))
     begun = time.monotonic()
     with pytest.raises(TemplateLimitError):
-        render(with_template(template), [SYSTEM, USER, ANSWER, USER])
+        render(with_template(template), [SYSTEM, PLAIN, ANSWER, PLAIN])
     assert time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize("template", GREEDY.values(), ids=GREEDY)
 def test_a_template_that_fills_the_memory_may_not(template):
     with pytest.raises(ValueError, match=r"more memory than a template may|MemoryError|OverflowError"):
-        render(with_template(template), [USER])
+        render(with_template(template), [PLAIN])
 
 
 @pytest.mark.parametrize(("template", "words"), FAILING.values(), ids=FAILING)
 def test_a_template_that_fails_says_why(template, words):
     with pytest.raises(ValueError, match=words) as caught:
-        render(with_template(template), [USER])
+        render(with_template(template), [PLAIN])
     assert len(str(caught.value)) < 600
 
 
