@@ -62,3 +62,14 @@ def test_the_readme_says_what_was_measured() -> None:
     assert alternation["num_different"] == 0
     changes = sum(alternation["counts"][name] for name in ("loads", "replacements", "unloads"))
     assert changes // 1000 == 16  # thousands
+
+
+def test_an_hour_of_fuzzing_found_nothing() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/fuzz-cpu.json").read_text())
+    assert (result["minutes"], result["num_found"], len(result["targets"])) == (60, 0, 7)
+    for target in result["targets"].values():
+        assert target["peak_memory_mb"] <= target["first_memory_mb"] + 512
+        assert target["coverage"] >= target["coverage_of_seeds"]
+    executions = sum(target["executions"] for target in result["targets"].values())
+    text = " ".join((REPOSITORY / "docs/security.md").read_text().split())
+    assert f"an hour of it tried {executions:,} inputs" in text
