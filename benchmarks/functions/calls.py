@@ -16,7 +16,7 @@ from molora.training.evaluate import paired_difference
 from molora.training.examples import read_records
 from molora.training.recipes.verdicts import INVOCATIONS, LABELS
 
-AT_ONCE = 64  # conversations that are read, asked about and forgotten: a lookup goes through all that there are
+AT_ONCE = 64  # conversations that are read, asked about and forgotten, so that what is reused is of the same call
 NUM_BINS = 15  # of the calibration error
 ALL_WAYS = ("base", *WAYS)
 

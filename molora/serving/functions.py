@@ -37,9 +37,11 @@ class Function:
             raise ValueError(
                 f"the function {self.adapter!r} has an empty invocation; expected the text that invokes it."
             )
-        if len(set(self.labels)) < 2 or len(set(self.labels)) < len(self.labels) or not all(self.labels):
+        is_text = isinstance(self.labels, str)  # which would be one label for each letter
+        if is_text or len(set(self.labels)) < max(2, len(self.labels)) or not all(self.labels):
             raise ValueError(
-                f"the function {self.adapter!r} has labels {self.labels}; expected two different ones or more."
+                f"the function {self.adapter!r} has labels {self.labels!r}; expected two different ones or more, as a "
+                "tuple."
             )
 
     def behind(self, messages: Messages) -> list[Any]:
@@ -115,7 +117,12 @@ def call(m: MoLoRA, function: Function, messages: Messages) -> Verdict:
 
 
 def call_each(m: MoLoRA, function: Function, conversations: Sequence[Messages]) -> list[Verdict]:
-    """`call` on several conversations at once; each of them is found in the cache as far as it is there by then."""
+    """`call` on several conversations at once; each of them is found in the cache as far as it is there by then.
+
+    Raises:
+        ValueError: see `call`.
+        EngineFullError: more than the engine lets wait; see `EngineConfig.max_waiting`.
+    """
     first_ids = _first_ids(m, function)
     prompts = [function.behind(messages) for messages in conversations]
     sampling = Sampling(max_new_tokens=1, logprobs=MAX_TOP_LOGPROBS)
@@ -170,9 +177,11 @@ def best_of_n(
         temperature, seed, max_new_tokens: of the drafts; see `molora.Sampling`.
 
     Raises:
-        ValueError: see `call`; or a setting of the drafts is wrong.
+        ValueError: see `call`; or a setting of the drafts is wrong. Raised before anything is drafted.
     """
     sampling = Sampling(n=n, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+    _first_ids(m, check)
+    m.activation_start(m.render(check.behind(messages)), check.adapter)
     drafts = m.engine.generate([Request(prompt=messages, route=draft, sampling=sampling)])
     texts = list(dict.fromkeys(out.text for out in drafts))
     answered = [[*messages, {"role": "assistant", "content": text}] for text in texts]
@@ -197,10 +206,8 @@ def _first_ids(m: MoLoRA, function: Function) -> list[int]:
     prompt = m.render(asked).token_ids
     first_ids = []
     for label in function.labels:
-        answered = [*asked, {"role": "assistant", "content": label}]
-        text = m.tokenizer.apply_chat_template(answered, tokenize=False)
-        ids = m.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if tuple(ids[: len(prompt)]) != prompt:
+        ids = m.render([*asked, {"role": "assistant", "content": label}]).token_ids
+        if ids[: len(prompt)] != prompt:
             raise ValueError(
                 "the chat template renders a prompt differently once it is answered; no label has a place."
             )

@@ -108,7 +108,12 @@ def test_equal_drafts_are_checked_once(m):
 
 @pytest.mark.parametrize(
     ("labels", "words"),
-    [(("yes",), "two different"), (("yes", "yes"), "two different"), (("yes", ""), "two different")],
+    [
+        (("yes",), "two different"),
+        (("yes", "yes"), "two different"),
+        (("yes", ""), "two different"),
+        ("yn", "as a tuple"),
+    ],
 )
 def test_labels_that_tell_nothing_apart_are_refused(labels, words):
     with pytest.raises(ValueError, match=words):
@@ -124,3 +129,18 @@ def test_what_cannot_be_called_is_refused(m):
         call(m, Function("judge", "Is that so?"), ANSWERED)
     with pytest.raises(ValueError, match="empty invocation"):
         Function("check", "")
+
+
+@pytest.mark.parametrize(
+    ("check", "words"),
+    [
+        (Function("judge", CHECK.invocation), "has no adapter 'judge'"),
+        (Function("check", "Is that so?"), "do not occur"),
+        (Function("check", CHECK.invocation, ("yes", "yeah")), "begin with the same token"),
+    ],
+)
+def test_nothing_is_drafted_for_a_check_that_cannot_be_called(m, check, words):
+    before = m.engine.stats().num_generated_tokens
+    with pytest.raises(ValueError, match=words):
+        best_of_n(m, QUESTION, check=check, draft="x", n=2, max_new_tokens=4)
+    assert m.engine.stats().num_generated_tokens == before

@@ -169,9 +169,11 @@ def m(tmp_path_factory, make_bank, make_adapter):
     return molora.load(bank, device="cpu", dtype="float32")
 
 
-def test_drafts_go_on_behind_the_last_whole_line(m, asked, tmp_path):
+def test_drafts_go_on_behind_the_last_whole_line(m, asked, tmp_path, monkeypatch):
     settings = {"num_drafts": 2, "temperature": 1.0, "seed": 0, "max_new_tokens": 6}
-    whole = draft(m, asked["val"], tmp_path / "whole.jsonl", **settings)
+    with monkeypatch.context() as patched:
+        patched.setattr("molora.training.recipes.drafts.AT_ONCE", 6)
+        whole = draft(m, asked["val"], tmp_path / "whole.jsonl", **settings)
     assert [len(each["texts"]) for each in whole] == [2] * 10
     assert all(each["texts"][0] != each["texts"][1] for each in whole)
     assert all(logprob < 0 for each in whole for logprob in each["logprobs"])

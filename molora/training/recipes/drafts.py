@@ -4,6 +4,7 @@ A run that is broken off goes on behind the last whole line.
 """
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -77,26 +78,24 @@ def _done(out: Path, head: Mapping[str, Any]) -> list[Drafts]:
 def _draw(m: MoLoRA, questions: Sequence[Mapping[str, Any]], first: int, head: Mapping[str, Any]) -> Iterator[Drafts]:
     """Of question number `first` and those that follow it."""
     num_drafts = head["num_drafts"]
-    size = max(1, AT_ONCE // num_drafts)
-    for begin in range(0, len(questions), size):
-        group = questions[begin : begin + size]
+    running: deque[tuple[Mapping[str, Any], list[Any]]] = deque()
+    for number, question in enumerate(questions, first):
+        if (len(running) + 1) * num_drafts > AT_ONCE and running:
+            yield _verified(*running.popleft())
         streams = [
-            [
-                m.stream(
-                    question["messages"][:-1],
-                    route=question["domain"],
-                    temperature=head["temperature"],
-                    seed=(head["seed"] << 32) + number * num_drafts + index,
-                    max_new_tokens=head["max_new_tokens"],
-                    logprobs=0,
-                )
-                for index in range(num_drafts)
-            ]
-            for number, question in enumerate(group, first + begin)
+            m.stream(
+                question["messages"][:-1],
+                route=question["domain"],
+                temperature=head["temperature"],
+                seed=(head["seed"] << 32) + number * num_drafts + index,
+                max_new_tokens=head["max_new_tokens"],
+                logprobs=0,
+            )
+            for index in range(num_drafts)
         ]
-        yield from map(_verified, group, streams)
-        # A lookup compares a prompt with every conversation that begins like it: they all have one system message.
-        m.engine.clear_cache()
+        running.append((question, streams))
+    for each in running:
+        yield _verified(*each)
 
 
 def _verified(question: Mapping[str, Any], streams: Sequence[Any]) -> Drafts:
