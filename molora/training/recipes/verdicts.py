@@ -4,6 +4,7 @@ Answers that adapters drafted are verified, so "uncertainty" learns from the que
 right, and "check" from question and answer whether it is.
 """
 
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from random import Random
@@ -32,7 +33,10 @@ RELATIONS = (
     "brother",
     "grandmother",
     "grandfather",
+    "mother-in-law",
+    "father-in-law",
 )
+"""The answers of "family": a wrong one is another of these."""
 
 Messages = list[dict[str, Any]]
 
@@ -127,12 +131,12 @@ def balanced(records: Sequence[Verdict], rng: Random) -> list[Verdict]:
 
 
 def corrupted(reply: str, answer: str, domain: str, rng: Random) -> str:
-    """A right reply with another answer, wherever its working comes to it."""
+    """A right reply of one of the recipe's tasks with another answer, wherever its working comes to it."""
     while True:
         other = _other(answer, rng)
         text = other.join(reply.rsplit(answer, 1))
         if rng.random() < 0.5:  # else the working still comes to the right one
-            text = text.replace(answer, other)
+            text = re.sub(rf"(?<![\w-]){re.escape(answer)}(?![\w-])", other, text)
         if not verify(domain, answer, text):
             return text
 
