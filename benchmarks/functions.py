@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="of eval: a JSON file to write, and a Markdown file beside it")
     args = parser.parse_args()
+    if args.out is None and args.stage in ("eval", "all"):
+        parser.error("eval writes its figures: name a file with --out.")
     for stage in STAGES if args.stage == "all" else [args.stage]:
         STAGES[stage](args)
 

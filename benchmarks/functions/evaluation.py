@@ -18,8 +18,6 @@ from molora.training.recipes.verdicts import INVOCATIONS
 
 def measure(args: Namespace) -> None:
     """Measure the functions and best of n, and write `<out>` and `<out>.md`."""
-    if args.out is None:
-        raise SystemExit("eval writes its figures: name a file with --out.")
     begin_s = time.perf_counter()
     bank = Bank.open(args.work / "bank")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -62,9 +62,9 @@ class Candidates:
 
 
 def measure_selection(m: MoLoRA, args: Namespace) -> dict[str, Any]:
-    questions = [*read_records(args.work / "data" / "questions_best.jsonl")][: args.limit]
-    lines = [*read_records(args.work / "data" / "drafts_best.jsonl")]
-    drafts: list[Any] = lines[1 : len(questions) + 1]
+    _, *lines = read_records(args.work / "data" / "drafts_best.jsonl")
+    drafts: list[Any] = lines[: args.limit]
+    questions = [*read_records(args.work / "data" / "questions_best.jsonl")][: len(drafts)]
     candidates: list[Candidates] = []
     for first in range(0, len(questions), QUESTIONS_AT_ONCE):
         these = slice(first, first + QUESTIONS_AT_ONCE)

@@ -26,7 +26,7 @@ from molora.training.recipes.answerability_wordings import FORMS, KINDS, TURNS
 from molora.training.recipes.drafts import Drafts, draft
 from molora.training.recipes.functions import main, questions
 from molora.training.recipes.tasks import DEMO, verify
-from molora.training.recipes.verdicts import INVOCATIONS, balanced, check, corrupted, uncertainty
+from molora.training.recipes.verdicts import INVOCATIONS, RELATIONS, balanced, check, corrupted, uncertainty
 
 REPOSITORY = Path(__file__).parents[2]
 NUMS = {"train": 40, "val": 10, "heldout": 20, "best": 10}
@@ -152,6 +152,7 @@ def test_what_one_domain_lacks_is_left_out():
         ("words", "ward", "d r a w -> w a r d\nAnswer: ward"),
         ("words", "oo", "o o -> o o\nAnswer: oo"),
         ("family", "mother", "Al is a child of Bo.\nAnswer: mother"),
+        ("family", "mother-in-law", "Al is married to Bo. Bo is a child of Cy.\nAnswer: mother-in-law"),
         ("sorting", "7, 12, 31", "Answer: 7, 12, 31"),
     ],
 )
@@ -160,6 +161,14 @@ def test_a_corrupted_reply_is_wrong_and_like_the_right_one(domain, answer, reply
     made = {corrupted(reply, answer, domain, Random(seed)) for seed in range(20)}
     assert all(not verify(domain, answer, text) and "Answer: " in text for text in made)
     assert len(made) > 1
+
+
+def test_what_is_corrupted_stays_of_its_kind():
+    for seed in range(20):
+        text = corrupted("Al is married to Bo.\nAnswer: mother-in-law", "mother-in-law", "family", Random(seed))
+        assert text.rpartition("Answer: ")[2] in RELATIONS
+        text = corrupted("16 - 10 = 6.\nAnswer: 6", "6", "arithmetic", Random(seed))
+        assert re.match(r"16 - 10 = \d\.\n", text)  # a term that has the answer's digits is none of it
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +193,10 @@ def test_drafts_go_on_behind_the_last_whole_line(m, asked, tmp_path, monkeypatch
     assert [each["texts"] for each in again] == [each["texts"] for each in whole]
     assert again[:4] == whole[:4]  # not drawn again
     assert [*read_records(broken)][1:] == again
+    for limit, num_kept in ((3, 3), (None, 10), (3, 10)):  # what was limited may go on
+        some = draft(m, asked["val"], tmp_path / "limited.jsonl", **settings, limit=limit)
+        assert [each["texts"] for each in some] == [each["texts"] for each in whole[:limit]]
+        assert len([*read_records(tmp_path / "limited.jsonl")]) == 1 + num_kept
     with pytest.raises(ValueError, match="drafts of other questions"):
         draft(m, asked["val"], broken, **{**settings, "temperature": 0.5})
 
@@ -192,6 +205,10 @@ def test_the_command_writes_what_needs_no_model_and_then_the_rest(m, tmp_path, c
     pytest.importorskip("reasoning_gym")
     out = tmp_path / "data"
     options = ["--out", str(out), "--num-train", "30", "--num-heldout", "15", "--num-best", "5"]
+    with pytest.raises(SystemExit):
+        main([*options, "--num-best", "0"])
+    assert "expected 1 or more of each kind" in capsys.readouterr().err
+    assert not out.exists()
     main(options)
     assert "30" in capsys.readouterr().out
     written = {file.name for file in out.iterdir()}

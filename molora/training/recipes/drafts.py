@@ -35,11 +35,13 @@ def draft(
     temperature: float,
     seed: int,
     max_new_tokens: int = MAX_NEW_TOKENS,
+    limit: int | None = None,
 ) -> list[Drafts]:
     """Draw drafts of each question by the adapter of its domain, and write them to `out`.
 
     Args:
         questions: records of the recipe, whose `answer` the drafts are verified against.
+        limit: only those of the first so many questions; more may be drawn later.
 
     Raises:
         ValueError: what is in `out` was drawn of other questions, by another bank or with other settings; or the bank
@@ -55,11 +57,11 @@ def draft(
     }
     done = _done(out, head)
     with out.open("a", encoding="utf-8") as file:
-        for drawn in _draw(m, questions[len(done) :], len(done), head):
+        for drawn in _draw(m, questions[len(done) : limit], len(done), head):
             done.append(drawn)
             file.write(json.dumps(drawn) + "\n")
             file.flush()
-    return done
+    return done[:limit]
 
 
 def _done(out: Path, head: Mapping[str, Any]) -> list[Drafts]:

@@ -71,7 +71,13 @@ def questions(seed: int, nums: Mapping[str, int]) -> dict[str, list[Record]]:
 
 
 def write_questions(out: Path, *, seed: int, num_train: int, num_heldout: int, num_best: int) -> dict[str, Any]:
-    """Write what needs no model, and say what recipe.json says of it."""
+    """Write what needs no model, and say what recipe.json says of it.
+
+    Raises:
+        ValueError: a number is below 1.
+    """
+    if min(num_train, num_heldout, num_best) < 1:
+        raise ValueError(f"{num_train}, {num_heldout} and {num_best} questions; expected 1 or more of each kind.")
     nums = {"train": num_train, "val": min(NUM_VAL, num_train), "heldout": num_heldout, "best": num_best}
     files = {}
     for name, records in questions(seed, nums).items():
@@ -88,14 +94,14 @@ def write_verdicts(out: Path, m: Any, *, seed: int, temperature: float, limit: i
 
     Args:
         m: the loaded bank whose adapters draft.
-        limit: only the first so many questions of each split.
+        limit: only the first so many questions of each split; the others' drafts may be drawn later.
 
     Raises:
         ValueError: no domain of the training questions has both right and wrong drafts.
     """
     files = {}
     for name in SPLITS:
-        asked: Sequence[Mapping[str, Any]] = [*read_records(out / f"questions_{name}.jsonl")][:limit]
+        asked: Sequence[Mapping[str, Any]] = [*read_records(out / f"questions_{name}.jsonl")]
         drafts = draft(
             m,
             asked,
@@ -103,9 +109,11 @@ def write_verdicts(out: Path, m: Any, *, seed: int, temperature: float, limit: i
             num_drafts=NUM_DRAFTS[name],
             temperature=temperature,
             seed=seed,
+            limit=limit,
         )
         if name == "best":
             continue
+        asked = asked[:limit]
         rng = Random(f"verdicts {name} {seed}")
         is_heldout = name == "heldout"
         for function, records in (
@@ -136,14 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--num-heldout", type=int, default=5000, help="held-out ones, two drafts each (default: 5000)")
     parser.add_argument("--num-best", type=int, default=1000, help="held-out ones, eight drafts each (default: 1000)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the drafts (default: 1)")
-    parser.add_argument("--limit", type=int, help="draft only for the first so many questions of each file")
+    parser.add_argument("--limit", type=int, help="draft only for the first so many questions of each file for now")
     options = parser.parse_args(arguments)
     recipe = options.out / "recipe.json"
     made = {name: getattr(options, name) for name in ("seed", "num_train", "num_heldout", "num_best")}
     try:
         summary = json.loads(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
         if summary.get("questions") != made:
-            options.out.mkdir(parents=True, exist_ok=True)
             summary = {"questions": made, "files": write_questions(options.out, **made)}
             write_atomic(recipe, json.dumps(summary, indent=2) + "\n")
         if options.bank is not None:
