@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(first.text)
 
     messages += [{"role": "assistant", "content": first.text}, {"role": "user", "content": QUESTIONS[1]}]
-    with m.stream(messages, route="auto", max_new_tokens=32) as stream:
+    with m.stream(messages, route="auto", max_new_tokens=48) as stream:
         for token in stream:
             who = ", ".join(f"{name} {gate:.2f}" for name, gate in token.route) or "base"
             print(f"{token.text!r:16}{who}")

@@ -48,6 +48,7 @@ def test_the_python_of_the_readme_runs(
     exec(compile(first, "README.md", "exec"), names)
     out = names["out"]
     assert isinstance(out, molora.Generation)
+    assert out.finish_reason == "stop"  # the answer is whole
     assert out.num_reused_tokens > 0
     assert out.num_recomputed_tokens == 0
     assert out.num_computed_tokens == out.num_prompt_tokens - out.num_reused_tokens + out.num_generated_tokens - 1
