@@ -103,13 +103,21 @@ def test_it_costs_less_than_a_millisecond():
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """A process that computes for half a second at most."""
-    monkeypatch.setattr(chat_template, "TIME_LIMIT_S", 0.5)
-    renderer = chat_template._Renderer()
-    monkeypatch.setattr(chat_template, "_renderer", renderer)
-    yield renderer
+def limited(monkeypatch):
+    """A process of its own that computes for some seconds at most."""
+    monkeypatch.setattr(chat_template, "_renderer", renderer := chat_template._Renderer())
+
+    def limit(seconds):
+        monkeypatch.setattr(chat_template, "TIME_LIMIT_S", seconds)
+        return renderer
+
+    yield limit
     renderer.end()
+
+
+@pytest.fixture
+def short(limited):
+    return limited(0.5)
 
 
 @pytest.mark.parametrize("template", ENDLESS.values(), ids=ENDLESS)
@@ -132,7 +140,8 @@ def test_one_that_ends_only_on_the_whole_conversation(short):
 
 
 @pytest.mark.parametrize("template", GREEDY.values(), ids=GREEDY)
-def test_a_template_that_fills_the_memory_may_not(template):
+def test_a_template_that_fills_the_memory_may_not(limited, template):
+    limited(60)  # so that a slow machine too meets the limit of memory first
     with pytest.raises(ValueError, match=r"more memory than a template may|MemoryError|OverflowError"):
         render(with_template(template), [PLAIN])
 
