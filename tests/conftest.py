@@ -13,9 +13,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # today's default; Triton 3.9 warns on a GPU while it is unset
+import importlib
+import importlib.util
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -35,6 +42,7 @@ from molora.tiny import byte_tokenizer, make_tiny_base
 
 torch.set_num_threads(1)  # nothing here is large enough to share, and many threads wait for each other
 
+REPOSITORY = Path(__file__).parents[1]
 HIDDEN_SIZE = 64
 ROUTER_LAYER = 1
 KEYS = RouterConfig(hidden_dim=32, key_dim=16)
@@ -234,3 +242,57 @@ def random_ids() -> Callable[..., list[int]]:
         return torch.randint(3, 259, (length,), generator=generator).tolist()
 
     return draw
+
+
+@pytest.fixture(scope="module")
+def benchmark_module() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of `benchmarks/` by its name there; all of them are forgotten behind the tests of a file."""
+    folder = REPOSITORY / "benchmarks"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield importlib.import_module
+    packages = {path.parent.name for path in folder.glob("*/__init__.py")}
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """A script by its path in the repository, without what it does when it is run."""
+
+    def load(path: str) -> ModuleType:
+        name = path.removesuffix(".py").replace("/", "_")
+        spec = importlib.util.spec_from_file_location(name, REPOSITORY / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def example(load_script: Callable[[str], ModuleType]) -> Callable[[str], ModuleType]:
+    return lambda name: load_script(f"examples/{name}.py")
+
+
+@pytest.fixture(scope="session")
+def listening() -> Callable[[Any], AbstractContextManager[str]]:
+    """An app on a socket of this machine; where it listens."""
+    import uvicorn
+
+    @contextmanager
+    def listen(app: Any) -> Iterator[str]:
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            while not server.started:
+                time.sleep(0.001)
+            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return listen

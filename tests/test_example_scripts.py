@@ -1,15 +1,12 @@
 """Every script in examples/, on tiny models: what it prints, and what it leaves."""
 
-import importlib.util
-import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
-import uvicorn
 
 import molora
 from molora.adapter import Adapter
@@ -22,13 +19,7 @@ EXAMPLES = sorted((REPOSITORY / "examples").glob("*.py"))
 MAX_LINES = 140
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", REPOSITORY / "examples" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
@@ -39,17 +30,10 @@ def bank(
 
 
 @pytest.fixture(scope="module")
-def server(bank: Bank) -> Iterator[str]:
+def server(bank: Bank, listening: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
     model = molora.load(bank.path, device="cpu", dtype="float32")
-    app = create_app(model.engine, ServeConfig(bank=str(bank.path)))
-    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.001)
-    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}/v1"
-    running.should_exit = True
-    thread.join()
+    with listening(create_app(model.engine, ServeConfig(bank=str(bank.path)))) as url:
+        yield f"{url}/v1"
     model.engine.close()
 
 
@@ -63,7 +47,7 @@ def test_each_says_what_it_shows_and_how_to_run_it() -> None:
         assert f'example("{path.stem}")' in tests, f"{path} has no test"
 
 
-def test_generate(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate(example: Load, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     example("generate").main(["--bank", str(bank.path)])
     *lines, last = capsys.readouterr().out.splitlines()
     assert {line.split()[-2] for line in lines if line.endswith("1.00")} & {"x", "y"}
@@ -71,7 +55,7 @@ def test_generate(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     assert reused > 0
 
 
-def test_make_bank(bank: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_make_bank(example: Load, bank: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, base = tmp_path / "made", bank.config.base.name
     folders = ["--digits", str(bank.adapter_folder("x")), "--rest", str(bank.adapter_folder("y"))]
     example("make_bank").main(["--out", str(out), *folders, "--base", base])
@@ -84,7 +68,9 @@ def test_make_bank(bank: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.filterwarnings("default")  # Lightning and jsonargparse warn of their own deprecations
-def test_train_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_tiny(
+    example: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     data = str(REPOSITORY / "configs/tiny.jsonl")
     example("train_tiny").main(["--out", str(tmp_path / "run"), "--data", data, "--steps", "4"])
@@ -93,7 +79,7 @@ def test_train_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     assert Adapter.read(tmp_path / "run" / "adapters" / "digits").layers == (1, 2, 3)
 
 
-def test_transformers_generate(bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
+def test_transformers_generate(example: Load, bank: Bank, capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for route in ("auto", "base", "x"):
         example("transformers_generate").main(["--bank", str(bank.path), "--route", route])
@@ -102,7 +88,7 @@ def test_transformers_generate(bank: Bank, capsys: pytest.CaptureFixture[str]) -
     assert len(set(said)) == 3
 
 
-def test_openai_client(server: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_openai_client(example: Load, server: str, capsys: pytest.CaptureFixture[str]) -> None:
     example("openai_client").main(["--base-url", server])
     said = capsys.readouterr().out
     assert said.startswith("models: tiny ")
@@ -111,7 +97,9 @@ def test_openai_client(server: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.filterwarnings("default")  # litellm's own
-def test_litellm_client(server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_litellm_client(
+    example: Load, server: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else its import asks the network
     pytest.importorskip("litellm")
     example("litellm_client").main(["--base-url", server, "--model", "tiny"])

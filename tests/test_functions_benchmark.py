@@ -13,6 +13,7 @@ import pytest
 from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.tiny import make_tiny_base
+from molora.training.evaluate import mean_difference
 from molora.training.recipes.drafts import MAX_NEW_TOKENS
 from molora.training.recipes.functions import NUM_DRAFTS, write_questions
 from molora.training.recipes.tasks import DEMO
@@ -97,11 +98,8 @@ def test_every_function_is_measured_in_every_way(tmp_path, make_adapter, make_ba
 
 
 @pytest.fixture
-def candidates(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    from functions.selection import Candidates
-
-    return Candidates(
+def candidates(benchmark_module):
+    return benchmark_module("functions.selection").Candidates(
         right=(False, True, False, True),
         answers=("a", "b", "a", "c"),
         logprobs=(-1.0, -0.5, -0.4, -0.6),
@@ -130,14 +128,12 @@ def test_what_is_taken_of_n_drafts(candidates, method, by_n):
     assert {n: candidates.take(method, n) for n in by_n} == by_n
 
 
-def test_drafts_agree_where_their_verifier_reads_the_same(monkeypatch):
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    from functions.selection import answer_of, difference
-
+def test_drafts_agree_where_their_verifier_reads_the_same(benchmark_module):
+    answer_of = benchmark_module("functions.selection").answer_of
     assert answer_of("sorting", "Answer: 1, 2") == answer_of("sorting", "So.\nAnswer: 1,2.")
     assert answer_of("arithmetic", "Answer: 1,200") == answer_of("arithmetic", "Answer: 1200")
     assert answer_of("arithmetic", "Answer: ?") != answer_of("arithmetic", "Answer: !")
     assert answer_of("arithmetic", "12") == "12"
-    found = difference([1, 1, 0, 1], [0, 1, 0, 0])
+    found = mean_difference([1, 1, 0, 1], [0, 1, 0, 0])
     assert found["difference"] == 0.5
     assert found["high"] - found["difference"] == pytest.approx(1.96 * 0.5 / 2)

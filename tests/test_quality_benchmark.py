@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -113,10 +115,9 @@ def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
     assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
 
 
-def test_a_job_waits_for_what_it_needs_and_goes_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
-    from quality.schedule import Board, jobs_of
-
+def test_a_job_waits_for_what_it_needs_and_goes_with_it(benchmark_module: Callable[[str], ModuleType]) -> None:
+    schedule = benchmark_module("quality.schedule")
+    Board, jobs_of = schedule.Board, schedule.jobs_of
     jobs = jobs_of([0, 1], ["nine", "bank", "open"], ["key", "joint"])
     assert {job.name for job in jobs if not job.needs} == {f"seed {seed} {job}" for seed in (0, 1) for job in FREE}
     board, found = Board(jobs), []

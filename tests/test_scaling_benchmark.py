@@ -1,10 +1,8 @@
 """The model of a fleet: its invariants, the simulations and real caches that it is held against, and its command."""
 
-import importlib.util
 import json
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -20,23 +18,14 @@ Modules = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def module() -> Iterator[Modules]:
+def module(benchmark_module: Modules) -> Modules:
     """Imports a part of the benchmark."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield lambda name: importlib.import_module(f"scaling.{name}")
-    for name in [name for name in sys.modules if name.split(".")[0] in ("scaling", "serving")]:
-        del sys.modules[name]
+    return lambda name: benchmark_module(f"scaling.{name}")
 
 
 @pytest.fixture(scope="module")
-def script(module: Modules) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("scaling_script", BENCHMARKS / "scaling.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+def script(benchmark_module: Modules, load_script: Modules) -> ModuleType:
+    return load_script("benchmarks/scaling.py")
 
 
 @pytest.fixture(scope="module")

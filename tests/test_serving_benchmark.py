@@ -1,6 +1,5 @@
 """The benchmark of the engine: every suite on a tiny model, and what its figures rest on."""
 
-import importlib.util
 import json
 import math
 import os
@@ -121,23 +120,14 @@ Modules = Callable[[str], ModuleType]
 
 
 @pytest.fixture(scope="module")
-def module() -> Iterator[Modules]:
+def module(benchmark_module: Modules) -> Modules:
     """Imports a part of the benchmark."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield lambda name: importlib.import_module(f"serving.{name}")
-    for name in [name for name in sys.modules if name == "serving" or name.startswith("serving.")]:
-        del sys.modules[name]
+    return lambda name: benchmark_module(f"serving.{name}")
 
 
 @pytest.fixture(scope="module")
-def script(module: Modules) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("serving_script", BENCHMARKS / "serving.py")
-    assert spec is not None
-    assert spec.loader is not None
-    made = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(made)
-    return made
+def script(benchmark_module: Modules, load_script: Modules) -> ModuleType:
+    return load_script("benchmarks/serving.py")
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,16 @@
 """Best of n: whether the draft that is taken is right, by how it is chosen, and what drafts and checks compute."""
 
-import math
 from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, pstdev
+from statistics import fmean
 from typing import Any
 
 from functions.calls import ALL_WAYS, functions_of
 from molora.model import MoLoRA
 from molora.serving.functions import best_of_n, call_each
+from molora.training.evaluate import mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.drafts import MAX_NEW_TOKENS, Drafts
 from molora.training.recipes.tasks import TASKS
@@ -117,19 +117,11 @@ def rows_of(candidates: Sequence[Candidates], domains: Sequence[str], n: int) ->
         rows[method] = {
             "accuracy": fmean(right),
             "by_domain": {domain: fmean(values) for domain, values in sorted(by_domain.items())},
-            "minus random": difference(right, taken["random"]),
-            "minus majority": difference(right, taken["majority"]),
-            "minus plain": difference(right, taken["plain"]),
+            "minus random": mean_difference(right, taken["random"]),
+            "minus majority": mean_difference(right, taken["majority"]),
+            "minus plain": mean_difference(right, taken["plain"]),
         }
     return rows
-
-
-def difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Mean difference on the same questions, and its 95% interval (normal, over questions)."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = fmean(differences)
-    half = 1.96 * pstdev(differences) / math.sqrt(len(differences))
-    return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
 def count_tokens(m: MoLoRA, args: Namespace, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

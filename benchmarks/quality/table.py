@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molora.files import write_atomic
-from molora.training.evaluate import best_single
+from molora.training.evaluate import best_single, mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.wordings import WORDINGS
 
@@ -151,13 +151,9 @@ def difference(ours: dict[int, str], theirs: dict[int, str]) -> dict[str, float]
     num_items = min(len(digits) for side in (ours, theirs) for seed, digits in side.items() if seed in seeds)
     a = [statistics.fmean(int(ours[seed][i]) for seed in seeds) for i in range(num_items)]
     b = [statistics.fmean(int(theirs[seed][i]) for seed in seeds) for i in range(num_items)]
-    each = [x - y for x, y in zip(a, b, strict=True)]
-    mean, half = statistics.fmean(each), 1.96 * statistics.pstdev(each) / math.sqrt(num_items)
     over = statistics.fmean(b)
     return {
-        "difference": mean,
-        "low": mean - half,
-        "high": mean + half,
+        **mean_difference(a, b),
         "ratio": statistics.fmean(a) / over if over else math.nan,
         "num_items": num_items,
         "num_seeds": len(seeds),

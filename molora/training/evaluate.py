@@ -286,8 +286,13 @@ def best_single(figures: Sequence[str]) -> str:
 
 
 def paired_difference(ours: str, theirs: str) -> dict[str, float]:
+    """`mean_difference` of two ways' `by_item`."""
+    return mean_difference([*map(int, ours)], [*map(int, theirs)])
+
+
+def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Mean difference of two ways on the same items, and its 95% interval (normal, over items)."""
-    differences = [int(a) - int(b) for a, b in zip(ours, theirs, strict=True)]
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean = statistics.fmean(differences)
     half = 1.96 * statistics.pstdev(differences) / math.sqrt(len(differences))
     return {"difference": mean, "low": mean - half, "high": mean + half}

@@ -3,11 +3,8 @@
 `benchmarks/fuzz.py` looks further, guided by the code that is reached.
 """
 
-import importlib
-import sys
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from random import Random
 from types import ModuleType
 from typing import Any
@@ -16,35 +13,25 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 NUM_EXAMPLES = 60
 NAMES = ["adapter_config.json", "adapter_model.safetensors", "molora.json", "router.safetensors"]
 NAMES += ["a base's safetensors", "chat messages", "grammars"]
 
 
 @pytest.fixture(scope="module")
-def fuzzing() -> Iterator[Callable[[str], ModuleType]]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(BENCHMARKS)
-        yield importlib.import_module
-    for name in [name for name in sys.modules if name.partition(".")[0] == "fuzzing"]:
-        del sys.modules[name]
+def make_target(benchmark_module: Callable[[str], ModuleType], tmp_path_factory: Any) -> Callable[[str], Any]:
+    return lambda name: benchmark_module("fuzzing").Target.make(name, tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.fixture(scope="module")
-def make_target(fuzzing: Callable[[str], ModuleType], tmp_path_factory: Any) -> Callable[[str], Any]:
-    return lambda name: fuzzing("fuzzing").Target.make(name, tmp_path_factory.mktemp("fuzz"))
-
-
-def test_every_target_is_tested(fuzzing: Callable[[str], ModuleType]) -> None:
-    assert list(fuzzing("fuzzing").TARGETS) == NAMES
+def test_every_target_is_tested(benchmark_module: Callable[[str], ModuleType]) -> None:
+    assert list(benchmark_module("fuzzing").TARGETS) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_is_made_up_is_read_or_refused(
-    name: str, make_target: Callable[[str], Any], fuzzing: Callable[[str], ModuleType]
+    name: str, make_target: Callable[[str], Any], benchmark_module: Callable[[str], ModuleType]
 ) -> None:
-    target, mutated_json = make_target(name), fuzzing("fuzzing.mutation").mutated_json
+    target, mutated_json = make_target(name), benchmark_module("fuzzing.mutation").mutated_json
     num_accepted = 0
 
     def check(made: bytes) -> None:
@@ -68,12 +55,14 @@ def test_whatever_is_made_up_is_read_or_refused(
     search()
 
 
-def test_a_target_notices_what_is_not_documented(make_target: Callable[[str], Any], fuzzing: Any) -> None:
+def test_a_target_notices_what_is_not_documented(
+    make_target: Callable[[str], Any], benchmark_module: Callable[[str], ModuleType]
+) -> None:
     target = make_target("chat messages")
     object.__setattr__(target, "read", lambda made: {}["x"])
     with pytest.raises(KeyError):
         target.check(b"")
-    module = fuzzing("fuzzing")
+    module = benchmark_module("fuzzing")
     object.__setattr__(target, "read", lambda made: sum(range(1_000_000)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LIMIT_S", 1e-6)

@@ -2,17 +2,13 @@
 
 import asyncio
 import json
-import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI
 
 from molora.activation import Activation, Prompt, render
@@ -312,26 +308,6 @@ def until() -> Callable[..., Awaitable[None]]:
 
 
 @pytest.fixture(scope="session")
-def listening() -> Callable[[FastAPI], AbstractContextManager[str]]:
-    """An app on a socket of this machine; where it listens."""
-
-    @contextmanager
-    def listen(app: FastAPI) -> Iterator[str]:
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        try:
-            while not server.started:
-                time.sleep(0.001)
-            yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-    return listen
-
-
-@pytest.fixture(scope="session")
 def call() -> Callable[..., httpx.Response]:
     """One request through ASGI, in an event loop of its own."""
 
@@ -375,3 +351,14 @@ def events() -> Callable[[httpx.Response], list[Any]]:
         return [json.loads(each) for each in data]
 
     return read
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """A file of settings."""
+
+    def write(text: str) -> Path:
+        (tmp_path / "serve.yaml").write_text(text)
+        return tmp_path / "serve.yaml"
+
+    return write

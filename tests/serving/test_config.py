@@ -11,15 +11,6 @@ from molora.serving.engine import EngineConfig
 SHIPPED = Path(__file__).parents[2] / "configs" / "serve.yaml"
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(text):
-        (tmp_path / "serve.yaml").write_text(text)
-        return tmp_path / "serve.yaml"
-
-    return write
-
-
 def test_the_shipped_file_lists_every_setting_at_its_default():
     assert SHIPPED.read_text().splitlines()[0] == "# python serve.py --config configs/serve.yaml"
     assert read_config(SHIPPED, {}) == ServeConfig(bank="banks/smollm2-demo")

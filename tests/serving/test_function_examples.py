@@ -1,8 +1,6 @@
 """The worked examples of docs/functions.md, on a tiny random bank: an agent over HTTP, and the best of n drafts."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
@@ -12,15 +10,7 @@ from molora.serving.config import ServeConfig
 from molora.serving.engine import Engine, EngineConfig
 from molora.training.recipes.verdicts import INVOCATIONS
 
-REPOSITORY = Path(__file__).parents[2]
 QUESTION = "What is 417 plus 385 minus 96?"
-
-
-def example(name):
-    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +19,7 @@ def bank(tmp_path_factory, make_function_bank):
 
 
 @pytest.fixture(scope="module")
-def agent_and_engine(bank, listening):
+def agent_and_engine(bank, listening, example):
     openai = pytest.importorskip("openai")
     m = molora.load(bank, device="cpu", dtype="float32")
     engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24))
@@ -53,7 +43,7 @@ def reused(printed, what):
     return [(int(one), int(of)) for one, of in found]
 
 
-def test_the_invocations_are_those_that_training_uses(agent_and_engine):
+def test_the_invocations_are_those_that_training_uses(example, agent_and_engine):
     module, *_ = agent_and_engine
     assert module.FUNCTIONS == INVOCATIONS
     assert example("best_of_n").CHECK.invocation == INVOCATIONS["check"]
@@ -116,7 +106,7 @@ def test_the_agents_command_runs(agent_and_engine, capsys):
     assert len(reused(printed, "uncertainty")) == 2
 
 
-def test_best_of_n_shows_every_draft_and_its_score(bank, capsys):
+def test_best_of_n_shows_every_draft_and_its_score(example, bank, capsys):
     options = ["--bank", str(bank.path), "--n", "3", "--max-new-tokens", "6", "--device", "cpu"]
     example("best_of_n").main([*options, "--draft", "x", QUESTION])
     printed = capsys.readouterr().out

@@ -14,15 +14,6 @@ from molora.serving.config import ServeConfig
 SHIPPED = Path(__file__).parents[3] / "configs" / "serve_ray.yaml"
 
 
-@pytest.fixture
-def write(tmp_path):
-    def write(text):
-        (tmp_path / "serve.yaml").write_text(text)
-        return tmp_path / "serve.yaml"
-
-    return write
-
-
 def test_the_shipped_file_lists_every_setting_at_its_default():
     assert SHIPPED.read_text().splitlines()[0] == "# python serve.py --ray --config configs/serve_ray.yaml"
     assert read_cluster_config(SHIPPED, {}) == ClusterConfig(ServeConfig(bank="banks/smollm2-demo"), RayConfig())
