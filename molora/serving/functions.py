@@ -123,7 +123,12 @@ def call_each(m: MoLoRA, function: Function, conversations: Sequence[Messages]) 
         ValueError: see `call`.
         EngineFullError: more than the engine lets wait; see `EngineConfig.max_waiting`.
     """
-    first_ids = _first_ids(m, function)
+    return _call_each(m, function, _first_ids(m, function), conversations)
+
+
+def _call_each(
+    m: MoLoRA, function: Function, first_ids: Sequence[int], conversations: Sequence[Messages]
+) -> list[Verdict]:
     prompts = [function.behind(messages) for messages in conversations]
     sampling = Sampling(max_new_tokens=1, logprobs=MAX_TOP_LOGPROBS)
     outs = m.engine.generate([Request(prompt=each, route=function.adapter, sampling=sampling) for each in prompts])
@@ -180,13 +185,13 @@ def best_of_n(
         ValueError: see `call`; or a setting of the drafts is wrong. Raised before anything is drafted.
     """
     sampling = Sampling(n=n, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
-    _first_ids(m, check)
+    first_ids = _first_ids(m, check)
     m.activation_start(m.render(check.behind(messages)), check.adapter)
     drafts = m.engine.generate([Request(prompt=messages, route=draft, sampling=sampling)])
     texts = list(dict.fromkeys(out.text for out in drafts))
     answered = [[*messages, {"role": "assistant", "content": text}] for text in texts]
     # The first one alone, so that the others find the conversation even where it fills no block of the cache.
-    told = [call(m, check, answered[0]), *call_each(m, check, answered[1:])]
+    told = [*_call_each(m, check, first_ids, answered[:1]), *_call_each(m, check, first_ids, answered[1:])]
     verdict_of = dict(zip(texts, told, strict=True))
     verdicts = tuple(verdict_of[out.text] for out in drafts)
     scores = [verdict.score for verdict in verdicts]
