@@ -169,7 +169,9 @@ class AdapterSlots:
         if hold is None:
             with self._reading:  # until it is in its slot: whoever waits for the same one finds it there
                 while (hold := self._hold(route, read)) is None:
-                    read |= {info.digest: _read(info) for info in self._missing(route, read)}
+                    read |= {
+                        info.digest: _read(info.name, info.path, info.digest) for info in self._missing(route, read)
+                    }
         return hold
 
     def _missing(self, route: ResolvedRoute, read: Mapping[str, Adapter]) -> list[AdapterInfo]:
@@ -185,9 +187,10 @@ class AdapterSlots:
             if self._missing(route, read):
                 self._check_idle()
                 return None
-            return self._take(self.current, route, read)
+            return self._take(route, read)
 
-    def _take(self, version: BankVersion, route: ResolvedRoute, read: Mapping[str, Adapter]) -> Hold:
+    def _take(self, route: ResolvedRoute, read: Mapping[str, Adapter]) -> Hold:
+        version = self.current
         infos = [version[name] for name in route.names]
         taken: list[int] = []
         try:
@@ -234,7 +237,13 @@ class AdapterSlots:
         self._find_idle()
 
     def load(
-        self, name: str, folder: str | Path, *, activation: Activation | None = None, replaces: bool = False
+        self,
+        name: str,
+        folder: str | Path,
+        *,
+        activation: Activation | None = None,
+        replaces: bool = False,
+        digest: str | None = None,
     ) -> AdapterInfo:
         """Let requests that begin from now on name the adapter of a PEFT folder.
 
@@ -242,14 +251,16 @@ class AdapterSlots:
             activation: its default policy; None takes "invocation" where it has invocation tokens, else 0, or that of
                 the adapter which it replaces.
             replaces: an adapter of that name may be there; its place in the router passes on.
+            digest: what the folder must hold; None takes what it holds.
 
         Raises:
-            ValueError: a bad name, one that is taken, or an adapter that does not fit; nothing was changed.
+            ValueError: a bad name, one that is taken, or an adapter that does not fit or has another digest; nothing
+                was changed.
             FileNotFoundError: no adapter there.
             NoFreeSlotError: no slot, or too many versions are in use; nothing was changed.
         """
         check_name(name)
-        adapter = Adapter.read(folder)
+        adapter = Adapter.read(folder) if digest is None else _read(name, folder, digest)
         self._decoder.check_fits(adapter)
         check_base_name(name, adapter, self._base)
         with self._lock:
@@ -343,10 +354,13 @@ class AdapterSlots:
                 self._idle[slot] = None
 
 
-def _read(info: AdapterInfo) -> Adapter:
-    adapter = Adapter.read(info.path)
-    if adapter.digest != info.digest:
-        raise ValueError(f"adapter {info.name!r} in {info.path} is not the one that was loaded; load it again.")
+def _read(name: str, folder: str | Path, digest: str) -> Adapter:
+    adapter = Adapter.read(folder)
+    if adapter.digest != digest:
+        raise ValueError(
+            f"adapter {name!r} in {folder} is not the one that was loaded; load it again, and keep a folder as it is "
+            "while it is served."
+        )
     return adapter
 
 

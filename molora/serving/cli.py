@@ -142,6 +142,12 @@ def load_engine(config: ServeConfig) -> Engine:
     return engine
 
 
+def print_address(host: str, port: int) -> None:
+    """That it serves, and where; for a person, and for scripts that wait for the line."""
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
+
+
 def parser() -> argparse.ArgumentParser:
     # A flag that was not given is absent, so that the file's value stands.
     parser = argparse.ArgumentParser(
@@ -239,9 +245,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-            print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
+            print_address(*self.servers[0].sockets[0].getsockname()[:2])
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """At the second Ctrl-C clients are told that the server stops, at the third one it does."""

@@ -253,10 +253,16 @@ class Engine:
         return list(self.m.slots.current.adapters.values())
 
     def load_adapter(
-        self, name: str, path: str | Path, *, activation: Activation | None = None, replace: bool = False
+        self,
+        name: str,
+        path: str | Path,
+        *,
+        activation: Activation | None = None,
+        replace: bool = False,
+        digest: str | None = None,
     ) -> AdapterInfo:
         """Let requests name the adapter of a PEFT folder; see `AdapterSlots.load`. Requests that run do not notice."""
-        return self.m.slots.load(name, path, activation=activation, replaces=replace)
+        return self.m.slots.load(name, path, activation=activation, replaces=replace, digest=digest)
 
     def unload_adapter(self, name: str) -> None:
         """Requests that begin from now on cannot name it; see `AdapterSlots.unload`."""

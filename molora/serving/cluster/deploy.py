@@ -20,6 +20,7 @@ from ray.serve.request_router import RequestRouter
 from ray.serve.schema import LoggingConfig
 
 from molora.bank import Bank
+from molora.serving.cli import print_address
 from molora.serving.cluster.config import ClusterConfig, RayConfig
 from molora.serving.cluster.ingress import Ingress
 from molora.serving.cluster.replica import STORE, Replica
@@ -90,8 +91,7 @@ def serve_on_ray(config: ClusterConfig) -> int:
         except RuntimeError as error:
             raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
         with _told_to_stop() as told:
-            url = f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
-            print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
+            print_address(server.host, server.port)
             told.wait()
             print(f"Finishing what runs, for up to {server.drain_s} s. Ctrl-C again stops now.", flush=True)
             stop(config)

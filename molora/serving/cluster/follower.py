@@ -173,12 +173,6 @@ class Follower:
         for name, target in targets.items():
             info = known.get(name)
             if info is None or info.digest != target.digest or target.activation not in (None, info.activation):
-                self._load(name, target, wanted.version)
-
-    def _load(self, name: str, target: LoadedAdapter, version: int) -> None:
-        if Adapter.read(target.path).digest != target.digest:
-            raise ValueError(
-                f"adapter {name!r} in {target.path} is not the one that version {version} of the adapters has; load "
-                "it again, and keep a folder as it is while it is served."
-            )
-        self._engine.load_adapter(name, target.path, activation=target.activation, replace=True)
+                self._engine.load_adapter(
+                    name, target.path, activation=target.activation, replace=True, digest=target.digest
+                )

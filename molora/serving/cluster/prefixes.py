@@ -74,6 +74,10 @@ class PrefixMap(Generic[R]):
     def __len__(self) -> int:
         return len(self._replicas)
 
+    def __iter__(self) -> Iterator[bytes]:
+        """The beginnings' keys, those that were used least recently first."""
+        return iter(self._replicas)
+
     def record(self, keys: Sequence[bytes], replica: R) -> None:
         """A replica answers a prompt of these beginnings; the longest are the first to be forgotten."""
         for key in reversed(keys):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.types import ASGIApp
 from molora.serving.cli import load_engine
 from molora.serving.cluster.health import Health
 from molora.serving.cluster.http_call import REPLICA_HEADER, VERSION_HEADER, HttpCall, HttpHead, answer
+from molora.serving.cluster.prefixes import PrefixMap
 from molora.serving.cluster.rollout import Failure, Rollout
 from molora.serving.cluster.router import PREFIX_KEYS
 from molora.serving.config import ServeConfig
@@ -35,7 +35,7 @@ class Replica:
         from molora.serving.cluster.follower import Follower
 
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
+        self._prefixes: PrefixMap[str] = PrefixMap(MAX_REPORTED_KEYS)
         self._engine = load_engine(config)
         self._health = Health(self._engine)
         self._follower = Follower(self._engine, _RemoteStore(), self._name)
@@ -44,7 +44,7 @@ class Replica:
 
     async def answer(self, call: HttpCall) -> AsyncGenerator[HttpHead | bytes]:
         """The head of the app's answer, then the parts of its body."""
-        self._remember(call.prefix.keys)
+        self._prefixes.record(call.prefix.keys, self._name)
         app: ASGIApp = self._app
         if call.adapters_version > self._follower.rollout.version:
             try:
@@ -66,19 +66,12 @@ class Replica:
         self._health.check()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        return {PREFIX_KEYS: list(self._keys)}
+        return {PREFIX_KEYS: list(self._prefixes)}
 
     def __del__(self) -> None:
         if hasattr(self, "_follower"):  # Ray Serve calls it, too, where the constructor has failed
             self._follower.stop()
             self._engine.close()
-
-    def _remember(self, keys: tuple[bytes, ...]) -> None:
-        for key in reversed(keys):
-            self._keys[key] = None
-            self._keys.move_to_end(key)
-        while len(self._keys) > MAX_REPORTED_KEYS:
-            self._keys.popitem(last=False)
 
 
 class _RemoteStore:

@@ -102,7 +102,7 @@ def test_who_starts_later_takes_no_other_one_for_it(engines, folder, make_adapte
         async with following(engines[:1], store) as (first,):
             await asyncio.to_thread(first.load_adapter, "z", folder / "z")
             make_adapter(seed=5).write(folder / "z")
-            with pytest.raises(ValueError, match=r"'z' in .* is not the one that version 1"):
+            with pytest.raises(ValueError, match=r"'z' in .* is not the one that was loaded"):
                 async with following(engines[1:], store):
                     pass
             assert set(digests(engines[1])) == {"x", "y"}
