@@ -18,9 +18,12 @@ REPOSITORY = Path(__file__).parents[1]
         ("kills", ["--kills", "1", "--steps", "40"], {"num_kills": 1, "num_banks": 1, "num_equal": 1}),
         ("alternation", ["--requests", "60"], {"num_answers": 60, "num_different": 0, "faults": []}),
         ("clients", ["--clients", "20", "--minutes", "0.05"], {"num_clients": 20, "faults": [], "exit_status": 0}),
+        ("fuzz", ["--target", "molora.json", "--minutes", "0.1"], {"minutes": 0.1, "num_found": 0}),
     ],
 )
 def test_it_ends_well(tmp_path: Path, script: str, options: list[str], expected: dict[str, Any]) -> None:
+    if script == "fuzz":
+        pytest.importorskip("atheris")
     out = tmp_path / "out.json"
     done = subprocess.run(
         [sys.executable, str(REPOSITORY / "benchmarks" / f"{script}.py"), *options, "--out", str(out)],
@@ -39,6 +42,10 @@ def test_it_ends_well(tmp_path: Path, script: str, options: list[str], expected:
             assert result["kills"][0]["newest_file"]
         case "alternation":
             assert result["counts"]["loads"] > 0
+        case "fuzz":
+            target = result["targets"]["molora.json"]
+            assert 0 < target["accepted"] < target["executions"]
+            assert target["coverage"] > target["coverage_of_seeds"] > 0
         case _:
             assert result["counts"]["whole"] > 0
 
