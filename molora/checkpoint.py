@@ -61,7 +61,13 @@ def resolve_base(name_or_path: str, *, cache_dir: Path | None = None, console: C
     found = find_base(name_or_path, cache_dir=cache_dir)
     if found is not None:
         return found
-    cache_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write to the cache folder {cache_dir} ({error.strerror}): make it writable, or name another place "
+            "by XDG_CACHE_HOME"
+        ) from error
     with FileLock(cache_dir / f".{name_or_path.replace('/', '--')}.lock"):  # of many processes one makes it
         return find_base(name_or_path, cache_dir=cache_dir) or _make_base(name_or_path, cache_dir, console)
 

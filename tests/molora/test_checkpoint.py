@@ -105,6 +105,12 @@ def test_default_cache_dir(monkeypatch):
     assert default_cache_dir() == Path.home() / ".cache" / "molora"
 
 
+def test_a_cache_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to the cache folder .*file/cache .*by XDG_CACHE_HOME"):
+        resolve_base("tiny-random/llama", cache_dir=tmp_path / "file" / "cache")
+
+
 # The hub
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from difflib import SequenceMatcher
 from itertools import accumulate, pairwise, product
@@ -25,6 +25,7 @@ from molora.training.recipes import (
     Message,
     Record,
     build,
+    functions,
     num_files,
     unknown,
     verify,
@@ -164,6 +165,21 @@ def test_another_seed_asks_other_things(files: Files, domains: tuple[str, ...]) 
     name, records = next(build(seed=1, num_train=NUM_TRAIN, domains=domains))
     assert name == "heldout.jsonl"
     assert records != files[name]
+
+
+@pytest.mark.parametrize("command", [main, functions.main])
+def test_without_reasoning_gym_it_says_what_to_install(
+    command: Callable[[list[str]], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    monkeypatch.setitem(sys.modules, "reasoning_gym.data", None)
+    with pytest.raises(SystemExit):
+        command(["--out", str(tmp_path)])
+    said = " ".join(capsys.readouterr().err.split())
+    assert 'is not installed; pip install -e ".[data]" installs what the recipe needs' in said
 
 
 def test_too_few_records_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

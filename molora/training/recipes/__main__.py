@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
             num_train=options.num_train,
             domains=options.domains,
         )
+    except ModuleNotFoundError as error:
+        parser.error(f'{error.name} is not installed; pip install -e ".[data]" installs what the recipe needs')
     except ValueError as error:
         parser.error(str(error))
     for name, file in summary["files"].items():

@@ -160,6 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
                 options.out, m, seed=options.seed, temperature=options.temperature, limit=options.limit
             )
             write_atomic(recipe, json.dumps(summary, indent=2) + "\n")
+    except ModuleNotFoundError as error:
+        parser.error(f'{error.name} is not installed; pip install -e ".[data]" installs what the recipe needs')
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     for name, file in summary["files"].items():
