@@ -35,6 +35,7 @@ on the same data and answers the same items.
 
 Behind an earlier exchange ("histories"), the right adapter of the bank and of the plain ones acts from the first token,
 from behind the system message, from half of what is before the last turn, from that turn, or only in the response.
+Behind one or two other tasks ("turns") the router, the right adapters and the joint LoRA act from the last turn on.
 """
 
 import argparse
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--singles", type=int, default=320, help="held-out items of each domain")
     parser.add_argument("--composites", type=int, default=1600)
     parser.add_argument("--histories", type=int, default=100, help="held-out items of each domain")
+    parser.add_argument("--turns", type=int, default=100, help="held-out items of each domain behind other tasks")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train and all")
     parser.add_argument("--rank", type=int, default=8, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")

@@ -37,7 +37,7 @@ SINGLES |= {
 TINY = ["--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1", "--domains", *DOMAINS]
 TINY += ["--newcomer", "sorting", "--num-train", "40", "--device", "cpu", "--dtype", "float32"]
 TINY += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--singles", "1", "--composites", "2"]
-TINY += ["--histories", "1", "--limit-peft", "1", "--max-new-tokens", "4"]
+TINY += ["--histories", "1", "--turns", "2", "--limit-peft", "1", "--max-new-tokens", "4"]
 FREE = ("train adapters", "eval joint")
 STARTS = ("first", "system", "half", "turn", "response")
 
@@ -62,6 +62,8 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert set(rows["singles"]) == SINGLES
     assert set(rows["composites"]) == SINGLES - {"plain"}
     assert set(rows["histories"]) == {f"{bank} from {start}" for bank in ("bank", "plain") for start in STARTS}
+    assert set(rows["turns"]) == {f"{way} behind tasks" for way in ("auto", "given", "joint")}
+    assert rows["turns"]["joint behind tasks"]["minus given behind tasks"]["num_items"] == 2 * len(DOMAINS)
     assert set(rows["newcomer"]) == set(rows["newcomer_composites"]) == {"nine", "nine given", "key"}
     assert set(rows["others"]) == {"removed", "not removed"}
     assert len(rows["others"]["removed"]["by_item"]["0"]) == 2

@@ -16,7 +16,7 @@ HELD_OUT_SEED = 1000  # of the items' generators, beyond training's
 
 
 def make_data(args: Namespace) -> None:
-    """Training files, and held-out ones: one task, several in one message, one behind an earlier exchange."""
+    """Training files, and held-out ones: one task, several in one message, one behind earlier exchanges."""
     folder = args.work / "data"
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"train_{domain}.jsonl" for domain in args.domains]
@@ -34,15 +34,19 @@ def make_data(args: Namespace) -> None:
         held_out_items(args, args.domains),
         passages=passages(held_out=True),
     )
-    singles = [material.single(domain, history=False) for _ in range(args.singles) for domain in args.domains]
+    singles = [material.single(domain) for _ in range(args.singles) for domain in args.domains]
     write_records(folder / "singles.jsonl", singles)
-    several = [
-        material.composite(some_domains(material.rng, args.domains), history=False) for _ in range(args.composites)
-    ]
+    several = [material.composite(some_domains(material.rng, args.domains)) for _ in range(args.composites)]
     write_records(folder / "composites.jsonl", several)
     write_newcomer(args, folder)
-    later = [material.single(domain, history=True) for _ in range(args.histories) for domain in args.domains]
+    later = [material.single(domain, history=("reading",)) for _ in range(args.histories) for domain in args.domains]
     write_records(folder / "histories.jsonl", later)
+    turns = [
+        material.single(domain, history=("task", "task") if number % 2 else ("task",))
+        for number in range(args.turns)
+        for domain in args.domains
+    ]
+    write_records(folder / "turns.jsonl", turns)
 
 
 def write_newcomer(args: Namespace, folder: Path) -> None:
@@ -55,11 +59,11 @@ def write_newcomer(args: Namespace, folder: Path) -> None:
             write_records(folder / "train_router_newcomer.jsonl", records)
     rng = Random(f"newcomer {args.data_seed}")
     material = Material(rng, "held out", held_out_items(args, domains))
-    own = [material.single(args.newcomer, history=False) for _ in range(args.singles)]
+    own = [material.single(args.newcomer) for _ in range(args.singles)]
     others = [rng.sample(args.domains, 2 if rng.random() < 0.2 else 1) for _ in range(args.singles)]
     for each in others:
         each.insert(rng.randint(0, len(each)), args.newcomer)
-    several = [material.composite(each, history=False) for each in others]
+    several = [material.composite(each) for each in others]
     write_records(folder / "newcomer.jsonl", own)
     write_records(folder / "newcomer_composites.jsonl", several)
 
@@ -70,7 +74,7 @@ def held_out_items(args: Namespace, domains: list[str]) -> dict[str, Iterator[An
     for domain in domains:
         known = TASKS[domain].items(args.data_seed, 2 * RESERVED + args.num_train, 2 * RESERVED)
         keys = {item.key for item in known}
-        num_wanted = args.singles + args.composites + args.histories
+        num_wanted = args.singles + args.composites + args.histories + 3 * args.turns
         others = TASKS[domain].items(HELD_OUT_SEED + args.data_seed, num_wanted, num_wanted)
         items = known[:RESERVED] + [item for item in others if item.key not in keys]
         print(f"{domain}: {len(items)} held-out items, {len(known) - 2 * RESERVED} in training")

@@ -207,6 +207,19 @@ def of_key(here: Measurement) -> None:
         here.add(m, "key", "auto", (*SCORED, *NEWCOMER))
 
 
+def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
+    """The last of two or three turns, each of them a task."""
+
+    def run(here: Measurement) -> None:
+        labels = {f"{way} behind tasks": way for way in ways}
+        if here.missing(list(labels)):
+            with here.loaded(seed_folder(here.args) / stage) as m:
+                for label, way in labels.items():
+                    here.add(m, label, way, ("turns",))
+
+    return run
+
+
 def of_removed(here: Measurement) -> None:
     """The bank without its last adapter, and with it, on the single items of all the others."""
     args, folder = here.args, seed_folder(here.args)
@@ -288,6 +301,8 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
     "nine": of_nine,
     "key": of_key,
     "removed": of_removed,
+    "turns": of_turns("bank", "auto", "given"),
+    "joint turns": of_turns("joint", "joint"),
     "starts": of_starts("bank"),
     "plain starts": of_starts("plain"),
     "arrow": of_peft("arrow"),

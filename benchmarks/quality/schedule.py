@@ -18,8 +18,8 @@ import torch
 
 from quality.training import ROUTERS
 
-STAGE_OF = dict.fromkeys(("alone", "merges", "gates", "removed", "starts", "arrow", "xlora"), "bank")
-STAGE_OF |= {"plain starts": "plain", "key": "open"}  # a group's is of its own name otherwise
+STAGE_OF = dict.fromkeys(("alone", "merges", "gates", "removed", "starts", "turns", "arrow", "xlora"), "bank")
+STAGE_OF |= {"plain starts": "plain", "joint turns": "joint", "key": "open"}  # a group's is of its own name otherwise
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,10 @@ MEASURES = {
     "switches_in_words": "inside words",
     "label_switches_in_words": "the labels'",
 }  # of what a router does
-REFERENCES = ("auto", "given", "joint", "nine", "not removed")
+REFERENCES = ("auto", "given", "joint", "nine", "not removed", "given behind tasks")
 OTHER_KINDS = {
     "histories": "behind an earlier exchange",
+    "turns": "behind one or two other tasks",
     "newcomer": "the newcomer's single items",
     "newcomer_composites": "the newcomer's among others'",
     "others": "other tasks' single items, an adapter removed",
