@@ -42,6 +42,7 @@ from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
 from molora.training.recipes.wordings import WORDINGS
 
 NUM_TRAIN = 60
+KINDS = {"single", "composite", "base"}
 UNKNOWN = "train_unknown.jsonl"
 Files = dict[str, list[Record]]
 
@@ -103,6 +104,13 @@ def is_framed(question: str) -> bool:
     )
 
 
+def domain_of(message: Message) -> str | None:
+    """Of a message of a history."""
+    assert isinstance(message["content"], list)
+    (part,) = message["content"]
+    return part["domain"]
+
+
 def templates(choices: Choices[str], split: Split) -> list[str]:
     return [choices[index] for index in choices.indices(split)]
 
@@ -123,6 +131,7 @@ def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -
     assert len(files["heldout_composite.jsonl"]) == 500
     assert len(files["heldout_base.jsonl"]) == 200
     assert len(files["heldout_prose.jsonl"]) == 40 * (len(domains) + 1)
+    assert len(files["heldout_turns.jsonl"]) == 40 * len(domains)
     for domain in domains:
         assert len(files[f"val_{domain}.jsonl"]) == 200
         train = files[f"train_{domain}.jsonl"]
@@ -135,7 +144,7 @@ def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -
         lengths = [len(record["messages"]) for record in held_out if record["domain"] == domain]
         assert (lengths.count(2), lengths.count(4)) == (100, 100)
     router = files["train_router.jsonl"]
-    assert {record["kind"] for record in router} == {"single", "composite", "base"}
+    assert {record["kind"] for record in router} == KINDS
     assert {record["domain"] for record in singles(router)} == set(domains)
     for name in ("heldout_composite.jsonl", "train_router.jsonl"):
         composites = [record["domain"] for record in files[name] if record["kind"] == "composite"]
@@ -449,10 +458,30 @@ def test_openers_and_closers_stand_in_training_only(files: Files) -> None:
 def test_histories_and_readings_are_of_both_kinds(files: Files) -> None:
     train = {one for passage in passages(held_out=False) for one in passage.sentences if len(one.split()) > 5}
     router = files["train_router.jsonl"]
-    tasks = [r for name in files if name.startswith("train") for r in files[name] if len(r["messages"]) == 4]
-    is_prose = [any(one in text_of(record["messages"][0]) for one in train) for record in tasks]
+    readings = [
+        text_of(message)
+        for name in files
+        if name.startswith("train")
+        for record in files[name]
+        for message in record["messages"][:-2:2]
+        if domain_of(message) is None
+    ]
+    is_prose = [any(one in text for one in train) for text in readings]
     assert 0.35 < sum(is_prose) / len(is_prose) < 0.65
     assert any(one in text_of(record["messages"][-2]) for record in router for one in train if record["kind"] == "base")
+
+
+def test_tasks_stand_before_other_questions(files: Files, domains: tuple[str, ...]) -> None:
+    records = [record for name in files if name.startswith("train") for record in files[name]]
+    earlier = [[domain_of(message) for message in record["messages"][:-2:2]] for record in records]
+    assert 0.3 < sum(map(bool, earlier)) / len(earlier) < 0.5
+    assert {len(each) for each in earlier} == {0, 1, 2}
+    assert {domain for each in earlier for domain in each} == {None, *domains}
+    assert {record["kind"] for record, each in zip(records, earlier, strict=True) if each} == KINDS
+    for index, record in enumerate(files["heldout_turns.jsonl"]):
+        asked = [domain_of(message) for message in record["messages"][:-2:2]]
+        assert None not in asked
+        assert len(asked) == 1 + index // len(domains) % 2
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -493,7 +522,10 @@ def test_parts_follow_the_tasks_and_end_with_their_answers(files: Files) -> None
         assert [message["role"] for message in record["messages"]] == ["user", "assistant"] * (1 + len(history) // 2)
         for message in history:
             assert isinstance(message["content"], list)
-            assert {part["domain"] for part in message["content"]} == {None}
+            assert len(message["content"]) == 1
+        for question_before, reply_before in zip(history[::2], history[1::2], strict=True):
+            assert domain_of(question_before) == domain_of(reply_before)
+            assert ("\nAnswer: " in text_of(reply_before)) == (domain_of(reply_before) is not None)
         if record["kind"] == "composite":
             for message in (question, reply):
                 assert isinstance(message["content"], list)

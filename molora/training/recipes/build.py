@@ -15,7 +15,7 @@ from random import Random
 from typing import Any, TypedDict
 
 from molora.files import write_atomic
-from molora.training.recipes.conversations import Material, Record
+from molora.training.recipes.conversations import Earlier, Material, Record
 from molora.training.recipes.documents import documents
 from molora.training.recipes.items import Item
 from molora.training.recipes.passages import passages
@@ -29,7 +29,8 @@ NUM_HELD_OUT_DOCUMENTS = 200
 NUM_HELD_OUT_PROSE = 40  # single items a domain, and questions about passages, in heldout_prose.jsonl
 
 COMPOSITE_SHARE = 0.5  # of an adapter's training records
-HISTORY_SHARE = 0.3  # of all task records in training
+NUM_HELD_OUT_TURNS = 40  # single items a domain behind one or two other tasks, in heldout_turns.jsonl
+HISTORY_SHARE = 0.4  # of all records in training and validation: one or two exchanges before the question
 EVERYDAY_SHARE = 0.25  # of base records in training
 
 RESERVED = 450  # items a domain for each of the validation and the held-out files
@@ -49,7 +50,7 @@ class Summary(TypedDict):
 
 def num_files(domains: Sequence[str] = DEMO) -> int:
     """How many files `build` makes."""
-    return 2 * len(domains) + 6
+    return 2 * len(domains) + 7
 
 
 def build(
@@ -86,21 +87,34 @@ def build(
     prose = Material(
         Random(f"held out prose {seed}"), "held out", endless(0, RESERVED), passages=passages(held_out=True)
     )
+    turns = Material(Random(f"held out turns {seed}"), "held out", endless(0, RESERVED))
     val = Material(Random(f"val {seed}"), "val", endless(RESERVED, 2 * RESERVED), texts)
     train = Material(Random(f"train {seed}"), "train", endless(2 * RESERVED, None), texts, passages(held_out=False))
     yield (
         "heldout.jsonl",
-        [held_out.single(domain, history=bool(turn % 2)) for turn in range(NUM_HELD_OUT) for domain in domains],
+        [
+            held_out.single(domain, history=("reading",) if turn % 2 else ())
+            for turn in range(NUM_HELD_OUT)
+            for domain in domains
+        ],
     )
     yield (
         "heldout_composite.jsonl",
-        [held_out.composite(held_out.domains(), history=False) for _ in range(NUM_HELD_OUT_COMPOSITES)],
+        [held_out.composite(held_out.domains()) for _ in range(NUM_HELD_OUT_COMPOSITES)],
     )
     yield "heldout_base.jsonl", [held_out.document(text) for text in held_out_texts]
     yield (
         "heldout_prose.jsonl",
-        [prose.single(domain, history=True) for _ in range(NUM_HELD_OUT_PROSE) for domain in domains]
+        [prose.single(domain, history=("reading",)) for _ in range(NUM_HELD_OUT_PROSE) for domain in domains]
         + [prose.reading() for _ in range(NUM_HELD_OUT_PROSE)],
+    )
+    yield (
+        "heldout_turns.jsonl",
+        [
+            turns.single(domain, history=("task", "task") if turn % 2 else ("task",))
+            for turn in range(NUM_HELD_OUT_TURNS)
+            for domain in domains
+        ],
     )
     for domain in domains:
         yield f"val_{domain}.jsonl", _singles(val, domain, NUM_VAL)
@@ -172,12 +186,16 @@ def _composites(material: Material, num_records: int, include: str | None = None
 
 def _base(material: Material, num_records: int) -> list[Record]:
     num_everyday = round(EVERYDAY_SHARE * num_records)
-    everyday = [material.everyday() for _ in range(num_everyday)]
-    return everyday + [material.reading() for _ in range(num_records - num_everyday)]
+    everyday = [material.everyday(history=_by_chance(material)) for _ in range(num_everyday)]
+    readings = [material.reading(history=_by_chance(material)) for _ in range(num_records - num_everyday)]
+    return everyday + readings
 
 
-def _by_chance(material: Material) -> bool:
-    return material.rng.random() < HISTORY_SHARE
+def _by_chance(material: Material) -> tuple[Earlier, ...]:
+    if material.rng.random() >= HISTORY_SHARE:
+        return ()
+    kinds: tuple[Earlier, ...] = ("reading", "task")
+    return tuple(material.rng.choice(kinds) for _ in range(material.rng.choice((1, 2))))
 
 
 def _shuffled(rng: Random, *groups: list[Record]) -> list[Record]:

@@ -24,6 +24,9 @@ FRAMED_SHARE = 0.4  # of questions in training: an opener before them, a closer 
 PASSAGE_SHARE = 0.5  # of what is read in training: passages of the story; the others are documents
 MAX_HISTORY_WORDS = 50  # of a document in a history, so that conversations stay short
 
+Earlier = Literal["reading", "task"]
+"""An exchange before the question: about a text, which is the base model's business, or a task of any domain."""
+
 _MULTILINE_FACTS = ("{lines}", "{bullets}")
 
 # Where the wordings of everyday questions and passages begin in the count of a base record's `wording`.
@@ -96,11 +99,9 @@ class Material:
             for domain, choices in WORDINGS.items()
         }
 
-    def single(self, domain: str, *, history: bool) -> Record:
+    def single(self, domain: str, *, history: Sequence[Earlier] = ()) -> Record:
         """One task as one question."""
-        item = next(self.items[domain])
-        wording = self.rng.choice(WORDINGS[domain].indices(self.split))
-        question = self._framed(settle(WORDINGS[domain][wording], self.rng).format_map(item.facts))
+        wording, question, item = self._ask_task(domain)
         return Record(
             messages=[*self._history(history), *_exchange(question, item.reply)],
             domain=domain,
@@ -109,7 +110,7 @@ class Material:
             kind="single",
         )
 
-    def composite(self, domains: Sequence[str], *, history: bool) -> Record:
+    def composite(self, domains: Sequence[str], *, history: Sequence[Earlier] = ()) -> Record:
         """Two or three tasks in one message, answered in order in one reply."""
         wording = self.rng.choice(SURFACE_FORMS.indices(self.split))
         form = SURFACE_FORMS[wording]
@@ -147,23 +148,28 @@ class Material:
         wording, question, answer = self._ask_passage(passage)
         return _base_record(wording, self._framed(question), answer)
 
-    def reading(self) -> Record:
+    def reading(self, *, history: Sequence[Earlier] = ()) -> Record:
         """A question about any document or passage."""
         if self._prefers_passage():
-            return self.passage(self.rng.choice(self.passages))
-        return self.document(self.rng.choice(self.documents))
+            record = self.passage(self.rng.choice(self.passages))
+        else:
+            record = self.document(self.rng.choice(self.documents))
+        record["messages"] = [*self._history(history), *record["messages"]]
+        return record
 
-    def everyday(self) -> Record:
+    def everyday(self, *, history: Sequence[Earlier] = ()) -> Record:
         """A plain question with nothing to read, for the base model too."""
         index = self.rng.randrange(len(EVERYDAY))
         kind = EVERYDAY[index]
         x, y = self.rng.choice(kind.pairs)
         question = self.rng.randrange(len(kind.questions))
-        return _base_record(
+        record = _base_record(
             _FIRST_EVERYDAY[index] + question,
             self._framed(kind.questions[question].format(x=x)),
             kind.answer.format(x=x, y=y),
         )
+        record["messages"] = [*self._history(history), *record["messages"]]
+        return record
 
     def domains(self, include: str | None = None) -> list[str]:
         """Two or three different domains in any order, `include` among them."""
@@ -174,15 +180,27 @@ class Material:
         self.rng.shuffle(chosen)
         return chosen
 
-    def _history(self, wanted: bool) -> list[Message]:
-        if not wanted:
-            return []
-        if self._prefers_passage():
+    def _history(self, kinds: Sequence[Earlier]) -> list[Message]:
+        """Earlier exchanges, whose parts are labelled: a plain text's domain would be unknown."""
+        return [message for kind in kinds for message in self._earlier(kind)]
+
+    def _earlier(self, kind: Earlier) -> list[Message]:
+        domain = None
+        if kind == "task":
+            domain = self.rng.choice([*self.items])
+            _, question, item = self._ask_task(domain)
+            answer = item.reply
+        elif self._prefers_passage():
             _, question, answer = self._ask_passage(self.rng.choice(self.passages))
         else:
             document = self.rng.choice(self.short_documents)
             (_, question), answer = self._ask(document), document.summary
-        return _exchange([_part(question, None)], [_part(answer, None)])
+        return _exchange([_part(question, domain)], [_part(answer, domain)])
+
+    def _ask_task(self, domain: str) -> tuple[int, str, Item]:
+        item = next(self.items[domain])
+        wording = self.rng.choice(WORDINGS[domain].indices(self.split))
+        return wording, self._framed(settle(WORDINGS[domain][wording], self.rng).format_map(item.facts)), item
 
     def _prefers_passage(self) -> bool:
         if self.documents and self.passages:

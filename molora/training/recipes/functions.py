@@ -65,7 +65,7 @@ def questions(seed: int, nums: Mapping[str, int]) -> dict[str, list[Record]]:
     for name, num in share.items():
         own = {domain: iter(each[first : first + num]) for domain, each in items.items()}
         material = Material(Random(f"questions {name} {seed}"), SPLITS[name], own)
-        found[name] = [material.single(domain, history=False) for _ in range(num) for domain in DEMO][: nums[name]]
+        found[name] = [material.single(domain) for _ in range(num) for domain in DEMO][: nums[name]]
         first += num
     return found
 
