@@ -93,7 +93,8 @@ def test_the_figures_of_the_card_are_those_that_were_measured() -> None:
     for results in sorted((REPOSITORY / "banks" / "smollm2-demo" / "results").glob("heldout*.json")):
         figures = json.loads(results.read_text())
         for way, row in figures["results"].items():
-            label = f"{way}, after prose" if "prose" in results.name else way
+            _, _, kind = results.stem.partition("_")
+            label = f"{way}, after {kind}" if kind in ("prose", "turns") else way
             (line,) = re.findall(rf"^\| {label} \|.*$", CARD, flags=re.MULTILINE)
             assert f" {row['accuracy']:.3f} " in line, (results.name, way)
             for value in row["by_domain"].values():
