@@ -19,7 +19,8 @@ from molora.bank import Bank
 from molora.cli import app
 from molora.hub import card, pull, push
 
-REPO = "someone/my-bank"
+OWNER = "someone"
+REPO = f"{OWNER}/my-bank"
 
 
 class Hub(ThreadingHTTPServer):
@@ -66,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, {"error": "no"})
         if self.path == "/api/repos/create":
             made = json.loads(body)
-            repo = f"{made['organization']}/{made['name']}" if made.get("organization") else made["name"]
+            repo = f"{made.get('organization') or OWNER}/{made['name']}"
             if repo in self.server.repos:
                 return self.answer(409, {"url": f"{self.server.url}/{repo}"})
             self.server.repos[repo] = [{}]
@@ -79,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
                 for file in json.loads(body)["files"]
             ]
             return self.answer(200, {"files": files})
-        if "/commit/" in self.path:
+        if f"/{REPO}/commit/" in self.path:
             commits = self.server.repos[REPO]
             files = dict(commits[-1])
             for line in body.splitlines():
@@ -92,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
             sha = _sha(len(commits) - 1)
             url = f"{self.server.url}/{REPO}/commit/{sha}"
             return self.answer(200, {"success": True, "commitOid": sha, "commitUrl": url, "hookOutput": ""})
-        return self.answer(200, {})
+        return self.answer(200 if self.path.endswith("/validate-yaml") else 404, {})
 
     def do_GET(self) -> None:
         path = unquote(self.path.partition("?")[0])
@@ -190,6 +191,13 @@ def test_what_is_pushed_is_pulled(server: Hub, bank: Bank, tmp_path: Path) -> No
     assert found == wanted
     assert not (bank.path / "README.md").exists()
     assert not any(path.is_symlink() for path in (tmp_path / "pulled").rglob("*"))
+
+
+def test_a_name_without_an_owner_is_the_users_own(server: Hub, bank: Bank) -> None:
+    url = hub.push(bank, REPO.removeprefix(f"{OWNER}/"))
+    assert url.endswith(f"/{REPO}/commit/{_sha(1)}")
+    assert list(server.repos) == [REPO]
+    assert "molora.json" in server.files
 
 
 def test_a_push_removes_what_the_bank_has_no_more_and_nothing_else(server: Hub, bank: Bank, tmp_path: Path) -> None:
