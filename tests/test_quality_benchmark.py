@@ -160,6 +160,16 @@ def test_a_process_that_cannot_begin_is_a_failure_and_nobody_waits_for_it(
     assert board.failed == {f"seed 0 {job}" for job in ("train adapters", "train bank", "eval bank", "eval joint")}
 
 
+def test_the_page_is_that_of_its_figures_and_says_what_the_intervals_are_over(
+    benchmark_module: Callable[[str], ModuleType],
+) -> None:
+    results = REPOSITORY / "benchmarks/results"
+    page = (results / "quality-h100.md").read_text()
+    figures = json.loads((results / "quality-h100.json").read_text())
+    assert page == benchmark_module("quality.table").markdown(figures)
+    assert "Intervals are 95% ones over items" in page
+
+
 @pytest.mark.parametrize(
     ("begins", "label"),
     [
