@@ -133,7 +133,9 @@ def test_drafts_agree_where_their_verifier_reads_the_same(benchmark_module):
     assert answer_of("sorting", "Answer: 1, 2") == answer_of("sorting", "So.\nAnswer: 1,2.")
     assert answer_of("arithmetic", "Answer: 1,200") == answer_of("arithmetic", "Answer: 1200")
     assert answer_of("arithmetic", "Answer: ?") != answer_of("arithmetic", "Answer: !")
-    assert answer_of("arithmetic", "12") == "12"
+    assert answer_of("arithmetic", "Answer: 12\nThat is all.") == answer_of("arithmetic", "Answer: 12.0")
+    assert answer_of("words", "was") != answer_of("words", "Answer: was")
+    assert answer_of("words", "was") == answer_of("words", "was") != answer_of("words", "saw")
     found = mean_difference([1, 1, 0, 1], [0, 1, 0, 0])
     assert found["difference"] == 0.5
     assert found["high"] - found["difference"] == pytest.approx(1.96 * 0.5 / 2)

@@ -142,6 +142,36 @@ def test_a_job_waits_for_what_it_needs_and_goes_with_it(benchmark_module: Callab
     assert "seed 0 eval key" in board.failed
 
 
+def test_a_process_that_cannot_begin_is_a_failure_and_nobody_waits_for_it(
+    benchmark_module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = benchmark_module("quality.schedule")
+    board = schedule.Board(schedule.jobs_of([0], ["bank"], ["bank", "joint"]))
+    monkeypatch.setattr(sys, "argv", ["quality.py", "all"])
+    no_folder = tmp_path / "a full disk"
+    workers = [
+        threading.Thread(target=schedule._work, args=(board, kind, None, 1, no_folder), daemon=True)
+        for kind in ("train", "eval")
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(20)
+    assert not any(worker.is_alive() for worker in workers)
+    assert board.done == set()
+    assert board.failed == {f"seed 0 {job}" for job in ("train adapters", "train bank", "eval bank", "eval joint")}
+
+
+def test_the_page_is_that_of_its_figures_and_says_what_the_intervals_are_over(
+    benchmark_module: Callable[[str], ModuleType],
+) -> None:
+    results = REPOSITORY / "benchmarks/results"
+    page = (results / "quality-h100.md").read_text()
+    figures = json.loads((results / "quality-h100.json").read_text())
+    assert page == benchmark_module("quality.table").markdown(figures)
+    assert "Intervals are 95% ones over items" in page
+
+
 @pytest.mark.parametrize(
     ("begins", "label"),
     [

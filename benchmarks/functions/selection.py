@@ -13,7 +13,7 @@ from molora.serving.functions import best_of_n, call_each
 from molora.training.evaluate import mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.drafts import MAX_NEW_TOKENS, Drafts
-from molora.training.recipes.tasks import TASKS
+from molora.training.recipes.tasks import TASKS, answers_in
 
 NUMS_DRAFTS = (1, 2, 4, 8)
 QUESTIONS_AT_ONCE = 8
@@ -98,12 +98,12 @@ def score_drafts(m: MoLoRA, questions: Sequence[Mapping[str, Any]], drafts: Sequ
 
 
 def answer_of(domain: str, text: str) -> object:
-    """What a draft comes to, as its verifier reads it; one that comes to nothing agrees with no other."""
-    _, found, answer = text.rpartition("Answer:")
+    """What a draft comes to, as its verifier reads it; one that comes to nothing agrees with no other text."""
     try:
-        return str(TASKS[domain].value(answer.strip().removesuffix("."))) if found else text
-    except (ValueError, ArithmeticError):
-        return text
+        value = TASKS[domain].value(answers_in(text)[-1])
+    except (IndexError, ValueError, ArithmeticError):
+        return None, text
+    return tuple(value) if isinstance(value, list) else value
 
 
 def rows_of(candidates: Sequence[Candidates], domains: Sequence[str], n: int) -> dict[str, Any]:

@@ -157,7 +157,8 @@ def _work(board: Board, kind: str, gpu: str | None, num_threads: int, logs: Path
                 command = [sys.executable, script, kind, *typed, *job.options]
                 done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
             well = done.returncode == 0
-        finally:
             said = f"{time.perf_counter() - begin_s:.0f} s" if well else f"failed, see {log}"
-            print(f"{job.name}: {said}", flush=True)
-            board.end(job, well=well)
+        except OSError as error:  # this worker goes on: others may wait for what only it takes
+            said = f"was not begun: {error}"
+        print(f"{job.name}: {said}", flush=True)
+        board.end(job, well=well)

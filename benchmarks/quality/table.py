@@ -144,7 +144,8 @@ def _mean_routes(found: Sequence[dict[str, Any]]) -> dict[str, float]:
 def difference(ours: dict[int, str], theirs: dict[int, str]) -> dict[str, float] | None:
     """Ours less theirs on the items and seeds that both have: an item's is its mean over the seeds.
 
-    The interval is the normal 95% one, over items; `ratio` is of the accuracies.
+    The interval is the normal 95% one, over items: of these seeds' runs, not of all that might be trained; `ratio` is
+    of the accuracies.
     """
     seeds = sorted(set(ours) & set(theirs))
     if not seeds:
@@ -167,6 +168,8 @@ def markdown(result: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [
         f"On {result['device']}, commit {result['commit']}, seeds {seeds}; {items}. {versions}.",
+        "",
+        "Intervals are 95% ones over items, of the mean over these seeds' runs: they say nothing of other seeds.",
         "",
         "| row | singles | auto less this | composites | auto less this |",
         "| --- | --- | --- | --- | --- |",

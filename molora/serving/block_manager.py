@@ -8,7 +8,8 @@ A block holds the keys and values of block_size tokens. Its key says how they ca
 
 so that tokens before activation are shared by the base model, every adapter and every router, and active ones only by
 requests of the same route and start. Full blocks are found by key and shared. The block that activation_start cuts, and
-the last, partial one of a conversation, are found by their parent's key, and what agrees at their start is copied.
+the last, partial one of a conversation, are found by their parent's key, and what agrees at their start is copied: of
+their base tokens for everyone, of all of them for the same route and start.
 
 Blocks that nobody uses stay until room is needed: least recently used first, a conversation's end before its start.
 
@@ -100,12 +101,13 @@ class BlockTable:
 class _Block:
     num_users: int = 0
     key: bytes | None = None  # while it is found by it
-    parent: bytes | None = None  # while it is found by it
     base_key: bytes | None = None  # of an active block, while it is found by it
-    base_parent: bytes | None = None  # likewise
+    parent: bytes | None = None  # while its base tokens are found by it
+    acting_parent: bytes | None = None  # with the source's suffix, while all tokens of an active block are found by it
+    base_parent: bytes | None = None  # the parent's base key, likewise
     token_ids: list[int] = field(default_factory=list)
+    base_ids: list[int] = field(default_factory=list)  # those before activation; the same list where all are
     notes: list[object] = field(default_factory=list)
-    source: Source | None = None
     begun: int = 0  # the step that computed its first token
     found_since: int = 0  # the step that registered its key
 
@@ -135,7 +137,9 @@ class BlockManager:
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # hold contents and have no user; oldest first
         self._by_key: dict[bytes, int] = {}
+        # Two routes may agree in many tokens and share none, so each looks among base tokens and among its own alone.
         self._by_parent: defaultdict[bytes, Children] = defaultdict(Children)
+        self._by_acting_parent: defaultdict[bytes, Children] = defaultdict(Children)
         # Active blocks by the keys that they would have if they were base.
         self._by_base_key: Counter[bytes] = Counter()
         self._by_base_parent: defaultdict[bytes, Children] = defaultdict(Children)
@@ -252,18 +256,12 @@ class BlockManager:
             end = min(first + size, num_computed)
             number = table.blocks[index]
             block, fresh = self._blocks[number], slice(max(first, before), end)
-            block.source = table.source
             block.token_ids += token_ids[fresh]
             block.notes += [None] * (end - fresh.start) if notes is None else notes[fresh]
             if first >= before:
                 block.begun = self.step if step is None else step
             is_active = end > table.source.activation_start
-            if block.parent is None:
-                block.parent = table.keys[index]
-                self._by_parent[block.parent].add(number, block.token_ids)
-            if is_active and block.base_parent is None:
-                block.base_parent = table.base_keys[index]
-                self._by_base_parent[block.base_parent].add(number, block.token_ids)
+            self._link(table, number, first, is_active)
             if end - first == size:
                 self._settle(number)
                 self._complete(table, number, first, is_active)
@@ -278,6 +276,23 @@ class BlockManager:
         table.blocks.clear()
         table.coming.clear()
         table.num_computed = 0
+
+    def _link(self, table: BlockTable, number: int, first: int, is_active: bool) -> None:
+        """Let a block's tokens be found, each by those who would compute it alike."""
+        block, index = self._blocks[number], first // self.block_size
+        num_base = max(0, table.source.activation_start - first)
+        if num_base >= self.block_size:
+            block.base_ids = block.token_ids
+        else:
+            block.base_ids += block.token_ids[len(block.base_ids) : num_base]
+        if num_base and block.parent is None:
+            block.parent = table.keys[index]
+            self._by_parent[block.parent].add(number, block.base_ids)
+        if is_active and block.acting_parent is None:
+            block.acting_parent = table.keys[index] + table.source.suffix(first, self.block_size)
+            self._by_acting_parent[block.acting_parent].add(number, block.token_ids)
+            block.base_parent = table.base_keys[index]
+            self._by_base_parent[block.base_parent].add(number, block.token_ids)
 
     def _complete(self, table: BlockTable, number: int, first: int, is_active: bool) -> None:
         """A block is full: register its key, and the one it would have as base."""
@@ -342,20 +357,21 @@ class BlockManager:
             key, first = following, first + size
         wanted = list(token_ids[first : min(first + size, end)])
         holders = [children[key] for children in (self._by_base_parent, self._by_parent) if key in children]
-        agreed = max((next(each.nearest(wanted))[1] for each in holders), default=0)
+        agreed = max((each.nearest(wanted)[1] for each in holders), default=0)
         return max(0, first + agreed - table.num_computed)
 
     def _copy_what_agrees(self, table: BlockTable, token_ids: Sequence[int]) -> None:
         first = len(table.blocks) * self.block_size
         wanted = list(token_ids[first : first + self.block_size])
-        best, most = -1, 0
-        children = self._by_parent.get(table.keys[-1])
-        for number, common in children.nearest(wanted) if children is not None else ():
-            if common <= most:
-                break
-            agreed = _count_agreed(self._blocks[number], common, first, table.source)
-            if agreed > most:
-                best, most = number, agreed
+        parent, source = table.keys[-1], table.source
+        num_base = max(0, source.activation_start - first)
+        found = []
+        if parent in self._by_parent:
+            found.append(self._by_parent[parent].nearest(wanted[:num_base]))
+        acting_parent = parent + source.suffix(first, self.block_size)
+        if acting_parent in self._by_acting_parent:
+            found.append(self._by_acting_parent[acting_parent].nearest(wanted))
+        best, most = max(found, key=lambda each: each[1], default=(-1, 0))
         if not most:
             return
         self._take(best)
@@ -378,7 +394,7 @@ class BlockManager:
         block = self._blocks[number]
         block.num_users -= 1
         if block.num_users == 0:
-            if block.parent is not None:
+            if block.parent is not None or block.acting_parent is not None:
                 self._settle(number)
                 self._idle[number] = None
             else:
@@ -407,17 +423,18 @@ class BlockManager:
         block = self._blocks[number]
         if block.parent is not None:
             self._by_parent[block.parent].settle(number)
-        if block.base_parent is not None:
+        if block.acting_parent is not None and block.base_parent is not None:
+            self._by_acting_parent[block.acting_parent].settle(number)
             self._by_base_parent[block.base_parent].settle(number)
 
     def _unlink(self, number: int) -> None:
         block = self._blocks[number]
         if block.parent is not None:
-            _remove_child(self._by_parent, block.parent, number, block.token_ids)
-            block.parent = None
-        if block.base_parent is not None:
+            _remove_child(self._by_parent, block.parent, number, block.base_ids)
+        if block.acting_parent is not None and block.base_parent is not None:
+            _remove_child(self._by_acting_parent, block.acting_parent, number, block.token_ids)
             _remove_child(self._by_base_parent, block.base_parent, number, block.token_ids)
-            block.base_parent = None
+        block.parent = block.acting_parent = block.base_parent = None
         if block.base_key is not None:
             self._by_base_key[block.base_key] -= 1
             if not self._by_base_key[block.base_key]:
@@ -429,15 +446,6 @@ def _remove_child(children: dict[bytes, Children], parent: bytes, number: int, t
     children[parent].remove(number, token_ids)
     if not children[parent]:
         del children[parent]
-
-
-def _count_agreed(block: _Block, num_common: int, first: int, source: Source) -> int:
-    """How many of the tokens that a block has in common with a sequence were computed alike."""
-    assert block.source is not None
-    starts = (block.source.activation_start, source.activation_start)
-    if starts[0] == starts[1] and block.source.route_digest == source.route_digest:
-        return num_common
-    return min(num_common, max(0, min(starts) - first))
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
-from heapq import merge
+from collections.abc import Sequence
 
 
 class Children:
@@ -35,22 +34,12 @@ class Children:
         if self._growing.pop(number, None) is None:
             del self._settled[bisect_left(self._settled, (token_ids, number))]
 
-    def nearest(self, wanted: list[int]) -> Iterator[tuple[int, int]]:
-        """All of them, each with how many of the wanted tokens it begins with, most of them first."""
+    def nearest(self, wanted: list[int]) -> tuple[int, int]:
+        """One of those that begin with most of the wanted tokens, and with how many; there must be one at all."""
         place = bisect_left(self._settled, (wanted, -1))
-        growing = ((token_ids, number) for number, token_ids in self._growing.items())
-        before = (self._settled[index] for index in range(place - 1, -1, -1))
-        behind = (self._settled[index] for index in range(place, len(self._settled)))
-        agreeing = sorted(_agreeing(growing, wanted), key=_fewest_last)
-        return merge(agreeing, _agreeing(before, wanted), _agreeing(behind, wanted), key=_fewest_last)
-
-
-def _agreeing(blocks: Iterable[tuple[list[int], int]], wanted: list[int]) -> Iterator[tuple[int, int]]:
-    return ((number, _count_common(wanted, token_ids)) for token_ids, number in blocks)
-
-
-def _fewest_last(found: tuple[int, int]) -> int:
-    return -found[1]
+        near = [*self._settled[max(0, place - 1) : place + 1], *((ids, each) for each, ids in self._growing.items())]
+        common, number = max((_count_common(wanted, ids), each) for ids, each in near)
+        return number, common
 
 
 def _count_common(first: Sequence[int], second: Sequence[int]) -> int:

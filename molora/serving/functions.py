@@ -112,6 +112,7 @@ def call(m: MoLoRA, function: Function, messages: Messages) -> Verdict:
     Raises:
         ValueError: the bank has no such adapter, two labels begin with the same token, the chat template writes them
             into the prompt, or the adapter's invocation tokens are not those of the function's invocation.
+        EngineFullError: the engine is full of others' requests.
     """
     return call_each(m, function, [messages])[0]
 
@@ -121,7 +122,8 @@ def call_each(m: MoLoRA, function: Function, conversations: Sequence[Messages]) 
 
     Raises:
         ValueError: see `call`.
-        EngineFullError: more than the engine lets wait; see `EngineConfig.max_waiting`.
+        EngineFullError: the engine is full of others' requests; more conversations than it lets wait are asked about
+            bit by bit.
     """
     return _call_each(m, function, _first_ids(m, function), conversations)
 
@@ -183,6 +185,7 @@ def best_of_n(
 
     Raises:
         ValueError: see `call`; or a setting of the drafts is wrong. Raised before anything is drafted.
+        EngineFullError: see `call`; the drafts are lost if it comes behind them.
     """
     sampling = Sampling(n=n, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
     first_ids = _first_ids(m, check)

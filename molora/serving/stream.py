@@ -191,8 +191,13 @@ def _exhaust(stream: Stream) -> None:
         pass
 
 
+def _running(streams: Sequence[Stream]) -> Stream | None:
+    """One of them that is not over; None where an engine that is full is full of others' requests."""
+    return next((stream for stream in streams if not stream.is_over), None)
+
+
 def gather(submit: Callable[[Request], Stream], requests: Sequence[Request]) -> list[Generation]:
-    """Submit requests, wait for all, and cancel the rest if one fails."""
+    """Submit requests, wait for all, and cancel the rest if one fails. More than may wait are submitted one by one."""
     streams: list[Stream] = []
     try:
         for request in requests:
@@ -201,8 +206,7 @@ def gather(submit: Callable[[Request], Stream], requests: Sequence[Request]) -> 
                     streams.append(submit(request))
                     break
                 except EngineFullError:
-                    running = next((stream for stream in streams if not stream.is_over), None)
-                    if running is None:  # it is full of others' requests
+                    if (running := _running(streams)) is None:
                         raise
                     _exhaust(running)
         for stream in streams:
@@ -218,12 +222,19 @@ async def agather(submit: Callable[[Request], Stream], requests: Sequence[Reques
     streams: list[Stream] = []
     try:
         for request in requests:
-            submitted = asyncio.ensure_future(asyncio.to_thread(submit, request))
-            try:
-                streams.append(await asyncio.shield(submitted))
-            except asyncio.CancelledError:  # a thread cannot be stopped: what it submits is closed then
-                submitted.add_done_callback(_close)
-                raise
+            while len(streams) < len(requests):
+                submitted = asyncio.ensure_future(asyncio.to_thread(submit, request))
+                try:
+                    streams.append(await asyncio.shield(submitted))
+                    break
+                except EngineFullError:
+                    if (running := _running(streams)) is None:
+                        raise
+                    async for _ in running:
+                        pass
+                except asyncio.CancelledError:  # a thread cannot be stopped: what it submits is closed then
+                    submitted.add_done_callback(_close)
+                    raise
         for stream in streams:
             async for _ in stream:
                 pass

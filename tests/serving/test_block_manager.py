@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molora.serving import block_manager
+from molora.serving import block_manager, children
 from molora.serving.block_manager import NEVER, BlockManager, BlockTable, Source
 
 BASE = Source()
@@ -115,6 +115,22 @@ def test_among_many_conversations_the_longest_agreement_is_copied() -> None:
     third = b"digest of a third"
     for start, route, agreed in ((2, ROUTE, 5), (3, OTHER, 6), (3, third, 3), (5, third, 5), (6, third, 5)):
         assert cached(manager, [1, 2, 3, 4, 5, 77, 8], Source(start, route)) == agreed
+
+
+@pytest.mark.parametrize("source", [BASE, Source(8, ROUTE), Source(8, OTHER), Source(10, ROUTE), Source(11, OTHER)])
+def test_many_conversations_that_were_computed_otherwise_are_not_gone_through(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They agree in a message's header, which the route of each has read: nothing of it is another route's."""
+    manager = BlockManager(num_blocks=900, block_size=8)
+    system, header = [1] * 8, [2, 3, 4]
+    for number in range(400):
+        manager.close(run(manager, [*system, *header, number], Source(8, ROUTE)))
+    compared: list[int] = []
+    count_common = children._count_common
+    monkeypatch.setattr(children, "_count_common", lambda a, b: compared.append(1) or count_common(a, b))
+    assert cached(manager, [*system, *header, 77, 5], source) == (12 if source == Source(8, ROUTE) else 8)
+    assert len(compared) < 9
 
 
 def test_what_could_be_found_and_is_computed_counts_as_recomputed(manager: BlockManager) -> None:
@@ -263,6 +279,12 @@ def test_active_tokens_need_a_route() -> None:
         Source(3)
 
 
+def _num_common(first: list[object], second: list[object]) -> int:
+    return next(
+        (place for place, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second))
+    )
+
+
 @dataclass
 class Running:
     ids: list[int]
@@ -292,6 +314,25 @@ class Memory:
             for offset in range(copy.num_tokens):
                 self.places[copy.target, offset] = self.places[copy.source, offset]
         self.manager.copied(table)
+
+    def longest(self, ids: list[int], source: Source) -> int:
+        """How many tokens a search through every block finds: whole blocks in turn, then what one more begins with.
+
+        A second copy that is still in use is not looked for.
+        """
+        size, found = self.manager.block_size, 0
+        wanted = Running(ids, BlockTable(source))
+        contents = [
+            [self.places[number, offset] for offset in range(len(block.token_ids))]
+            for number, block in enumerate(self.manager._blocks)
+            if number not in self.manager._empty and (block.parent or block.acting_parent)
+        ]
+        while True:
+            own = [self.content(wanted, position) for position in range(found, min(found + size, len(ids)))]
+            agreed = max((_num_common(own, held) for held in contents), default=0)
+            found += agreed
+            if agreed < size:
+                return found
 
     def compute(self, running: Running, end: int, others: list[Running]) -> None:
         table = running.table
@@ -334,7 +375,11 @@ def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
     for action, which, source, ids in steps:
         running = sequences[which % len(sequences)] if sequences else None
         if action in ("open", "run"):
+            longest = memory.longest(ids, source)
             sequences.append(Running(ids, manager.open(ids, source)))
+            if manager.num_free < 2 and not sequences[-1].table.copies:  # no room for a copy and what it is made from
+                longest -= longest % block_size
+            assert sequences[-1].table.num_cached == longest
             memory.copy(sequences[-1].table)
             if action == "run" and manager.grow(sequences[-1].table, len(ids)):
                 memory.compute(sequences[-1], len(ids), sequences)

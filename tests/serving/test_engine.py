@@ -480,8 +480,12 @@ class TestFaults:
     def test_more_requests_than_may_wait(self, m, engine_of, random_ids):
         engine = engine_of(m, max_waiting=2, max_sequences=2)
         requests = [ask(random_ids(9, seed=s), ROUTES[s % 5], num_new=3) for s in range(12)]
-        for request, out in zip(requests, engine.generate(requests), strict=True):
+        outs = engine.generate(requests)
+        for request, out in zip(requests, outs, strict=True):
             check(m, request, out)
+        again = asyncio.run(engine.agenerate(requests))
+        assert [out.token_ids for out in again] == [out.token_ids for out in outs]
+        idle(engine)
 
     def test_models_whose_tokens_see_more_than_their_sequence_are_refused(self, load_model, engine_of):
         config = load_model().model.config

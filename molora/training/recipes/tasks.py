@@ -63,17 +63,18 @@ class Task:
 def verify(domain: str, item: Item | str, text: str) -> bool:
     """Whether what follows the last "Answer:" of `text` is the answer of `item` (an item, or its answer)."""
     answer = item if isinstance(item, str) else item.answer
-    found = _answers(text)
+    found = answers_in(text)
     return bool(found) and _same(domain, answer, found[-1])
 
 
 def verify_composite(domains: Sequence[str], answers: Sequence[str], text: str) -> list[bool]:
     """For each task of a composite, whether the "Answer:" at its place in `text` is right; a missing one is wrong."""
-    found = _answers(text) + [""] * len(domains)
+    found = answers_in(text) + [""] * len(domains)
     return [_same(*case) for case in zip(domains, answers, found[: len(domains)], strict=True)]
 
 
-def _answers(text: str) -> list[str]:
+def answers_in(text: str) -> list[str]:
+    """What follows each "Answer:" on its line."""
     return [line.strip().removesuffix(".") for line in re.findall(r"Answer:(.*)", text)]
 
 
