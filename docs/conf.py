@@ -55,6 +55,12 @@ def _name_aliases(
     return signature and re.sub(alias, r"\1", signature), returns and re.sub(alias, r"\1", returns)
 
 
+def _include(_app: Any, _name: str, source: list[str]) -> None:
+    """What is included stands in comments, which those who read a page where it lies do not see."""
+    source[0] = re.sub(r"<!-- site\n(.*?)\n-->", r"\1", source[0], flags=re.DOTALL)
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", _include)
     app.connect("autodoc-process-signature", _name_aliases)
     app.connect("autodoc-process-docstring", _keep_angle_brackets)
