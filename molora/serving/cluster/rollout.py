@@ -1,9 +1,9 @@
 """Which adapters all replicas have beside the bank's own, by version, and the one place that knows the newest version.
 
 A replica follows the store: it waits there for a version newer than its own, brings its engine to it, and says so when
-it comes back. So those that start later have what the others have, and whoever publishes a version can wait until all
-are at it. A store that starts again learns the newest version from the first replica that comes. This module knows
-nothing about Ray.
+it comes back. So those that start later have what the others have. One version is rolled out at a time, until all have
+it or, because one cannot, none: the store sees to that, whatever becomes of the replica that asked for it. A store that
+starts again learns the newest version from the replicas that come. This module knows nothing about Ray.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class RolloutStore:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._rollout = Rollout()
+        self._is_rolling_out = False
         self._reports: dict[str, _Report] = {}
         self._changed = asyncio.Condition()
 
@@ -95,14 +96,32 @@ class RolloutStore:
                     await self._changed.wait_for(lambda: self._rollout.version > have.version)
             return self._rollout
 
-    async def publish(self, rollout: Rollout) -> bool:
-        """Make it the newest version; False where another one has been published meanwhile."""
+    async def roll_out(self, rollout: Rollout, wait_s: float) -> dict[str, str] | None:
+        """Make it the newest version, and wait until all have it; where one has not, take it back on all.
+
+        What is taken back is a version of its own, since some may be at the one that failed.
+
+        Returns:
+            As `settled`; None if another one is under way, or has been since the one that this one changes.
+        """
+        if self._is_rolling_out or rollout.version != self._rollout.version + 1:
+            return None
+        before = self._rollout
+        self._is_rolling_out = True
+        try:
+            await self._make_newest(rollout)
+            if failures := await self.settled(rollout.version, wait_s):
+                again = before.again(rollout.version + 1)
+                await self._make_newest(again)
+                await self.settled(again.version, LEASE_S)  # but for a replica that hangs, none has it any more
+            return failures
+        finally:
+            self._is_rolling_out = False
+
+    async def _make_newest(self, rollout: Rollout) -> None:
         async with self._changed:
-            if rollout.version != self._rollout.version + 1:
-                return False
             self._rollout = rollout
             self._changed.notify_all()
-            return True
 
     async def settled(self, version: int, wait_s: float) -> dict[str, str]:
         """Wait until every replica that lives is at a version or has failed to reach it.
