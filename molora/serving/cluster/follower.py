@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -152,6 +153,7 @@ class Follower:
                 await self._apply(wanted)
 
     async def _apply(self, wanted: Rollout) -> None:
+        living = asyncio.create_task(self._say_that_it_lives())
         try:
             await asyncio.to_thread(self._change_engine, wanted)
         except Exception as error:
@@ -160,7 +162,16 @@ class Follower:
                 logger.error("version %d of the adapters cannot be loaded: %s", wanted.version, failure.reason)
             self._failure, self._last_error = failure, (wanted.version, error)
             raise
+        finally:
+            living.cancel()
         self.rollout, self._failure = wanted, Failure()
+
+    async def _say_that_it_lives(self) -> None:
+        """To read a large adapter takes longer than a replica that says nothing is waited for."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            with suppress(UnavailableError):
+                await self._store.follow(self._replica, self.rollout, self._failure, 0)
 
     def _change_engine(self, wanted: Rollout) -> None:
         targets = {**self._bank, **wanted.adapters}

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from contextlib import asynccontextmanager
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 import molora
 from molora.adapter import Adapter
 from molora.serving.cluster import follower as follower_module
+from molora.serving.cluster import rollout as rollout_module
 from molora.serving.cluster.follower import Follower
 from molora.serving.cluster.rollout import LEASE_S, Failure, LoadedAdapter, Rollout, RolloutStore
 from molora.serving.engine import Engine, EngineConfig
@@ -174,6 +176,23 @@ def test_whoever_asked_for_it_may_be_gone(engines, folder, monkeypatch):
             assert await store.roll_out(asked, 5) == {"replica 1": "all 3 adapter slots are in use"}
             assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
             assert first.rollout == second.rollout == Rollout(2)
+
+    asyncio.run(run())
+
+
+def test_who_takes_long_to_load_is_waited_for(engines, folder, monkeypatch):
+    monkeypatch.setattr(rollout_module, "LEASE_S", 0.3)
+    load = engines[1].load_adapter
+
+    def slowly(*args, **options):
+        time.sleep(1)
+        return load(*args, **options)
+
+    async def run():
+        async with following(engines, RolloutStore()) as (first, _):
+            monkeypatch.setattr(engines[1], "load_adapter", slowly)
+            await asyncio.to_thread(first.load_adapter, "z", folder / "z")
+            assert digests(engines[0]) == digests(engines[1])
 
     asyncio.run(run())
 
