@@ -35,6 +35,10 @@ from molora.serving.sse import to_event, while_connected
 
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 METRICS_S = 5.0  # for the slowest replica
+NO_METRICS = Error(
+    message=f"a replica has not told its metrics within {METRICS_S:g} s; ask again in a while", type="server_error"
+)
+RETRY = {"Retry-After": "1"}
 LOST = Error(
     message="the replica that worked on this request was lost, and its answer with it; send the request again",
     type="server_error",
@@ -73,8 +77,11 @@ def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig) -> ASGI
 
 
 async def merged_metrics(replicas: DeploymentHandle[Any]) -> Response:
-    """Of all replicas that answer in time."""
-    found = await replicas.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    """Of all replicas but those that were lost; 503 while one hangs, since a page without it would mislead."""
+    try:
+        found = await replicas.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    except TimeoutError:
+        return error_response(503, NO_METRICS, headers=RETRY)
     return Response(merge(dict(each for each in found if isinstance(each, tuple))), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -147,8 +154,7 @@ class _FailedError(Exception):
 
     @property
     def response(self) -> Response:
-        headers = None if self.status == 500 else {"Retry-After": "1"}
-        return error_response(self.status, self.error, headers=headers)
+        return error_response(self.status, self.error, headers=None if self.status == 500 else RETRY)
 
 
 async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive: Receive, send: Send) -> None:

@@ -58,6 +58,17 @@ class Handle:
         self.answers.append(Answer(self.parts))
         return self.answers[-1]
 
+    def broadcast(self, method):
+        assert method == "metrics"
+        return self
+
+    async def results_async(self, *, timeout_s, return_exceptions):
+        assert timeout_s == 5
+        assert return_exceptions
+        if isinstance(self.metrics, Exception):
+            raise self.metrics
+        return self.metrics
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet_import():
@@ -165,6 +176,16 @@ def test_what_fails_in_a_stream_is_its_last_event(post, handle, errors):
     *events, last, end = response.text.split("\n\n")
     assert (events, end) == (["data: 1", "data: 2"], "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+def test_metrics_are_those_of_the_replicas_that_are_there(ingress, call, handle, errors):
+    handle.metrics = [("one", "# TYPE molora:a gauge\nmolora:a 1\n"), errors["lost"]]
+    response = call(ingress, "GET", "/metrics", headers={"Authorization": "Bearer key"})
+    assert (response.status_code, response.text.splitlines()[-1]) == (200, 'molora:a{replica="one"} 1.0')
+    handle.metrics = TimeoutError("of one that hangs")
+    response = call(ingress, "GET", "/metrics", headers={"Authorization": "Bearer key"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "has not told its metrics within 5 s" in response.json()["error"]["message"]
 
 
 def test_an_answer_without_a_body(post, handle):
