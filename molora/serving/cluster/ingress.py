@@ -30,6 +30,7 @@ from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, prefix_of
 from molora.serving.config import ServeConfig
 from molora.serving.errors import SERVER_ERROR, STOPPING, error_response
 from molora.serving.protocol import Error
+from molora.serving.request_log import HEADER as ID_HEADER
 from molora.serving.security import LimitBody, RequireKey, SafeHeaders
 from molora.serving.sse import to_event, while_connected
 
@@ -165,7 +166,9 @@ async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive:
         await failed.response(scope, receive, send)
         return
     assert isinstance(head, HttpHead)
-    await send({"type": "http.response.start", "status": head.status, "headers": list(head.headers)})
+    by_proxy = [(name, value) for name, value in scope["headers"] if name == ID_HEADER]  # it answers with the id, too
+    headers = [header for header in head.headers if header not in by_proxy]
+    await send({"type": "http.response.start", "status": head.status, "headers": headers})
     await send({"type": "http.response.body", "body": first, "more_body": True})
     last = b""
     try:

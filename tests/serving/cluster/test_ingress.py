@@ -126,6 +126,14 @@ def test_a_request_is_passed_on_with_its_prefix(post, handle):
     assert handle.calls[1].prefix == NO_PREFIX
 
 
+def test_the_id_is_left_to_the_proxy_which_adds_it_to_every_answer(ingress, call, handle):
+    handle.parts = [HttpHead(200, ((b"x-request-id", b"mine"), (b"x-other", b"mine"))), b"answer"]
+    for sent, answered in (("mine", None), ("yours", "mine")):
+        headers = {"Authorization": "Bearer key", "X-Request-Id": sent}
+        response = call(ingress, "GET", "/v1/models", headers=headers)
+        assert (response.headers.get("x-request-id"), response.headers["x-other"]) == (answered, "mine")
+
+
 def test_a_body_that_is_no_json_is_the_replica_s_to_refuse(ingress, call, handle):
     for content in (b"{", b"\xff", b'{"messages":' + b"[" * 400):
         headers = {"Authorization": "Bearer key"}

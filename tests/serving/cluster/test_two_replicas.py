@@ -173,7 +173,8 @@ async def answers(client: Client) -> None:
     assert len({response.headers["x-molora-replica"] for response in models}) == 2
     assert {response.headers["x-molora-adapters-version"] for response in models} == {"0"}
     assert len(await client.metric("num_requests_running")) == 2
-    assert (await client.http.head("/ready")).status_code == 200
+    ready = await client.http.head("/ready", headers={"X-Request-Id": "mine"})
+    assert (ready.status_code, ready.headers.get_list("x-request-id")) == (200, ["mine"])
     assert "text/html" in (await client.http.get("/")).headers["content-type"]
 
     whole, streamed = await client.chat("Rivers?"), await client.chat("Rivers?", stream=True)
