@@ -87,8 +87,12 @@ def serve_on_ray(config: ClusterConfig) -> int:
         serve.start(http_options=http_options(server), logging_config=QUIET)
         try:
             serve.run(application(config), name=APP, route_prefix="/")
-        except RuntimeError as error:
-            raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
+        except BaseException as error:
+            if config.ray.address is not None:
+                serve.delete(APP, _blocking=False)  # the cluster goes on, and would go on trying to start it
+            if isinstance(error, RuntimeError):
+                raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
+            raise
         with _told_to_stop() as told:
             url = f"http://{f'[{server.host}]' if ':' in server.host else server.host}:{server.port}"
             print(f"Serving a page on {url} and the API on {url}/v1", flush=True)
