@@ -23,7 +23,7 @@ from molora.bank import Bank
 from molora.serving.cluster.config import ClusterConfig, RayConfig
 from molora.serving.cluster.ingress import Ingress
 from molora.serving.cluster.replica import STORE, Replica
-from molora.serving.cluster.rollout import RolloutStore
+from molora.serving.cluster.rollout import LEASE_S, RolloutStore
 from molora.serving.cluster.router import PrefixRouter
 from molora.serving.config import ServeConfig
 
@@ -56,7 +56,12 @@ def application(config: ClusterConfig, *, router: type[RequestRouter] = PrefixRo
         graceful_shutdown_timeout_s=server.drain_s,
         request_router_config=_routing(ray_config, router),
         deployment_actors=[
-            DeploymentActorConfig(name=STORE, actor_class=ray.remote(RolloutStore), actor_options={"num_cpus": 0})
+            DeploymentActorConfig(
+                name=STORE,
+                actor_class=ray.remote(RolloutStore),
+                actor_options={"num_cpus": 0},
+                init_kwargs={"learn_s": LEASE_S},
+            )
         ],
     )
     ingress: Any = serve.deployment(

@@ -77,8 +77,14 @@ class _Report:
 class RolloutStore:
     """One for all replicas; it lives in one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, learn_s: float = 0.0) -> None:
+        """
+        Args:
+            learn_s: so long after it began a replica waits for one that knows of a newer version; there may have been a
+                store before this one.
+        """
         self._clock = clock
+        self._learned_at = clock() + learn_s
         self._rollout = Rollout()
         self._is_rolling_out = False
         self._reports: dict[str, _Report] = {}
@@ -86,6 +92,7 @@ class RolloutStore:
 
     async def follow(self, replica: str, have: Rollout, failure: Failure, wait_s: float) -> Rollout:
         """What a replica is to have: at once where it is newer than what it has, else when it is, or after `wait_s`."""
+        wait_s = max(wait_s, self._learned_at - self._clock())
         async with self._changed:
             if have.version > self._rollout.version:
                 self._rollout = have

@@ -181,11 +181,11 @@ def test_whoever_asked_for_it_may_be_gone(engines, folder, monkeypatch):
 
 
 def test_who_takes_long_to_load_is_waited_for(engines, folder, monkeypatch):
-    monkeypatch.setattr(rollout_module, "LEASE_S", 0.3)
+    monkeypatch.setattr(rollout_module, "LEASE_S", 1)
     load = engines[1].load_adapter
 
     def slowly(*args, **options):
-        time.sleep(1)
+        time.sleep(2)
         return load(*args, **options)
 
     async def run():
@@ -290,6 +290,23 @@ def test_a_store_that_starts_again_learns_from_those_that_follow():
             assert await store.follow(name, rollout, NOTHING, 5) == rollout.again(5)
             await store.follow(name, rollout.again(5), NOTHING, 0)
         assert await asking == {}
+
+    asyncio.run(run())
+
+
+def test_a_store_that_starts_again_first_asks_who_knows_more():
+    """Else a replica that starts then, or is behind, would answer with older adapters."""
+
+    async def run():
+        rollout = Rollout(4, {"z": LoadedAdapter("z", "digest")})
+        store = RolloutStore(learn_s=5)
+        starting = asyncio.create_task(store.follow("new", Rollout(), NOTHING, 0))
+        await asyncio.sleep(0.01)
+        assert not starting.done()
+        telling = asyncio.create_task(store.follow("old", rollout, NOTHING, 0))
+        assert await asyncio.wait_for(starting, 1) == rollout
+        telling.cancel()
+        assert await RolloutStore(learn_s=0.05).follow("new", Rollout(), NOTHING, 0) == Rollout()
 
     asyncio.run(run())
 
