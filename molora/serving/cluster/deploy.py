@@ -29,6 +29,7 @@ from molora.serving.config import ServeConfig
 
 APP = "molora"
 GRACE_S = 5  # beyond drain_s, in which an ingress passes on the replicas' last words
+NUM_REFUSED = 256  # requests that an ingress has beside those with a place; without any, they would wait in the proxy
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here; nothing large is passed
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 STATISTICS_PERIOD_S = 2.0  # how often replicas say whose prefixes they hold
@@ -69,7 +70,9 @@ def application(config: ClusterConfig, *, router: type[RequestRouter] = PrefixRo
         num_replicas=ray_config.num_ingresses,
         **common,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=ray_config.max_replicas * ray_config.max_ongoing_requests + ray_config.max_queued_requests,
+        max_ongoing_requests=ray_config.max_replicas * ray_config.max_ongoing_requests
+        + ray_config.max_queued_requests
+        + NUM_REFUSED,
         graceful_shutdown_timeout_s=server.drain_s + GRACE_S,
     )
     bound: serve.Application = ingress.bind(server, replicas.bind(server))

@@ -134,7 +134,8 @@ class Forward:
         except Exception as error:
             raise _FailedError(error) from error
         finally:
-            response.cancel()
+            with suppress(Exception):  # one that no replica has got raises again why
+                response.cancel()
 
     def _note(self, head: HttpHead) -> None:
         version = int(dict(head.headers).get(VERSION_HEADER, b"0"))

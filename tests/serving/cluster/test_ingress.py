@@ -20,6 +20,7 @@ class Answer:
 
     def __init__(self, parts):
         self._parts = iter(parts)
+        self._error = None
         self.is_cancelled = False
 
     def __aiter__(self):
@@ -30,11 +31,14 @@ class Answer:
         if part is None:
             raise StopAsyncIteration
         if isinstance(part, Exception):
+            self._error = part
             raise part
         return part
 
     def cancel(self):
         self.is_cancelled = True
+        if self._error is not None:
+            raise self._error  # as Ray does, of a request that no replica has got
 
 
 class Handle:

@@ -112,7 +112,14 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
         "adapter_folders": [str(loadable)],
         "num_extra_slots": 2,
         "limits": {"max_body_bytes": 100_000},
-        "ray": {"max_replicas": 2, "target_ongoing_requests": 2, "upscale_delay_s": 1, "health_check_period_s": 1},
+        "ray": {
+            "max_replicas": 2,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 1,
+            "health_check_period_s": 1,
+            "max_ongoing_requests": 8,
+            "max_queued_requests": 16,
+        },
     }
 
     async def run(url: str, process: subprocess.Popen[bytes]) -> None:
@@ -124,6 +131,7 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
             await prefixes(client)
             rate = await hit_rate(client)
             assert rate >= 0.9 * one > 0.4
+            await crowding(client)
             await leaving(client)
             await adapters(client)
             await a_kill(client, process.pid)
@@ -240,6 +248,18 @@ async def prefixes(client: Client) -> None:
         assert '"cached_tokens":0' not in again.text
         other = await client.chat(f"{index} {text}", cache_salt=f"other {index}")
         assert '"cached_tokens":0' in other.text
+
+
+async def crowding(client: Client) -> None:
+    """Two replicas work on eight requests each, and sixteen wait; whoever has no place is told so."""
+    options = {"max_tokens": 100, "ignore_eos": True}
+    asking = (client.chat(f"{i}", stream=bool(i % 2), **options) for i in range(60))
+    answered = await asyncio.gather(*asking)
+    assert {each.status for each in answered} == {200, 429}
+    refused = [each for each in answered if each.status == 429]
+    assert len(refused) <= 60 - 16
+    assert {each.headers["retry-after"] for each in refused} == {"1"}
+    assert all('"code":"rate_limit_exceeded"' in each.text for each in refused)
 
 
 async def leaving(client: Client) -> None:
