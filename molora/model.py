@@ -24,7 +24,7 @@ from molora.digest import base_digest
 from molora.generation import Generation, Sampling, TokenRoute
 from molora.injection import RoutedDecoder, check_adapters, gates_tensor, linears_of_layers, slots_tensor, text_config
 from molora.routing import Impl, RouteRequest
-from molora.slots import NUM_VERSIONS, AdapterSlots, Hold, ResolvedRoute, read_route
+from molora.slots import NUM_VERSIONS, AdapterSlots, BankVersion, Hold, ResolvedRoute, read_route
 from molora.text_limit import TextLimit, text_limit
 
 if TYPE_CHECKING:
@@ -334,8 +334,13 @@ class MoLoRA:
             raise ValueError(f"{len(route)} routes for {num_seqs} sequences; give one for each, or one for all.")
         return [self.resolve_route(each) for each in route]
 
-    def resolve_activation(self, route: ResolvedRoute, activation: Activation | None, prompt: Prompt) -> int:
+    def resolve_activation(
+        self, route: ResolvedRoute, activation: Activation | None, prompt: Prompt, version: BankVersion | None = None
+    ) -> int:
         """The absolute index from which a route acts on a prompt; the prompt's length for base.
+
+        Args:
+            version: what the route's names mean; None is the current one.
 
         Raises:
             ValueError: the policy does not apply to the prompt.
@@ -348,8 +353,9 @@ class MoLoRA:
             policy = self.bank.config.activation if activation is None else activation
             return policies.resolve(prompt, policy, of="the router")
         starts = {}
+        version = self.slots.current if version is None else version
         for name in route.names:
-            info = self.slots.current[name]
+            info = version[name]
             starts[name] = policies.resolve(
                 prompt,
                 info.activation if activation is None else activation,

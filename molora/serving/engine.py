@@ -327,8 +327,9 @@ class Engine:
             m.check_token_ids("stop_token_ids", list(sampling.stop_token_ids))
         with checking("route"):
             route = m.resolve_route(request.route)
+        version = m.slots.current
         with checking("activation"):
-            start = m.resolve_activation(route, request.activation, prompt)
+            start = m.resolve_activation(route, request.activation, prompt, version)
         try:
             salt = request.salt.encode()
         except UnicodeEncodeError as error:
@@ -339,6 +340,9 @@ class Engine:
         if hold is not None:
             stream.holds(lambda: m.slots.release(hold))
         try:
+            if hold is not None and hold.version is not version:  # an adapter was replaced meanwhile, and its policy
+                with checking("activation"):
+                    start = m.resolve_activation(route, request.activation, prompt, hold.version)
             stream.answers = self._new_answers(request, stream, prompt, route, start, hold, salt, max_new_tokens)
         except BaseException:
             stream.release()

@@ -284,6 +284,22 @@ class TestAdaptersAtRunTime:
             check(served.m, requests[route], stream.result)
         idle(served)
 
+    def test_an_adapter_that_is_replaced_while_a_request_is_checked_acts_from_its_own_start(
+        self, served, folder, random_ids, monkeypatch
+    ):
+        request = Request(prompt=random_ids(20), route="z", sampling=Sampling(max_new_tokens=4, ignore_eos=True))
+        served.load_adapter("z", folder(5), activation=3)
+        acquire = served.m.slots.acquire
+
+        def too_late(route):
+            monkeypatch.undo()
+            served.load_adapter("z", folder(6), activation=7, replace=True)
+            return acquire(route)
+
+        monkeypatch.setattr(served.m.slots, "acquire", too_late)
+        assert served.generate(request)[0].activation_start == 7
+        idle(served)
+
     def test_slots_run_out_and_come_back(self, served, folder, random_ids):
         served.load_adapter("one", folder(11))
         served.load_adapter("two", folder(12))

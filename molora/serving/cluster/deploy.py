@@ -24,12 +24,13 @@ from molora.serving.cli import print_address
 from molora.serving.cluster.config import ClusterConfig, RayConfig
 from molora.serving.cluster.ingress import Ingress
 from molora.serving.cluster.replica import STORE, Replica
-from molora.serving.cluster.rollout import RolloutStore
+from molora.serving.cluster.rollout import LEASE_S, RolloutStore
 from molora.serving.cluster.router import PrefixRouter
 from molora.serving.config import ServeConfig
 
 APP = "molora"
 GRACE_S = 5  # beyond drain_s, in which an ingress passes on the replicas' last words
+NUM_REFUSED = 256  # requests that an ingress has beside those with a place; without any, they would wait in the proxy
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here; nothing large is passed
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 STATISTICS_PERIOD_S = 2.0  # how often replicas say whose prefixes they hold
@@ -57,7 +58,12 @@ def application(config: ClusterConfig, *, router: type[RequestRouter] = PrefixRo
         graceful_shutdown_timeout_s=server.drain_s,
         request_router_config=_routing(ray_config, router),
         deployment_actors=[
-            DeploymentActorConfig(name=STORE, actor_class=ray.remote(RolloutStore), actor_options={"num_cpus": 0})
+            DeploymentActorConfig(
+                name=STORE,
+                actor_class=ray.remote(RolloutStore),
+                actor_options={"num_cpus": 0},
+                init_kwargs={"learn_s": LEASE_S},
+            )
         ],
     )
     ingress: Any = serve.deployment(
@@ -65,7 +71,9 @@ def application(config: ClusterConfig, *, router: type[RequestRouter] = PrefixRo
         num_replicas=ray_config.num_ingresses,
         **common,
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=ray_config.max_replicas * ray_config.max_ongoing_requests + ray_config.max_queued_requests,
+        max_ongoing_requests=ray_config.max_replicas * ray_config.max_ongoing_requests
+        + ray_config.max_queued_requests
+        + NUM_REFUSED,
         graceful_shutdown_timeout_s=server.drain_s + GRACE_S,
     )
     bound: serve.Application = ingress.bind(server, replicas.bind(server))
@@ -88,8 +96,12 @@ def serve_on_ray(config: ClusterConfig) -> int:
         serve.start(http_options=http_options(server), logging_config=QUIET)
         try:
             serve.run(application(config), name=APP, route_prefix="/")
-        except RuntimeError as error:
-            raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
+        except BaseException as error:
+            if config.ray.address is not None:
+                serve.delete(APP, _blocking=False)  # the cluster goes on, and would go on trying to start it
+            if isinstance(error, RuntimeError):
+                raise RuntimeError(f"the replicas do not start, and what they say above is why: {error}") from error
+            raise
         with _told_to_stop() as told:
             print_address(server.host, server.port)
             told.wait()

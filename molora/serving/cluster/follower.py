@@ -29,8 +29,7 @@ class Store(Protocol):
     """`RolloutStore`, wherever it is; where it cannot be reached, its calls raise UnavailableError."""
 
     async def follow(self, replica: str, have: Rollout, failure: Failure, wait_s: float) -> Rollout: ...
-    async def publish(self, rollout: Rollout) -> bool: ...
-    async def settled(self, version: int, wait_s: float) -> dict[str, str]: ...
+    async def roll_out(self, rollout: Rollout, wait_s: float) -> dict[str, str] | None: ...
 
 
 class Follower:
@@ -56,6 +55,7 @@ class Follower:
             info.name: LoadedAdapter(str(info.path), info.digest, info.activation) for info in engine.adapters()
         }
         self._failure = Failure()
+        self._last_error: tuple[int, Exception | None] = 0, None  # and the version that could not be loaded for it
         self._changing = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._following: asyncio.Task[None] | None = None
@@ -94,14 +94,17 @@ class Follower:
             what that raises; nothing was changed.
             UnavailableError: another rollout is under way, or a replica could not follow; it was taken back.
         """
-        known = {info.name: info for info in self._engine.adapters()}
-        if name in known and not replace:
-            raise ValueError(f"there is an adapter {name!r} already; unload it first, or ask to replace it.")
-        if name in known and activation is None:
-            activation = known[name].activation
-        adapter = LoadedAdapter(str(path), Adapter.read(path).digest, activation)
-        self._roll_out(lambda rollout: rollout.load(name, adapter))
-        return next(info for info in self._engine.adapters() if info.name == name)
+        digest = Adapter.read(path).digest
+
+        def change(rollout: Rollout) -> Rollout:
+            info = self._known().get(name)
+            if info is not None and not replace:
+                raise ValueError(f"there is an adapter {name!r} already; unload it first, or ask to replace it.")
+            policy = info.activation if info is not None and activation is None else activation
+            return rollout.load(name, LoadedAdapter(str(path), digest, policy))
+
+        self._roll_out(change)
+        return self._known()[name]
 
     def unload_adapter(self, name: str) -> None:
         """`Engine.unload_adapter` on every replica.
@@ -109,35 +112,32 @@ class Follower:
         Raises:
             as `load_adapter`.
         """
-        self._roll_out(lambda rollout: rollout.unload(name, of_bank=name in self._bank))
+
+        def change(rollout: Rollout) -> Rollout:
+            if name not in self._known():
+                raise ValueError(f"there is no adapter {name!r}; it has been unloaded already.")
+            return rollout.unload(name, of_bank=name in self._bank)
+
+        self._roll_out(change)
+
+    def _known(self) -> dict[str, AdapterInfo]:
+        return {info.name: info for info in self._engine.adapters()}
 
     def _roll_out(self, change: Callable[[Rollout], Rollout]) -> None:
-        asyncio.run_coroutine_threadsafe(self._publish(change), self._loop).result()
+        asyncio.run_coroutine_threadsafe(self._change(change), self._loop).result()
 
-    async def _publish(self, change: Callable[[Rollout], Rollout]) -> None:
-        async with self._changing:
-            before = self.rollout
-            wanted = change(before)
-            if not await self._store.publish(wanted):
-                raise UnavailableError("another adapter is being rolled out; ask again in a while")
-            try:
-                await self._apply(wanted)
-            except Exception:
-                await self._take_back(before, wanted)
-                raise
-        failures = await self._store.settled(wanted.version, SETTLE_S)
+    async def _change(self, change: Callable[[Rollout], Rollout]) -> None:
+        async with self._changing:  # the engine is at `rollout`, and stays there meanwhile
+            wanted = change(self.rollout)
+        failures = await self._store.roll_out(wanted, SETTLE_S)
+        if failures is None:
+            raise UnavailableError("another adapter is being rolled out; ask again in a while")
+        version, error = self._last_error
+        if failures and error is not None and version == wanted.version:
+            raise error
         if failures:
-            async with self._changing:
-                await self._take_back(before, wanted)
             reasons = "; ".join(sorted(set(failures.values())))
             raise UnavailableError(f"{len(failures)} replicas could not follow, so it was taken back: {reasons}")
-
-    async def _take_back(self, before: Rollout, wanted: Rollout) -> None:
-        """What was there, as a version of its own: some replicas may be at the one that failed."""
-        again = before.again(wanted.version + 1)
-        if await self._store.publish(again):
-            with suppress(Exception):  # the first failure is what the client is told; the next look tries again
-                await self._apply(again)
 
     async def _follow(self) -> None:
         while True:
@@ -153,21 +153,31 @@ class Follower:
                 await self._apply(wanted)
 
     async def _apply(self, wanted: Rollout) -> None:
+        living = asyncio.create_task(self._say_that_it_lives())
         try:
             await asyncio.to_thread(self._change_engine, wanted)
         except Exception as error:
             failure = Failure(wanted.version, one_line(error))
             if failure != self._failure:
                 logger.error("version %d of the adapters cannot be loaded: %s", wanted.version, failure.reason)
-            self._failure = failure
+            self._failure, self._last_error = failure, (wanted.version, error)
             raise
+        finally:
+            living.cancel()
         self.rollout, self._failure = wanted, Failure()
+
+    async def _say_that_it_lives(self) -> None:
+        """To read a large adapter takes longer than a replica that says nothing is waited for."""
+        while True:
+            await asyncio.sleep(POLL_S)
+            with suppress(UnavailableError):
+                await self._store.follow(self._replica, self.rollout, self._failure, 0)
 
     def _change_engine(self, wanted: Rollout) -> None:
         targets = {**self._bank, **wanted.adapters}
         for name in wanted.removed:
             targets.pop(name, None)
-        known = {info.name: info for info in self._engine.adapters()}
+        known = self._known()
         for name in known.keys() - targets.keys():
             self._engine.unload_adapter(name)
         for name, target in targets.items():

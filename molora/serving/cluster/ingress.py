@@ -30,11 +30,16 @@ from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, prefix_of
 from molora.serving.config import ServeConfig
 from molora.serving.errors import SERVER_ERROR, STOPPING, error_response
 from molora.serving.protocol import Error
+from molora.serving.request_log import HEADER as ID_HEADER
 from molora.serving.security import LimitBody, RequireKey, SafeHeaders
 from molora.serving.sse import to_event, while_connected
 
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
 METRICS_S = 5.0  # for the slowest replica
+NO_METRICS = Error(
+    message=f"a replica has not told its metrics within {METRICS_S:g} s; ask again in a while", type="server_error"
+)
+RETRY = {"Retry-After": "1"}
 LOST = Error(
     message="the replica that worked on this request was lost, and its answer with it; send the request again",
     type="server_error",
@@ -73,8 +78,11 @@ def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig) -> ASGI
 
 
 async def merged_metrics(replicas: DeploymentHandle[Any]) -> Response:
-    """Of all replicas that answer in time."""
-    found = await replicas.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    """Of all replicas but those that were lost; 503 while one hangs, since a page without it would mislead."""
+    try:
+        found = await replicas.broadcast("metrics").results_async(timeout_s=METRICS_S, return_exceptions=True)
+    except TimeoutError:
+        return error_response(503, NO_METRICS, headers=RETRY)
     return Response(merge(dict(each for each in found if isinstance(each, tuple))), media_type=CONTENT_TYPE_LATEST)
 
 
@@ -126,7 +134,8 @@ class Forward:
         except Exception as error:
             raise _FailedError(error) from error
         finally:
-            response.cancel()
+            with suppress(Exception):  # one that no replica has got raises again why
+                response.cancel()
 
     def _note(self, head: HttpHead) -> None:
         version = int(dict(head.headers).get(VERSION_HEADER, b"0"))
@@ -147,8 +156,7 @@ class _FailedError(Exception):
 
     @property
     def response(self) -> Response:
-        headers = None if self.status == 500 else {"Retry-After": "1"}
-        return error_response(self.status, self.error, headers=headers)
+        return error_response(self.status, self.error, headers=None if self.status == 500 else RETRY)
 
 
 async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive: Receive, send: Send) -> None:
@@ -159,7 +167,9 @@ async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive:
         await failed.response(scope, receive, send)
         return
     assert isinstance(head, HttpHead)
-    await send({"type": "http.response.start", "status": head.status, "headers": list(head.headers)})
+    by_proxy = [(name, value) for name, value in scope["headers"] if name == ID_HEADER]  # it answers with the id, too
+    headers = [header for header in head.headers if header not in by_proxy]
+    await send({"type": "http.response.start", "status": head.status, "headers": headers})
     await send({"type": "http.response.body", "body": first, "more_body": True})
     last = b""
     try:

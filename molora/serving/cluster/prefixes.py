@@ -5,7 +5,8 @@ A prompt is cut into pieces, and the key of a piece is a hash of the key before 
     key = H(parent's key, role, piece);   the key before the first piece = H(cache salt)
 
 so equal keys mean the same text from its beginning on, under the same salt. A message ends a piece, and a long one is
-cut every `PIECE_BYTES`. This module knows nothing about Ray, and nothing about tokens: a prompt is never rendered here.
+cut every `PIECE_BYTES`; what follows the first `MAX_PIECES` does not count. This module knows nothing about Ray, and
+nothing about tokens: a prompt is never rendered here.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, Generic, TypeVar
 
 PIECE_BYTES = 512
+MAX_PIECES = 1024  # so that no request makes others' beginnings be forgotten, or keeps them waiting
 KEY_BYTES = 8
 MIN_SHARE = 0.5  # of a prompt that a replica must hold; below it little is saved, and load decides
 
@@ -32,7 +34,7 @@ class Prefix:
         keys: of each beginning.
         num_held: bytes of the prompt that a replica which has answered this beginning holds: its own, and the answer
             that follows it.
-        num_bytes: of the whole prompt.
+        num_bytes: of all of these pieces: of the whole prompt, if it is not a very long one.
     """
 
     keys: tuple[bytes, ...] = ()
@@ -47,13 +49,15 @@ def prefix_of(body: object) -> Prefix:
     """Of a request's JSON, which nobody has checked yet; of a list of prompts, the first one counts."""
     if not isinstance(body, dict):
         return NO_PREFIX
-    parts = list(_parts(body))
+    parts = islice(_parts(body), MAX_PIECES)
     key = blake2b(_encode(body.get("cache_salt")), digest_size=KEY_BYTES).digest()
     keys: list[bytes] = []
     num_held: list[int] = []
     num_bytes = 0
     for (role, data), (next_role, next_data) in pairwise([*parts, ("", b"")]):
         for first in range(0, max(len(data), 1), PIECE_BYTES):
+            if len(keys) == MAX_PIECES:
+                return Prefix(tuple(keys), tuple(num_held), num_bytes)
             piece = data[first : first + PIECE_BYTES]
             key = blake2b(b"\0".join([key, _encode(role), piece]), digest_size=KEY_BYTES).digest()
             num_bytes += len(piece)

@@ -84,11 +84,8 @@ class _RemoteStore:
         rollout: Rollout = await self._call("follow", replica, have, failure, wait_s)
         return rollout
 
-    async def publish(self, rollout: Rollout) -> bool:
-        return bool(await self._call("publish", rollout))
-
-    async def settled(self, version: int, wait_s: float) -> dict[str, str]:
-        failures: dict[str, str] = await self._call("settled", version, wait_s)
+    async def roll_out(self, rollout: Rollout, wait_s: float) -> dict[str, str] | None:
+        failures: dict[str, str] | None = await self._call("roll_out", rollout, wait_s)
         return failures
 
     async def _call(self, method: str, *args: object) -> Any:

@@ -1,9 +1,9 @@
 """Which adapters all replicas have beside the bank's own, by version, and the one place that knows the newest version.
 
 A replica follows the store: it waits there for a version newer than its own, brings its engine to it, and says so when
-it comes back. So those that start later have what the others have, and whoever publishes a version can wait until all
-are at it. A store that starts again learns the newest version from the first replica that comes. This module knows
-nothing about Ray.
+it comes back. So those that start later have what the others have. One version is rolled out at a time, until all have
+it or, because one cannot, none: the store sees to that, whatever becomes of the replica that asked for it. A store that
+starts again learns the newest version from the replicas that come. This module knows nothing about Ray.
 """
 
 from __future__ import annotations
@@ -77,14 +77,22 @@ class _Report:
 class RolloutStore:
     """One for all replicas; it lives in one event loop."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic, *, learn_s: float = 0.0) -> None:
+        """
+        Args:
+            learn_s: so long after it began a replica waits for one that knows of a newer version; there may have been a
+                store before this one.
+        """
         self._clock = clock
+        self._learned_at = clock() + learn_s
         self._rollout = Rollout()
+        self._is_rolling_out = False
         self._reports: dict[str, _Report] = {}
         self._changed = asyncio.Condition()
 
     async def follow(self, replica: str, have: Rollout, failure: Failure, wait_s: float) -> Rollout:
         """What a replica is to have: at once where it is newer than what it has, else when it is, or after `wait_s`."""
+        wait_s = max(wait_s, self._learned_at - self._clock())
         async with self._changed:
             if have.version > self._rollout.version:
                 self._rollout = have
@@ -95,14 +103,32 @@ class RolloutStore:
                     await self._changed.wait_for(lambda: self._rollout.version > have.version)
             return self._rollout
 
-    async def publish(self, rollout: Rollout) -> bool:
-        """Make it the newest version; False where another one has been published meanwhile."""
+    async def roll_out(self, rollout: Rollout, wait_s: float) -> dict[str, str] | None:
+        """Make it the newest version, and wait until all have it; where one has not, take it back on all.
+
+        What is taken back is a version of its own, since some may be at the one that failed.
+
+        Returns:
+            As `settled`; None if another one is under way, or has been since the one that this one changes.
+        """
+        if self._is_rolling_out or rollout.version != self._rollout.version + 1:
+            return None
+        before = self._rollout
+        self._is_rolling_out = True
+        try:
+            await self._make_newest(rollout)
+            if failures := await self.settled(rollout.version, wait_s):
+                again = before.again(rollout.version + 1)
+                await self._make_newest(again)
+                await self.settled(again.version, LEASE_S)  # but for a replica that hangs, none has it any more
+            return failures
+        finally:
+            self._is_rolling_out = False
+
+    async def _make_newest(self, rollout: Rollout) -> None:
         async with self._changed:
-            if rollout.version != self._rollout.version + 1:
-                return False
             self._rollout = rollout
             self._changed.notify_all()
-            return True
 
     async def settled(self, version: int, wait_s: float) -> dict[str, str]:
         """Wait until every replica that lives is at a version or has failed to reach it.

@@ -75,3 +75,25 @@ def test_a_bank_that_is_not_there_is_known_before_ray_starts(capsys, tmp_path):
         warnings.simplefilter("ignore")  # of Ray's own modules, when they are imported
         assert cli.main(["--ray", "--bank", str(tmp_path / "nowhere"), "--port", "0"]) == 2
     assert f"{tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()])
+def test_what_does_not_start_is_taken_out_of_a_cluster_that_goes_on(monkeypatch, capsys, error):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own modules, when they are imported
+        from molora.serving.cluster import deploy
+
+    def fail(*args, **options):
+        raise error
+
+    done = []
+    monkeypatch.setattr(deploy, "start_ray", lambda address: done.append(address))
+    monkeypatch.setattr(deploy.serve, "start", lambda **options: None)
+    monkeypatch.setattr(deploy.serve, "run", fail)
+    monkeypatch.setattr(deploy.serve, "delete", lambda name, _blocking: done.append(name))
+    monkeypatch.setattr(deploy.ray, "shutdown", lambda: done.append("left"))
+    config = ClusterConfig(ServeConfig(bank="a"), RayConfig(address="head:1"))
+    with pytest.raises(type(error)):
+        deploy.serve_on_ray(config)
+    assert done == ["head:1", "molora", "left"]
+    assert "Starting 1 replicas of a" in capsys.readouterr().out

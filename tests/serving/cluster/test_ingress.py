@@ -20,6 +20,7 @@ class Answer:
 
     def __init__(self, parts):
         self._parts = iter(parts)
+        self._error = None
         self.is_cancelled = False
 
     def __aiter__(self):
@@ -30,11 +31,14 @@ class Answer:
         if part is None:
             raise StopAsyncIteration
         if isinstance(part, Exception):
+            self._error = part
             raise part
         return part
 
     def cancel(self):
         self.is_cancelled = True
+        if self._error is not None:
+            raise self._error  # as Ray does, of a request that no replica has got
 
 
 class Handle:
@@ -57,6 +61,17 @@ class Handle:
         self.calls.append(call)
         self.answers.append(Answer(self.parts))
         return self.answers[-1]
+
+    def broadcast(self, method):
+        assert method == "metrics"
+        return self
+
+    async def results_async(self, *, timeout_s, return_exceptions):
+        assert timeout_s == 5
+        assert return_exceptions
+        if isinstance(self.metrics, Exception):
+            raise self.metrics
+        return self.metrics
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,6 +130,14 @@ def test_a_request_is_passed_on_with_its_prefix(post, handle):
     assert handle.calls[1].prefix == NO_PREFIX
 
 
+def test_the_id_is_left_to_the_proxy_which_adds_it_to_every_answer(ingress, call, handle):
+    handle.parts = [HttpHead(200, ((b"x-request-id", b"mine"), (b"x-other", b"mine"))), b"answer"]
+    for sent, answered in (("mine", None), ("yours", "mine")):
+        headers = {"Authorization": "Bearer key", "X-Request-Id": sent}
+        response = call(ingress, "GET", "/v1/models", headers=headers)
+        assert (response.headers.get("x-request-id"), response.headers["x-other"]) == (answered, "mine")
+
+
 def test_a_body_that_is_no_json_is_the_replica_s_to_refuse(ingress, call, handle):
     for content in (b"{", b"\xff", b'{"messages":' + b"[" * 400):
         headers = {"Authorization": "Bearer key"}
@@ -165,6 +188,16 @@ def test_what_fails_in_a_stream_is_its_last_event(post, handle, errors):
     *events, last, end = response.text.split("\n\n")
     assert (events, end) == (["data: 1", "data: 2"], "")
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "replica_lost"
+
+
+def test_metrics_are_those_of_the_replicas_that_are_there(ingress, call, handle, errors):
+    handle.metrics = [("one", "# TYPE molora:a gauge\nmolora:a 1\n"), errors["lost"]]
+    response = call(ingress, "GET", "/metrics", headers={"Authorization": "Bearer key"})
+    assert (response.status_code, response.text.splitlines()[-1]) == (200, 'molora:a{replica="one"} 1.0')
+    handle.metrics = TimeoutError("of one that hangs")
+    response = call(ingress, "GET", "/metrics", headers={"Authorization": "Bearer key"})
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert "has not told its metrics within 5 s" in response.json()["error"]["message"]
 
 
 def test_an_answer_without_a_body(post, handle):

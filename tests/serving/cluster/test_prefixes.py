@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from molora.serving.cluster.prefixes import NO_PREFIX, PIECE_BYTES, PrefixMap, choose, prefix_of
+from molora.serving.cluster.prefixes import MAX_PIECES, NO_PREFIX, PIECE_BYTES, PrefixMap, choose, prefix_of
 
 
 def chat(*contents: str, salt: str | None = None, **more: Any) -> dict[str, Any]:
@@ -35,6 +35,17 @@ def test_long_messages_are_cut():
     assert len(prefix_of(chat(long)).keys) == num_pieces
     assert shared(chat(long), chat(long[:-1] + "x")) == num_pieces - 1
     assert shared({"prompt": long}, {"prompt": long[: PIECE_BYTES + 5] + "x" * 2000}) == 1
+
+
+@pytest.mark.parametrize("body", [chat(*["a"] * 5000), {"prompt": "a" * (2 * MAX_PIECES * PIECE_BYTES)}])
+def test_no_prompt_takes_all_the_room_for_keys(body):
+    prefixes: PrefixMap[str] = PrefixMap(2 * MAX_PIECES)
+    other, prefix = prefix_of(chat("b")), prefix_of(body)
+    prefixes.record(other.keys, "first")
+    prefixes.record(prefix.keys, "second")
+    assert len(prefix.keys) == MAX_PIECES
+    assert prefixes.num_held(other) == {"first": 1}
+    assert choose(prefixes.num_held(prefix), prefix.num_bytes, {"first": 0, "second": 0}, 0) == "second"
 
 
 def test_no_key_is_shared_between_salts():

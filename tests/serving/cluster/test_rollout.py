@@ -1,12 +1,16 @@
 """Adapters on several engines by version, without Ray: all of them have it, or none."""
 
 import asyncio
+import threading
+import time
 from contextlib import asynccontextmanager
 
 import pytest
 
 import molora
+from molora.adapter import Adapter
 from molora.serving.cluster import follower as follower_module
+from molora.serving.cluster import rollout as rollout_module
 from molora.serving.cluster.follower import Follower
 from molora.serving.cluster.rollout import LEASE_S, Failure, LoadedAdapter, Rollout, RolloutStore
 from molora.serving.engine import Engine, EngineConfig
@@ -128,6 +132,99 @@ def test_what_one_cannot_follow_is_taken_back(engines, folder, monkeypatch):
     asyncio.run(run())
 
 
+def test_only_one_is_rolled_out_at_a_time(engines, folder, monkeypatch):
+    """Otherwise the first one could not be taken back: the second one has been built on it."""
+    tried, known = threading.Event(), threading.Event()
+
+    def full(*args, **options):
+        tried.set()
+        known.wait(5)
+        raise NoFreeSlotError("all 3 adapter slots are in use")
+
+    async def run():
+        async with following(engines, RolloutStore()) as (first, second):
+            monkeypatch.setattr(engines[1], "load_adapter", full)
+            failing = asyncio.create_task(asyncio.to_thread(first.load_adapter, "z", folder / "z"))
+            await asyncio.to_thread(tried.wait, 5)
+            await first.catch_up()
+            assert "z" in digests(engines[0])
+            with pytest.raises(UnavailableError, match="another adapter is being rolled out"):
+                await asyncio.to_thread(first.load_adapter, "w", folder / "other-z")
+            known.set()
+            with pytest.raises(UnavailableError, match="taken back"):
+                await failing
+            assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
+            assert first.rollout == second.rollout == Rollout(2)
+            monkeypatch.undo()
+            await asyncio.to_thread(first.load_adapter, "w", folder / "other-z")
+            assert digests(engines[0]) == digests(engines[1])
+
+    asyncio.run(run())
+
+
+def test_whoever_asked_for_it_may_be_gone(engines, folder, monkeypatch):
+    """What nobody else could follow is still taken back."""
+
+    def full(*args, **options):
+        raise NoFreeSlotError("all 3 adapter slots are in use")
+
+    async def run():
+        store = RolloutStore()
+        async with following(engines, store) as (first, second):
+            monkeypatch.setattr(engines[1], "load_adapter", full)
+            asked = Rollout().load("z", LoadedAdapter(str(folder / "z"), Adapter.read(folder / "z").digest))
+            assert await store.roll_out(asked, 5) == {"replica 1": "all 3 adapter slots are in use"}
+            assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
+            assert first.rollout == second.rollout == Rollout(2)
+
+    asyncio.run(run())
+
+
+def test_who_takes_long_to_load_is_waited_for(engines, folder, monkeypatch):
+    monkeypatch.setattr(rollout_module, "LEASE_S", 1)
+    load = engines[1].load_adapter
+
+    def slowly(*args, **options):
+        time.sleep(2)
+        return load(*args, **options)
+
+    async def run():
+        async with following(engines, RolloutStore()) as (first, _):
+            monkeypatch.setattr(engines[1], "load_adapter", slowly)
+            await asyncio.to_thread(first.load_adapter, "z", folder / "z")
+            assert digests(engines[0]) == digests(engines[1])
+
+    asyncio.run(run())
+
+
+def test_what_has_changed_while_files_were_read_counts(engines, folder, monkeypatch):
+    """A load that began before another one of its name has ended replaces nothing, and nothing is unloaded twice."""
+    reading, may_go_on, read = threading.Event(), threading.Event(), Adapter.read
+
+    def slowly(path):
+        if path == folder / "other-z":
+            reading.set()
+            may_go_on.wait(5)
+        return read(path)
+
+    async def run():
+        async with following(engines, RolloutStore()) as (first, second):
+            monkeypatch.setattr(Adapter, "read", slowly)
+            late = asyncio.create_task(asyncio.to_thread(second.load_adapter, "z", folder / "other-z"))
+            await asyncio.to_thread(reading.wait, 5)
+            info = await asyncio.to_thread(first.load_adapter, "z", folder / "z")
+            may_go_on.set()
+            with pytest.raises(ValueError, match="'z' already"):
+                await late
+            assert [digests(engine)["z"] for engine in engines] == [info.digest] * 2
+            await asyncio.to_thread(first.unload_adapter, "z")
+            with pytest.raises(ValueError, match="no adapter 'z'"):
+                await asyncio.to_thread(first.unload_adapter, "z")
+            assert first.rollout == second.rollout == Rollout(2)
+
+    asyncio.run(run())
+
+
 def test_what_the_engine_refuses_is_refused_with_its_own_words(engines, folder):
     async def run():
         store = RolloutStore()
@@ -186,9 +283,30 @@ def test_a_store_that_starts_again_learns_from_those_that_follow():
         store = RolloutStore()
         assert await store.follow("one", rollout, NOTHING, 0) == rollout
         assert await store.follow("two", Rollout(), NOTHING, 0) == rollout
-        assert not await store.publish(rollout.again(4))
-        assert not await store.publish(rollout.again(6))
-        assert await store.publish(rollout.again(5))
+        assert await store.roll_out(rollout.again(4), 0) is None
+        assert await store.roll_out(rollout.again(6), 0) is None
+        asking = asyncio.create_task(store.roll_out(rollout.again(5), 5))
+        for name in ("one", "two"):
+            assert await store.follow(name, rollout, NOTHING, 5) == rollout.again(5)
+            await store.follow(name, rollout.again(5), NOTHING, 0)
+        assert await asking == {}
+
+    asyncio.run(run())
+
+
+def test_a_store_that_starts_again_first_asks_who_knows_more():
+    """Else a replica that starts then, or is behind, would answer with older adapters."""
+
+    async def run():
+        rollout = Rollout(4, {"z": LoadedAdapter("z", "digest")})
+        store = RolloutStore(learn_s=5)
+        starting = asyncio.create_task(store.follow("new", Rollout(), NOTHING, 0))
+        await asyncio.sleep(0.01)
+        assert not starting.done()
+        telling = asyncio.create_task(store.follow("old", rollout, NOTHING, 0))
+        assert await asyncio.wait_for(starting, 1) == rollout
+        telling.cancel()
+        assert await RolloutStore(learn_s=0.05).follow("new", Rollout(), NOTHING, 0) == Rollout()
 
     asyncio.run(run())
 
@@ -198,8 +316,8 @@ def test_nobody_waits_for_a_replica_that_is_gone():
         now = 0.0
         store = RolloutStore(lambda: now)
         await store.follow("gone", Rollout(), NOTHING, 0)
-        await store.publish(Rollout(1))
-        waiting = asyncio.create_task(store.settled(1, 30))
+        waiting = asyncio.create_task(store.roll_out(Rollout(1), 30))
+        await asyncio.sleep(0)
         await store.follow("here", Rollout(1), NOTHING, 0)
         await asyncio.sleep(0.01)
         assert not waiting.done()
@@ -214,7 +332,6 @@ def test_who_fails_and_who_is_late_are_told_apart():
     async def run():
         now = 0.0
         store = RolloutStore(lambda: now)
-        await store.publish(Rollout(1))
         await store.follow("fails", Rollout(), Failure(1, "no slot"), 0)
         assert await store.settled(1, 30) == {"fails": "no slot"}
         await store.follow("late", Rollout(), NOTHING, 0)

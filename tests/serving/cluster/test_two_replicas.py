@@ -5,6 +5,7 @@ one test, and what it does stands in functions of its own.
 """
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -111,17 +112,26 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
         "adapter_folders": [str(loadable)],
         "num_extra_slots": 2,
         "limits": {"max_body_bytes": 100_000},
-        "ray": {"min_replicas": 2, "max_replicas": 2, "health_check_period_s": 1},
+        "ray": {
+            "max_replicas": 2,
+            "target_ongoing_requests": 2,
+            "upscale_delay_s": 1,
+            "health_check_period_s": 1,
+            "max_ongoing_requests": 8,
+            "max_queued_requests": 16,
+        },
     }
 
     async def run(url: str, process: subprocess.Popen[bytes]) -> None:
         client = Client(url)
         async with client.http:
+            await growing(client)
             await answers(client)
             await refusals(client)
             await prefixes(client)
             rate = await hit_rate(client)
             assert rate >= 0.9 * one > 0.4
+            await crowding(client)
             await leaving(client)
             await adapters(client)
             await a_kill(client, process.pid)
@@ -166,14 +176,46 @@ async def hit_rate(client: Client) -> float:
     return counts["cached"] / counts["prompt"]
 
 
+async def growing(client: Client) -> None:
+    """One replica has too much to do, so there are two; the new one has what was loaded before it came."""
+    loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
+    assert loaded.status_code == 200, loaded.text
+    is_enough = asyncio.Event()
+
+    async def ask(name: str) -> list[int]:
+        statuses = []
+        while not is_enough.is_set():
+            statuses.append((await client.chat(name, **ENDLESS)).status)
+        return statuses
+
+    async def replicas() -> set[str]:
+        return set(await client.metric("num_requests_running"))
+
+    async def is_larger() -> bool:
+        return len(await replicas()) == 2
+
+    first = await replicas()
+    assert len(first) == 1
+    asking = [asyncio.create_task(ask(f"{i}")) for i in range(6)]
+    await client.until(is_larger, within_s=120)
+    everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
+    assert {response.headers["x-molora-replica"] for response in everyone} - first  # which has nothing to do yet
+    assert {response.status_code for response in everyone} == {200}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"1"}
+    is_enough.set()
+    assert set(itertools.chain(*await asyncio.gather(*asking))) == {200}
+    assert (await client.http.post("/v1/unload_lora_adapter", json={"lora_name": "z"})).status_code == 200
+
+
 async def answers(client: Client) -> None:
     """What the app of a replica says, it says through the ingress, too; both replicas are asked."""
     models = [(await client.http.get("/v1/models")) for _ in range(12)]
     assert {model["id"] for model in models[0].json()["data"]} > {"tiny", "tiny:x", "tiny:y"}
     assert len({response.headers["x-molora-replica"] for response in models}) == 2
-    assert {response.headers["x-molora-adapters-version"] for response in models} == {"0"}
+    assert {response.headers["x-molora-adapters-version"] for response in models} == {"2"}
     assert len(await client.metric("num_requests_running")) == 2
-    assert (await client.http.head("/ready")).status_code == 200
+    ready = await client.http.head("/ready", headers={"X-Request-Id": "mine"})
+    assert (ready.status_code, ready.headers.get_list("x-request-id")) == (200, ["mine"])
     assert "text/html" in (await client.http.get("/")).headers["content-type"]
 
     whole, streamed = await client.chat("Rivers?"), await client.chat("Rivers?", stream=True)
@@ -208,6 +250,18 @@ async def prefixes(client: Client) -> None:
         assert '"cached_tokens":0' in other.text
 
 
+async def crowding(client: Client) -> None:
+    """Two replicas work on eight requests each, and sixteen wait; whoever has no place is told so."""
+    options = {"max_tokens": 100, "ignore_eos": True}
+    asking = (client.chat(f"{i}", stream=bool(i % 2), **options) for i in range(60))
+    answered = await asyncio.gather(*asking)
+    assert {each.status for each in answered} == {200, 429}
+    refused = [each for each in answered if each.status == 429]
+    assert len(refused) <= 60 - 16
+    assert {each.headers["retry-after"] for each in refused} == {"1"}
+    assert all('"code":"rate_limit_exceeded"' in each.text for each in refused)
+
+
 async def leaving(client: Client) -> None:
     async def running() -> float:
         return sum((await client.metric("num_requests_running")).values())
@@ -230,7 +284,7 @@ async def adapters(client: Client) -> None:
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.status_code for response in everyone} == {200}
-    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"1"}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
     assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
     assert (await client.http.post("/v1/load_lora_adapter", json=LOADED)).status_code == 400
 
@@ -248,7 +302,7 @@ async def versions_survive(client: Client, server: int) -> None:
     loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
-    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"5"}
 
 
 async def a_kill(client: Client, server: int) -> None:
