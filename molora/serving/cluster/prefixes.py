@@ -79,8 +79,8 @@ class PrefixMap(Generic[R]):
         return len(self._replicas)
 
     def __iter__(self) -> Iterator[bytes]:
-        """The beginnings' keys, those that were used least recently first."""
-        return iter(self._replicas)
+        """The beginnings' keys, those that were used last first: in the order in which `record` takes them."""
+        return reversed(self._replicas)
 
     def record(self, keys: Sequence[bytes], replica: R) -> None:
         """A replica answers a prompt of these beginnings; the longest are the first to be forgotten."""

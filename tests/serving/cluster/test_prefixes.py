@@ -113,6 +113,17 @@ def test_the_map_is_bounded_and_forgets_the_oldest():
     assert prefixes.num_held(prefix_of(old)) == {}
 
 
+def test_a_map_that_is_told_of_another_forgets_the_same_first():
+    """As an ingress hears what replicas have answered."""
+    prefixes, copy = PrefixMap[str](4), PrefixMap[str](4)
+    for content in ("a" * 600, "b" * 600, "a" * 600, "c" * 600):  # 2 keys each
+        prefixes.record(prefix_of(chat(content)).keys, "first")
+    copy.record(list(prefixes), "first")
+    assert list(copy) == list(prefixes)
+    assert copy.num_held(prefix_of(chat("a" * 600))) == {"first": 600}
+    assert copy.num_held(prefix_of(chat("b" * 600))) == {}
+
+
 @pytest.mark.parametrize(
     ("held", "loads", "expected"),
     [
