@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import hypothesis
 import pytest
 from molora_kernels import backend
 
@@ -41,6 +42,9 @@ from molora.serving.engine import Engine, EngineConfig
 from molora.tiny import byte_tokenizer, make_tiny_base
 
 torch.set_num_threads(1)  # nothing here is large enough to share, and many threads wait for each other
+
+hypothesis.settings.register_profile("no deadline", deadline=None)  # a busy machine is no mistake
+hypothesis.settings.load_profile("no deadline")
 
 REPOSITORY = Path(__file__).parents[1]
 HIDDEN_SIZE = 64

@@ -59,7 +59,7 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 
 
 @given(shape=shapes)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_small_integers_are_exact(make: Callable, solve: Callable, shape: dict[str, Any]) -> None:
     problem = make(**shape, integers=True)
     with torch.no_grad():
@@ -166,7 +166,7 @@ def run_many(problem: Any, widths: Sequence[int] | None = None) -> tuple[Tensor,
 
 
 @given(shape=shapes, num_tokens=st.sampled_from([0, 1, 2, 17, 40]))
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_small_integers_of_many_tokens_are_exact(
     make_many: Callable[..., Any], solve: Callable[..., Tensor], shape: dict[str, Any], num_tokens: int
 ) -> None:

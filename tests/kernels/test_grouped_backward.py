@@ -18,7 +18,6 @@ ROUTES = ("uniform", "identical", "distinct", "zipf", "none", "duplicates")
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 SOME = settings(
     max_examples=12,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

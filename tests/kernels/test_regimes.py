@@ -16,7 +16,6 @@ LIMITS = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
 ON_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 MANY = settings(
     max_examples=12,
-    deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -35,7 +35,7 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 
 
 @given(shape=shapes)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 def test_small_integers_are_exact(make_problem: Callable, solve: Callable, impl: str, shape: dict[str, Any]) -> None:
     problem = make_problem(**shape, integers=True)
     y = routed_linear(*problem.args, impl=impl)

@@ -45,7 +45,7 @@ def test_whatever_is_made_up_is_read_or_refused(
     assert num_accepted > 1
     assert num_accepted < len(target.seeds)
 
-    @settings(max_examples=NUM_EXAMPLES, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=NUM_EXAMPLES, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.sampled_from(target.seeds), st.integers(0, 1 << 30), st.binary(max_size=20))
     def search(seed: bytes, number: int, some: bytes) -> None:
         begin = 0 if seed.startswith(b"{") else 1

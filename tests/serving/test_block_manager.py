@@ -365,7 +365,7 @@ STEPS = st.lists(
 
 
 @given(steps=STEPS, block_size=st.sampled_from([1, 2, 3]), num_blocks=st.sampled_from([4, 9, 30]))
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 def test_no_block_is_leaked_shared_wrongly_or_freed_twice(
     steps: list[tuple[str, int, Source, list[int]]], block_size: int, num_blocks: int
 ) -> None:

@@ -41,7 +41,6 @@ def fuzz(app, known, *, max_examples):
     settings = hypothesis.settings(
         max_examples=max_examples,
         database=None,
-        deadline=None,
         suppress_health_check=list(hypothesis.HealthCheck),
         phases=[hypothesis.Phase.generate],
     )

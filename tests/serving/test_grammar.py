@@ -205,7 +205,7 @@ def test_schemas_mean_what_they_say(
 NUMBERS = st.decimals(-10_000, 10_000, places=4).map(float) | st.integers(-(10**15) + 1, 10**15 - 1)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(NUMBERS, NUMBERS, st.booleans(), st.integers(0, 1 << 30))
 def test_numbers_keep_their_bounds(
     compiler: GrammarCompiler, low: float, high: float, is_whole: bool, seed: int
@@ -227,7 +227,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(VALUES)
 def test_a_constant_is_the_only_answer(compiler: GrammarCompiler, value: Any) -> None:
     assert json.loads(draw(compiler.compile(schema(const=value)).matcher(), random.Random(0))) == value
@@ -531,13 +531,13 @@ SCHEMAS = st.dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(SCHEMAS)
 def test_no_schema_does_harm(compiler: GrammarCompiler, keys: dict[str, Any]) -> None:
     _survives(compiler, Grammar("json_schema", json.dumps(keys)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text(st.sampled_from('ab.*+?{}()[]|^$\\d1,-uxw\0é😀\n"') | st.characters(), max_size=14))
 def test_no_regex_does_harm(compiler: GrammarCompiler, text: str) -> None:
     _survives(compiler, regex(text))

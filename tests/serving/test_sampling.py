@@ -79,7 +79,7 @@ ROWS = st.tuples(
 
 
 @given(rows=st.lists(ROWS, min_size=1, max_size=5))
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 def test_it_draws_what_the_definition_draws_beside_any_neighbours(rows: list[Any]) -> None:
     draws = [
         Draw(

@@ -262,7 +262,7 @@ ARRIVALS = st.lists(
     runs_ahead=st.booleans(),
     end_id=st.sampled_from([-1, 2]),
 )
-@settings(max_examples=1500, deadline=None, derandomize=True)
+@settings(max_examples=1500, derandomize=True)
 def test_whatever_happens_beside_it_a_sequence_ends_as_alone(
     arrivals: list[tuple[int, list[int], int, Source, int]],
     num_places: int,

@@ -18,7 +18,7 @@ from molora.training.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = str(REPOSITORY / "train.py")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 CHECKPOINTS = "runs/tiny/checkpoints"
 pytestmark = pytest.mark.filterwarnings("default")  # Lightning and jsonargparse warn of their own deprecations
 
@@ -65,6 +65,7 @@ def run_together(commands: Sequence[list[str]], environments: Sequence[dict[str,
     finally:
         for child in children:
             child.kill()
+            child.wait()
     assert [child.returncode for child in children] == [0] * len(children), "\n".join(said)
     return "\n".join(said)
 

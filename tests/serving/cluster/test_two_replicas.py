@@ -91,11 +91,15 @@ def started(settings: dict[str, Any], folder: Path):
             assert time.monotonic() < deadline, log.read_text(errors="replace")
             time.sleep(0.1)
         yield found[1], process
-        assert process.wait(30) == 0, log.read_text(errors="replace")
+        assert process.wait(60) == 0, log.read_text(errors="replace")
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
