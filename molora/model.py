@@ -255,7 +255,7 @@ class MoLoRA:
         )
         with self.lock, self._holding(resolved) as holds:
             request = self._route_request(resolved, holds, starts, valid) if someone_acts else None
-            with self.decoder.requested(request):
+            with self.decoder.requested(request, early=_act_early(holds)):
                 out = self.model(
                     input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
                 )
@@ -277,8 +277,9 @@ class MoLoRA:
         someone_acts = any(not each.is_base for each in resolved)
         with self.lock, self._holding(resolved) as holds:
             before, self._routing_thread = self._routing_thread, threading.get_ident()
+            request = self._route_request(resolved, holds, starts) if someone_acts else None
             try:
-                with self.decoder.requested(self._route_request(resolved, holds, starts) if someone_acts else None):
+                with self.decoder.requested(request, early=_act_early(holds)):
                     yield
             finally:
                 self._routing_thread = before
@@ -463,6 +464,11 @@ def _whole_number(value: Any, name: str) -> int:
         with suppress(TypeError):
             return operator.index(value)
     raise ValueError(f"{name} is {value!r}; expected a whole number.")
+
+
+def _act_early(holds: Sequence[Hold | None]) -> bool:
+    """Whether anything that was asked for acts below the router layer."""
+    return any(hold is not None and hold.acts_early for hold in holds)
 
 
 def _check_starts(activation_start: Sequence[int]) -> list[int]:

@@ -63,6 +63,16 @@ def test_greedy_decoding(m: MoLoRA, ids: torch.Tensor, route: Any, how: dict[str
         assert m.model.generate(ids, **OPTIONS, **how)[0].tolist() == greedy(m, ids, route)
 
 
+def test_nothing_is_added_below_the_router_layer_unless_it_acts_there(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    plans = []
+    attention = m.model.get_decoder().layers[0].self_attn
+    attention.register_forward_pre_hook(lambda *_: plans.append(m.decoder.early_routes.plan))
+    with m.routing([START], route):
+        m.model(ids)
+    m.logits(ids, [START], route=route)
+    assert [plan is not None for plan in plans] == [route == "auto" and bool(m.decoder.prepares)] * 2
+
+
 def test_an_assistant_model(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
     """The base, which guesses as one without adapters does."""
     assistant, _ = load_base(m.base_dir, device="cpu", dtype="float32")
