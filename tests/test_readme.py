@@ -145,4 +145,4 @@ def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     kept = {row["route"]: 1 / row["decode_ratio"] for row in figures["routes"] if row["route"] != "base"}
     through_router = kept.pop("auto")
     assert f"at {through_router:.2f} of the base's tokens per second through the router" in README
-    assert f"and at {min(kept.values()):.2f} to\n{max(kept.values()):.2f} through one named adapter" in README
+    assert f"and at {min(kept.values()):.2f}\nthrough one named adapter" in README
