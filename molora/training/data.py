@@ -14,7 +14,7 @@ import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import count, islice
 from pathlib import Path
@@ -365,7 +365,7 @@ class ChatData(L.LightningDataModule):
         sources = as_list(given[domains[0]] if isinstance(given, dict) else given)
         data = [example for source in sources for example in self._encoded(split, source)]
         _check_domains(data, joined(sources), domains, labels_needed=self.labels_needed, apart=self.apart)
-        return data
+        return [own for example in data if (own := _part_for(example, domains[0]))] if self.apart else data
 
     def _encoded(self, split: str, source: str) -> list[Example]:
         key = (split, source)
@@ -375,6 +375,21 @@ class ChatData(L.LightningDataModule):
             records = islice(read_records(source), self.max_records if split == "train" else None)
             self.encoded[key] = examples(records, self.tokenizer, max_length=self.max_length, source=str(source))
         return self.encoded[key]
+
+
+def _part_for(example: Example, domain: str) -> Example | None:
+    """What one adapter needs of a conversation: all up to the last token that it learns; None where it learns none."""
+    writes = zip(example.learned[1:], example.domains, strict=False)
+    own = [index for index, (is_learned, whose) in enumerate(writes) if is_learned and whose in (domain, None)]
+    if not own:
+        return None
+    kept = slice(own[-1] + 2)
+    return replace(
+        example,
+        token_ids=example.token_ids[kept],
+        learned=example.learned[kept],
+        domains=example.domains[kept],
+    )
 
 
 def _check_domains(

@@ -1,5 +1,8 @@
 """Packed batches: nothing leaks between conversations, and batch i is the same after a resume."""
 
+import json
+from collections import Counter
+from collections.abc import Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -9,7 +12,7 @@ import torch
 
 from molora.checkpoint import load_base
 from molora.tiny import byte_tokenizer, make_tiny_base
-from molora.training.data import NEVER, OTHER, ActivationMix, PackedLoader
+from molora.training.data import NEVER, OTHER, ActivationMix, ChatData, PackedLoader
 from molora.training.examples import IGNORE, Example, encode
 
 TOKENIZER = byte_tokenizer()
@@ -175,3 +178,38 @@ def test_bases_tasks_are_groups_of_their_own() -> None:
             found.setdefault(domain, set()).add(group)
     assert found == {0: {0, 2, 3}, 1: {1}, OTHER: {OTHER}, IGNORE: {IGNORE}}
     assert encode({"messages": messages, "task": 3}, TOKENIZER).task is None  # another table's column
+
+
+def lessons(examples: Sequence[Example], domain: str) -> Counter[tuple[tuple[int, ...], int]]:
+    """What an adapter learns to write, and behind what."""
+    return Counter(
+        (each.token_ids[: index + 1], each.token_ids[index + 1])
+        for each in examples
+        for index in range(len(each.token_ids) - 1)
+        if each.learned[index + 1] and each.domains[index] in (domain, None)
+    )
+
+
+def test_adapters_that_learn_apart_read_no_more_than_they_need(tmp_path: Path) -> None:
+    def parts(*domains: str) -> list[dict[str, str]]:
+        return [{"type": "text", "text": f"{domain} does this. ", "domain": domain} for domain in domains]
+
+    def record(*domains: str, **more: Any) -> dict[str, Any]:
+        messages = [{"role": role, "content": parts(*domains)} for role in ("user", "assistant")]
+        return {"messages": messages, "domain": list(domains), **more}
+
+    plain = {"prompt": "who", "completion": "nobody knows"}
+    records = [record("x", "y"), record("y", "x"), record("y"), record("x", "y", "x"), record("x", labels_only=True)]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in [*records, plain]))
+    encoded = [encode(each, TOKENIZER) for each in [*records, plain]]
+    data = ChatData(str(file))
+    data.prepare(TOKENIZER, ["x", "y"], apart=True)
+    for domain, num_left in (("x", 4), ("y", 5)):
+        with pytest.warns(UserWarning, match="records have other domains than"):
+            own = data._examples("train", (domain,))
+        assert len(own) == num_left
+        assert lessons(own, domain) == lessons(encoded, domain)
+        assert all(each.learned[-1] and each.domains[-2] in (domain, None) for each in own)
+    data.prepare(TOKENIZER, ["x", "y"])
+    assert data._examples("train", ("x", "y")) == encoded
