@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
     parser.add_argument("--steps", type=int, default=1000, help="of the adapters, 16 rows of 512 tokens each")
     parser.add_argument("--router-steps", type=int, default=1500)
-    parser.add_argument("--xlora-steps", type=int, default=500)
+    parser.add_argument("--xlora-steps", type=int, default=1500)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--router-layer", type=int, default=8)
     parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval and all")
