@@ -32,6 +32,7 @@ from molora.training.recipes.texts import (
     Split,
     build,
     distinct,
+    distinct_passages,
     main,
     passages,
     split,
@@ -217,6 +218,17 @@ def test_one_licence_is_kept_once() -> None:
     ours = Source("a", (permission, "The MIT License"))
     theirs = Source("b", ("the mit license.", f"Dear friends, {again} and that is all", "Something of its own"))
     assert distinct(iter([ours, theirs])) == [ours, Source("b", ("Something of its own",))]
+
+
+def test_what_one_block_ends_and_the_next_begins_with_is_kept_once() -> None:
+    found = [f"{letter}{number:09}" for letter in "abc" for number in range(10)]
+    ours = Source("a", (" ".join(found[:10]), " ".join(found[10:20])))
+    theirs = Source("b", (" ".join([*found[20:], *found[3:17], *found[20:]]), " ".join(found[20:] * 40)))
+    sources = [ours, theirs]
+    assert distinct(iter(sources)) == sources
+    (kept, texts), (other, others) = distinct_passages(sources, "\n")
+    assert (kept, texts) == (ours, ["\n".join(ours.blocks)])
+    assert (other, others) == (theirs, [theirs.blocks[1]])
 
 
 def test_blocks_are_put_together_until_a_passage_is_full() -> None:

@@ -77,7 +77,7 @@ def split(name: str, seed: int) -> Split:
         ValueError: too little of the domain is installed.
     """
     domain, rng = DOMAINS[name], Random(f"texts {name} {seed}")
-    sources = [(source, found) for source in distinct(domain.sources()) if (found := passages(source, domain.gap))]
+    sources = distinct_passages(distinct(domain.sources()), domain.gap)
     rng.shuffle(sources)
     num_passages = sum(len(found) for _, found in sources)
     room = {"held out": int(HELD_OUT_SHARE * num_passages), "val": int(VAL_SHARE * num_passages), "train": num_passages}
@@ -109,6 +109,25 @@ def distinct(sources: Iterator[Source]) -> list[Source]:
                 blocks.append(block)
                 seen |= runs
         kept.append(Source(source.name, tuple(blocks)))
+    return kept
+
+
+def distinct_passages(sources: Sequence[Source], gap: str) -> list[tuple[Source, list[str]]]:
+    """Sources with those of their passages that share no `RUN` words in a row with one before them, if there are any.
+
+    Of distinct blocks, what one ends and the next begins with may still be found elsewhere.
+    """
+    seen: set[tuple[str, ...]] = set()
+    kept = []
+    for source in sources:
+        own = []
+        for text in passages(source, gap):
+            runs = _runs(text)
+            if seen.isdisjoint(runs):
+                own.append(text)
+            seen |= runs
+        if own:
+            kept.append((source, own))
     return kept
 
 
