@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from molora_kernels import routed_linear
-from molora_kernels.cpu import AdapterViews, act_at_once
+from molora_kernels.cpu import TakenAdapters, act_at_once
 from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
@@ -51,7 +51,7 @@ class RoutedLinear(nn.Module):
         self.siblings: Siblings | None = None
         self.place = 0  # among them
         self.base_linear: BaseLinear = F.linear
-        self._views: AdapterViews | None = None
+        self._taken: TakenAdapters | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.siblings is not None and (y := self.siblings.take(self.place, x)) is not None:
@@ -64,10 +64,10 @@ class RoutedLinear(nn.Module):
             own: dict[str, Any] = self._parameters
             buffers: dict[str, Any] = self._buffers
             tensors = own["lora_a_ERI"], own["lora_b_EOR"], buffers["scaling_E"]
-            if self._views is None or not self._views.show(*tensors):
-                self._views = AdapterViews(*tensors)
-            if self._views.dtype == x.dtype:
-                return self._views.add_(F.linear(x, own["weight"], self.bias), x, routes.token)
+            if self._taken is None or not self._taken.are_of(*tensors):
+                self._taken = TakenAdapters(*tensors)
+            if self._taken.dtype == x.dtype:
+                return self._taken.add_(F.linear(x, own["weight"], self.bias), x, routes.token)
         y = routed_linear(
             x.reshape(-1, self.in_features),
             self.weight,

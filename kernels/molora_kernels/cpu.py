@@ -6,9 +6,9 @@ gathered.
 
 Of one token, a decode step, the host's own work decides. A token's products with its adapters take no longer than
 calling them, and the base's weights, as they stream through the caches, leave none of the host's code and data there:
-to check, cast and slice a linear's tensors costs more than the adapters' arithmetic. So the host reads the routes once
-a forward (`find_token`), a linear slices an adapter once for all (`AdapterViews`), and is left with three calls for
-each adapter that acts.
+to check, cast and slice a linear's tensors costs more than the adapters' arithmetic, and so do B's rows, which lie
+apart. So the host reads the routes once a forward (`find_token`), a linear takes an adapter out once for all
+(`TakenAdapters`), and is left with two products for each adapter that acts.
 
 There is no backward here, and nothing is checked (`ops.py` does that).
 
@@ -90,7 +90,7 @@ def routed_linears_cpu(
 
 
 def find_token(plan: Plan, gates_TK: Tensor) -> Token | None:
-    """The routes of a forward of one token; None where there are more, or `AdapterViews` would not do.
+    """The routes of a forward of one token; None where there are more, or `TakenAdapters` would not do.
 
     It would not off the CPU, under autocast, or where operations do not `act_at_once`.
     """
@@ -105,32 +105,40 @@ def act_at_once() -> bool:
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
-class AdapterViews:
-    """The adapters of one linear, each sliced when it first acts. They follow the tensors' values.
+class TakenAdapters:
+    """The adapters of one linear, each taken out of the slots when it first acts: A as it lies, B as a copy.
 
     Attributes:
-        dtype: of A and B, which x must share; None where A and B differ.
+        dtype: of A and B, which x must share; None where they differ, or where nobody counts what is written to them.
     """
 
     def __init__(self, a_ERI: Tensor, b_EOR: Tensor, scaling_E: Tensor) -> None:
         self._a_ERI, self._b_EOR, self._scaling_E = a_ERI.detach(), b_EOR.detach(), scaling_E.detach()
-        self.dtype = a_ERI.dtype if a_ERI.dtype == b_EOR.dtype else None
-        self._views: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self._written = _written(b_EOR), _written(scaling_E)
+        self.dtype = a_ERI.dtype if a_ERI.dtype == b_EOR.dtype and None not in self._written else None
+        self._taken: dict[int, tuple[Tensor, Tensor, float]] = {}
 
-    def show(self, a_ERI: Tensor, b_EOR: Tensor, scaling_E: Tensor) -> bool:
-        """Whether these are the tensors in view; one that was moved or cast has other memory."""
+    def are_of(self, a_ERI: Tensor, b_EOR: Tensor, scaling_E: Tensor) -> bool:
+        """Whether they are these tensors' of now; one that was moved or cast has other memory."""
         return (
             self._a_ERI.data_ptr() == a_ERI.data_ptr()
             and self._b_EOR.data_ptr() == b_EOR.data_ptr()
             and self._scaling_E.data_ptr() == scaling_E.data_ptr()
+            and self._written == (_written(b_EOR), _written(scaling_E))
         )
 
     def add_(self, y_11O: Tensor, x_11I: Tensor, token: Token) -> Tensor:
         """y += gate * scaling * B (A x) for each of the token's adapters."""
+        x_I, y_O = x_11I.reshape(-1), y_11O.view(-1)
         for adapter, gate in token:
-            if adapter not in self._views:
-                b_1RO = self._b_EOR[adapter : adapter + 1].mT
-                self._views[adapter] = self._a_ERI[adapter], b_1RO, self._scaling_E[adapter]
-            a_RI, b_1RO, scaling = self._views[adapter]
-            y_11O.baddbmm_(F.linear(x_11I, a_RI), b_1RO, alpha=gate * scaling.item())
+            if adapter not in self._taken:
+                b_OR = self._b_EOR[adapter].contiguous()
+                self._taken[adapter] = self._a_ERI[adapter], b_OR, self._scaling_E[adapter].item()
+            a_RI, b_OR, scaling = self._taken[adapter]
+            y_O.addmv_(b_OR, a_RI.mv(x_I), alpha=gate * scaling)
         return y_11O
+
+
+def _written(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; of one that was made in inference mode nobody knows."""
+    return None if tensor.is_inference() else tensor._version

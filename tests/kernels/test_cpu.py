@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from molora_kernels import make_plan, ops, routed_linear
-from molora_kernels.cpu import AdapterViews, find_token, routed_linears_cpu
+from molora_kernels.cpu import TakenAdapters, find_token, routed_linears_cpu
 from torch import Tensor
 
 ROUTES = ("uniform", "identical", "distinct", "zipf", "none", "duplicates")
@@ -50,7 +50,7 @@ def run(problem: Any) -> Tensor:
     x, weight, bias, lora_a, lora_b, scaling, gates = problem.tensors
     token = find_token(problem.plan, gates)
     assert token is not None
-    y = AdapterViews(lora_a, lora_b, scaling).add_(F.linear(x[None], weight, bias), x[None], token)
+    y = TakenAdapters(lora_a, lora_b, scaling).add_(F.linear(x[None], weight, bias), x[None], token)
     return y[0]
 
 
@@ -128,23 +128,35 @@ def test_a_token_is_found_only_where_operations_act_at_once() -> None:
     assert in_a_trace()
 
 
-def test_views_follow_values_and_know_their_tensors(make: Callable, solve: Callable) -> None:
+@pytest.mark.parametrize("written", [("lora_a",), ("lora_b",), ("scaling",), ("lora_a", "lora_b", "scaling")])
+def test_what_was_taken_is_known_to_be_old(written: tuple[str, ...], make: Callable, solve: Callable) -> None:
     old, new = make(seed=1, routes="identical"), make(seed=2, routes="identical")
-    x, weight, bias, lora_a, lora_b, scaling, gates = old.tensors
-    views = AdapterViews(lora_a, lora_b, scaling)
+    old = old.replace(lora_b=old.lora_b.transpose(0, 1).contiguous().transpose(0, 1))  # as a bank's lies
+    x, weight, bias, *tensors, gates = old.tensors
+    taken = TakenAdapters(*tensors)
     token = find_token(old.plan, gates)
     assert token
-    views.add_(F.linear(x[None], weight, bias), x[None], token)  # slices the adapter
-    for tensor, value in ((lora_a, new.lora_a), (lora_b, new.lora_b), (scaling, new.scaling)):
-        tensor.copy_(value)
-    y = views.add_(F.linear(x[None], weight, bias), x[None], token)[0]
-    replaced = old.replace(lora_a=new.lora_a, lora_b=new.lora_b, scaling=new.scaling)
-    assert relative_error(y, solve(replaced)) < 1e-5
-
-    tensors = (lora_a, lora_b, scaling)
-    assert views.show(*tensors)
+    taken.add_(F.linear(x[None], weight, bias), x[None], token)  # takes the adapter out
+    assert taken.are_of(*tensors)
     for moved in range(3):
-        assert not views.show(*(each.clone() if i == moved else each for i, each in enumerate(tensors)))
+        assert not taken.are_of(*(each.clone() if i == moved else each for i, each in enumerate(tensors)))
+
+    values = {name: getattr(new, name) for name in written}
+    with torch.inference_mode():  # as an engine's thread may be
+        for name, value in values.items():
+            getattr(old, name).copy_(value)
+    if not taken.are_of(*tensors):
+        taken = TakenAdapters(*tensors)
+    y = taken.add_(F.linear(x[None], weight, bias), x[None], token)[0]
+    assert relative_error(y, solve(old.replace(**values))) < 1e-5
+
+
+def test_nothing_is_taken_from_tensors_whose_writes_nobody_counts(make: Callable) -> None:
+    with torch.inference_mode():
+        _, _, _, lora_a, lora_b, scaling, _ = (tensor.clone() for tensor in make(routes="identical").tensors)
+    taken = TakenAdapters(lora_a, lora_b, scaling)
+    assert taken.dtype is None
+    assert taken.are_of(lora_a, lora_b, scaling)
 
 
 @pytest.fixture(scope="session")
