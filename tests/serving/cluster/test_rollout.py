@@ -18,6 +18,7 @@ from molora.serving.errors import UnavailableError
 from molora.slots import NoFreeSlotError
 
 NOTHING = Failure()
+WAIT_S = 60  # for what takes a moment, on a busy machine too
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,11 @@ def engines(loaded):
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(follower_module, "POLL_S", 0.05)
+
+
+def full(*args, **options):
+    """In the place of `load_adapter`."""
+    raise NoFreeSlotError("all 3 adapter slots are in use")
 
 
 @asynccontextmanager
@@ -115,9 +121,6 @@ def test_who_starts_later_takes_no_other_one_for_it(engines, folder, make_adapte
 
 
 def test_what_one_cannot_follow_is_taken_back(engines, folder, monkeypatch):
-    def full(*args, **options):
-        raise NoFreeSlotError("all 3 adapter slots are in use")
-
     async def run():
         store = RolloutStore()
         async with following(engines, store) as (first, second):
@@ -126,7 +129,7 @@ def test_what_one_cannot_follow_is_taken_back(engines, folder, monkeypatch):
                 await asyncio.to_thread(first.load_adapter, "z", folder / "z")
             assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
             monkeypatch.undo()
-            assert await store.settled(2, 5) == {}
+            assert await store.settled(2, WAIT_S) == {}
             assert first.rollout == second.rollout == Rollout(2)
 
     asyncio.run(run())
@@ -136,16 +139,16 @@ def test_only_one_is_rolled_out_at_a_time(engines, folder, monkeypatch):
     """Otherwise the first one could not be taken back: the second one has been built on it."""
     tried, known = threading.Event(), threading.Event()
 
-    def full(*args, **options):
+    def full_after_a_while(*args, **options):
         tried.set()
-        known.wait(5)
-        raise NoFreeSlotError("all 3 adapter slots are in use")
+        known.wait(WAIT_S)
+        full()
 
     async def run():
         async with following(engines, RolloutStore()) as (first, second):
-            monkeypatch.setattr(engines[1], "load_adapter", full)
+            monkeypatch.setattr(engines[1], "load_adapter", full_after_a_while)
             failing = asyncio.create_task(asyncio.to_thread(first.load_adapter, "z", folder / "z"))
-            await asyncio.to_thread(tried.wait, 5)
+            await asyncio.to_thread(tried.wait, WAIT_S)
             await first.catch_up()
             assert "z" in digests(engines[0])
             with pytest.raises(UnavailableError, match="another adapter is being rolled out"):
@@ -165,15 +168,12 @@ def test_only_one_is_rolled_out_at_a_time(engines, folder, monkeypatch):
 def test_whoever_asked_for_it_may_be_gone(engines, folder, monkeypatch):
     """What nobody else could follow is still taken back."""
 
-    def full(*args, **options):
-        raise NoFreeSlotError("all 3 adapter slots are in use")
-
     async def run():
         store = RolloutStore()
         async with following(engines, store) as (first, second):
             monkeypatch.setattr(engines[1], "load_adapter", full)
             asked = Rollout().load("z", LoadedAdapter(str(folder / "z"), Adapter.read(folder / "z").digest))
-            assert await store.roll_out(asked, 5) == {"replica 1": "all 3 adapter slots are in use"}
+            assert await store.roll_out(asked, WAIT_S) == {"replica 1": "all 3 adapter slots are in use"}
             assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
             assert first.rollout == second.rollout == Rollout(2)
 
@@ -181,11 +181,11 @@ def test_whoever_asked_for_it_may_be_gone(engines, folder, monkeypatch):
 
 
 def test_who_takes_long_to_load_is_waited_for(engines, folder, monkeypatch):
-    monkeypatch.setattr(rollout_module, "LEASE_S", 1)
+    monkeypatch.setattr(rollout_module, "LEASE_S", 2)
     load = engines[1].load_adapter
 
     def slowly(*args, **options):
-        time.sleep(2)
+        time.sleep(3)
         return load(*args, **options)
 
     async def run():
@@ -204,14 +204,14 @@ def test_what_has_changed_while_files_were_read_counts(engines, folder, monkeypa
     def slowly(path):
         if path == folder / "other-z":
             reading.set()
-            may_go_on.wait(5)
+            may_go_on.wait(WAIT_S)
         return read(path)
 
     async def run():
         async with following(engines, RolloutStore()) as (first, second):
             monkeypatch.setattr(Adapter, "read", slowly)
             late = asyncio.create_task(asyncio.to_thread(second.load_adapter, "z", folder / "other-z"))
-            await asyncio.to_thread(reading.wait, 5)
+            await asyncio.to_thread(reading.wait, WAIT_S)
             info = await asyncio.to_thread(first.load_adapter, "z", folder / "z")
             may_go_on.set()
             with pytest.raises(ValueError, match="'z' already"):
@@ -233,7 +233,7 @@ def test_what_the_engine_refuses_is_refused_with_its_own_words(engines, folder):
                 await asyncio.to_thread(first.unload_adapter, "x")
             with pytest.raises(FileNotFoundError):
                 await asyncio.to_thread(first.load_adapter, "z", folder / "nowhere")
-            assert await store.settled(2, 5) == {}
+            assert await store.settled(2, WAIT_S) == {}
             assert [set(digests(engine)) for engine in engines] == [{"x", "y"}] * 2
             assert first.rollout == second.rollout == Rollout(2)
 
