@@ -109,7 +109,8 @@ def test_sampling_is_of_the_routed_distribution(m: MoLoRA, ids: torch.Tensor, ro
         torch.manual_seed(0)
         out = m.model.generate(ids, **options)
     logits, _ = m.logits([out.sequences[0].tolist()], [START], route=route)
-    torch.testing.assert_close(torch.cat(out.logits), logits[0, ids.shape[1] - 1 : -1], rtol=1e-3, atol=1e-3)
+    # Another route changes them by 1 and more. A random model's small states grow float32's rounding a thousandfold.
+    torch.testing.assert_close(torch.cat(out.logits), logits[0, ids.shape[1] - 1 : -1], rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("how", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}], ids=str)

@@ -312,14 +312,25 @@ async def versions_survive(client: Client, server: int) -> None:
 async def a_kill(client: Client, server: int) -> None:
     """Its requests get an error that says to ask again, and no others do."""
     before = set(await client.metric("num_requests_running"))
-    asking = [asyncio.create_task(client.chat(f"{i}", stream=bool(i % 2), **ENDLESS)) for i in range(12)]
+    is_killed = False
+
+    async def ask(index: int) -> Answered:
+        """What the kill finds on its way; load decides where, since nobody has asked it before."""
+        for turn in itertools.count():
+            answered = await client.chat(f"Kill {turn} {index}!", stream=bool(index % 2), **ENDLESS)
+            if is_killed:
+                break
+        return answered
 
     async def both_run() -> bool:
         counts = await client.metric("num_requests_running")
-        return sum(counts.values()) == len(asking) and min(counts.values()) > 1
+        return len(counts) == 2 and min(counts.values()) > 2
 
+    asking = [asyncio.create_task(ask(index)) for index in range(12)]
     await client.until(both_run)
-    os.kill(processes(server, "ray::ServeReplica:molora:Replica")[0], signal.SIGKILL)
+    victim = processes(server, "ray::ServeReplica:molora:Replica")[0]
+    os.kill(victim, signal.SIGKILL)
+    is_killed = True
     results = await asyncio.gather(*asking)
     lost = [each for each in results if "replica_lost" in each.text]
     assert 1 < len(lost) < len(results) - 1
