@@ -12,6 +12,7 @@ import pytest
 from molora.tiny import byte_tokenizer
 from molora.training.examples import BASE, encode, examples, read_records
 
+GEMMA = Path(__file__).parents[2] / "configs" / "gemma.jinja"
 TOKENIZER = byte_tokenizer()
 SINGLE = {
     "messages": [{"role": "user", "content": "2 times a"}, {"role": "assistant", "content": "aa"}],
@@ -53,6 +54,18 @@ def test_turn_and_response_are_where_their_headers_begin() -> None:
     example = encode(SINGLE, TOKENIZER)
     assert decode(example.token_ids[example.turn :]).startswith("<|im_start|>user\n2 times a")
     assert decode(example.token_ids[example.response :]).startswith("<|im_start|>assistant\naa")
+
+
+def test_the_template_for_gemma_can_be_trained_on() -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = GEMMA.read_text()
+    earlier = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    example = encode({"messages": [*earlier, *SINGLE["messages"]]}, tokenizer)
+    prompt, answer = "<start_of_turn>user\n2 times a<end_of_turn>\n", "<start_of_turn>model\naa<|im_end|>"
+    assert decode(example.token_ids[example.turn : example.response]) == prompt
+    assert decode(example.token_ids[example.response :]) == answer
+    learned = [i for i, yes in zip(example.token_ids, example.learned, strict=True) if yes]
+    assert decode(learned) == "aa<|im_end|>"
 
 
 def test_a_single_domain_covers_the_last_turn_but_not_its_header() -> None:
