@@ -138,24 +138,21 @@ class Material:
             kind="composite",
         )
 
-    def document(self, document: Document) -> Record:
+    def document(self, document: Document, *, history: Sequence[Earlier] = ()) -> Record:
         """A question about a document, which is the base model's business."""
         wording, question = self._ask(document)
-        return _base_record(wording, self._framed(question), document.summary)
+        return self._base_record(wording, self._framed(question), document.summary, history)
 
-    def passage(self, passage: Passage) -> Record:
+    def passage(self, passage: Passage, *, history: Sequence[Earlier] = ()) -> Record:
         """A question about a passage of a story, for the base model too."""
         wording, question, answer = self._ask_passage(passage)
-        return _base_record(wording, self._framed(question), answer)
+        return self._base_record(wording, self._framed(question), answer, history)
 
     def reading(self, *, history: Sequence[Earlier] = ()) -> Record:
         """A question about any document or passage."""
         if self._prefers_passage():
-            record = self.passage(self.rng.choice(self.passages))
-        else:
-            record = self.document(self.rng.choice(self.documents))
-        record["messages"] = [*self._history(history), *record["messages"]]
-        return record
+            return self.passage(self.rng.choice(self.passages), history=history)
+        return self.document(self.rng.choice(self.documents), history=history)
 
     def everyday(self, *, history: Sequence[Earlier] = ()) -> Record:
         """A plain question with nothing to read, for the base model too."""
@@ -163,13 +160,12 @@ class Material:
         kind = EVERYDAY[index]
         x, y = self.rng.choice(kind.pairs)
         question = self.rng.randrange(len(kind.questions))
-        record = _base_record(
+        return self._base_record(
             _FIRST_EVERYDAY[index] + question,
             self._framed(kind.questions[question].format(x=x)),
             kind.answer.format(x=x, y=y),
+            history,
         )
-        record["messages"] = [*self._history(history), *record["messages"]]
-        return record
 
     def domains(self, include: str | None = None) -> list[str]:
         """Two or three different domains in any order, `include` among them."""
@@ -179,6 +175,10 @@ class Material:
         chosen += self.rng.sample(others, num_domains - len(chosen))
         self.rng.shuffle(chosen)
         return chosen
+
+    def _base_record(self, wording: int, question: str, answer: str, history: Sequence[Earlier]) -> Record:
+        messages = [*self._history(history), *_exchange(question, answer)]
+        return Record(messages=messages, domain=None, answer=answer, wording=wording, kind="base")
 
     def _history(self, kinds: Sequence[Earlier]) -> list[Message]:
         """Earlier exchanges, whose parts are labelled: a plain text's domain would be unknown."""
@@ -236,10 +236,6 @@ class Material:
             if closer
             else "",
         )
-
-
-def _base_record(wording: int, question: str, answer: str) -> Record:
-    return Record(messages=_exchange(question, answer), domain=None, answer=answer, wording=wording, kind="base")
 
 
 def _part(text: str, domain: str | None) -> Part:
