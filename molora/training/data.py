@@ -383,12 +383,11 @@ def _part_for(example: Example, domain: str) -> Example | None:
     own = [index for index, (is_learned, whose) in enumerate(writes) if is_learned and whose in (domain, None)]
     if not own:
         return None
-    kept = slice(own[-1] + 2)
+    end = own[-1] + 2
+    if end == len(example.token_ids):
+        return example
     return replace(
-        example,
-        token_ids=example.token_ids[kept],
-        learned=example.learned[kept],
-        domains=example.domains[kept],
+        example, token_ids=example.token_ids[:end], learned=example.learned[:end], domains=example.domains[:end]
     )
 
 
