@@ -21,7 +21,6 @@ on the same data and answers the same items.
     token, lm           the same by each adapter's loss on the token, and by the language model loss alone
     own                 the same by labels, whose language model loss is under its own choice, not the labels'
     steady, steadier    the same by labels, with a price on switches between tokens of one domain, 0.1 and 1
-    parts               the same by labels, and by those of the first tokens of an answer's parts once more
     open                the same by labels; it also practises to know a newcomer by the mean of its queries
     top-2, soft         auto's scores as soft gates, not renormalized: of the two likeliest columns, and of all, or the
                         eight likeliest
@@ -64,17 +63,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of training: initial weights, order, activation points")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of all")
     parser.add_argument("--evals-per-device", type=int, default=4, help="of all: groups of rows measured at once")
-    parser.add_argument("--num-train", type=int, default=12000, help="records of each adapter")
+    parser.add_argument("--num-train", type=int, default=24000, help="records of each adapter")
     parser.add_argument("--singles", type=int, default=320, help="held-out items of each domain")
     parser.add_argument("--composites", type=int, default=1600)
     parser.add_argument("--histories", type=int, default=100, help="held-out items of each domain")
     parser.add_argument("--turns", type=int, default=100, help="held-out items of each domain behind other tasks")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train and all")
-    parser.add_argument("--rank", type=int, default=8, help="of each adapter")
+    parser.add_argument("--rank", type=int, default=16, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
-    parser.add_argument("--steps", type=int, default=1000, help="of the adapters, 16 rows of 512 tokens each")
-    parser.add_argument("--router-steps", type=int, default=1500)
-    parser.add_argument("--xlora-steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=2400, help="of the adapters, 16 rows of 512 tokens each")
+    parser.add_argument("--router-steps", type=int, default=3000)
+    parser.add_argument("--xlora-steps", type=int, default=3000)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--router-layer", type=int, default=8)
     parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval and all")

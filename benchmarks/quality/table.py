@@ -38,7 +38,6 @@ ORDER = (
         "own",
         "steady",
         "steadier",
-        "parts",
         "open",
         "auto",
         "top-2",

@@ -6,7 +6,6 @@ token     another router over the same adapters, by what each of them loses on e
 lm        another one, by the language model loss alone
 own       another one by labels, whose language model loss is under its own choice
 steady    the bank's router again, with a price on switches between tokens of one domain; steadier, with ten times that
-parts     the bank's router again, to which the first tokens of an answer's parts count more
 open      the bank's router again, which also practises to know a newcomer by the mean of its queries
 nine      one adapter more, and a router that knows it from the start
 tuned     the bank's router again, from the start, while the adapters go on learning with it
@@ -30,15 +29,14 @@ from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage
 ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
-LABELS = {"label": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
+LABELS = {"label": 1.0, "parts": 0.3, "given": 1.0, "drift": 0.03, "z": 1e-4}
 ROUTERS: dict[str, dict[str, Any]] = {
     "bank": {"losses": LABELS},
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
     "lm": {"losses": {"label": 0.0, "lm": 1.0, "drift": 0.03, "balance": 0.01, "z": 1e-4}},
-    "own": {"losses": {"label": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
+    "own": {"losses": LABELS | {"given": 0.0, "lm": 1.0}},
     "steady": {"losses": LABELS | {"switch": 0.1}},
     "steadier": {"losses": LABELS | {"switch": 1.0}},
-    "parts": {"losses": LABELS | {"parts": 0.3}},
     "open": {"losses": LABELS | {"newcomer": 1.0}},
     "nine": {"losses": LABELS},
     "tuned": {"losses": LABELS, "adapter_lr": 5e-4},
@@ -100,7 +98,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
         ),
         router=RouterStage(
             model={
-                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": 8},
+                "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": 32},
                 "schedule": {"lr": 0.001, "warmup_steps": 50, "weight_decay": 0.01},
                 **ROUTERS[stage],
             },

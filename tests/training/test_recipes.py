@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
 from difflib import SequenceMatcher
@@ -145,6 +146,9 @@ def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -
         assert (lengths.count(2), lengths.count(4)) == (100, 100)
     router = files["train_router.jsonl"]
     assert {record["kind"] for record in router} == KINDS
+    kinds = Counter(record["kind"] for record in router)
+    assert kinds["composite"] == 1.5 * NUM_TRAIN
+    assert kinds["base"] == NUM_TRAIN // 4
     assert {record["domain"] for record in singles(router)} == set(domains)
     for name in ("heldout_composite.jsonl", "train_router.jsonl"):
         composites = [record["domain"] for record in files[name] if record["kind"] == "composite"]
