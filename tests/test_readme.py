@@ -146,3 +146,38 @@ def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     through_router = kept.pop("auto")
     assert f"at {through_router:.2f} of the base's tokens per second through the router" in README
     assert f"and at {min(kept.values()):.2f}\nthrough one named adapter" in README
+
+
+def test_the_figures_of_the_functions_are_what_was_measured() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/functions-h100.json").read_text())
+    words = " ".join((REPOSITORY / "docs/functions.md").read_text().split())
+
+    def interval(found: dict[str, float]) -> str:
+        return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+    for name, found in result["functions"].items():
+        activated, plain = (found["rows"][way] for way in ("activated", "plain"))
+        cells = [f"`{name}`", f"{activated['accuracy']:.3f}", f"{plain['accuracy']:.3f}"]
+        cells += [interval(found["activated minus plain"]), f"{activated['prompt_tokens']:.1f}"]
+        cells += [f"{row['computed_tokens']:.1f}" for row in (activated, plain)]
+        assert f"| {' | '.join(cells)} |" in words, name
+        assert 0.45 < found["rows"]["base"]["accuracy"] < 0.55
+    sums, words_backwards = (
+        tuple(result["functions"]["check"]["rows"][way]["by_about"][about] for way in ("plain", "activated"))
+        for about in ("arithmetic", "words")
+    )
+    assert f"({sums[0]:.3f} of the sums, activated {sums[1]:.3f})" in words
+    assert f"({words_backwards[0]:.3f} and {words_backwards[1]:.3f})" in words
+    best = result["best of n"]
+    rows = best["rows"]["8"]
+    taken, oracle = (rows[method]["accuracy"] for method in ("random", "oracle"))
+    assert f"right on {taken:.3f} of them, and on {oracle:.3f} there is a right one" in words
+    for method in ("majority", "log-probability", "activated", "activated vote"):
+        row = rows[method]
+        assert f'("{method}") | {row["accuracy"]:.3f} | {interval(row["minus random"])} |' in words
+    assert f"scores add {interval(rows['activated vote']['minus majority'])} to the majority" in words
+    tokens, plain = best["tokens"]["activated"], best["tokens"]["plain"]
+    assert f"compute {tokens['drafts_computed']:.1f} tokens and reuse {tokens['drafts_reused']:.1f};" in words
+    assert f"checks, {tokens['checks']:.1f} a question since equal drafts are checked once," in words
+    assert f"compute {tokens['checks_computed']:.1f} and reuse {tokens['checks_reused']:.1f}," in words
+    assert f"where plain ones compute {plain['checks_computed']:.1f}." in words
