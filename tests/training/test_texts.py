@@ -143,7 +143,7 @@ def test_nothing_held_out_is_in_training(splits: dict[str, Split], domain: str) 
     found = splits[domain]
     names = {part: {source.name for source in sources} for part, sources in found.sources.items()}
     texts = {part: set(chain.from_iterable(map(runs, found.passages[part]))) for part in found.passages}
-    assert set(names) == {"train", "val", "held out"}
+    assert set(names) == {"train", "router", "val", "held out"}
     for a, b in combinations(names, 2):
         assert min(len(names[a]), len(names[b]), len(texts[a]), len(texts[b])) > 0
         assert not names[a] & names[b]
@@ -205,10 +205,10 @@ def test_training_records_are_passages_to_complete(
             assert {*example.domains} == {domain}
             assert 0 < example.response < len(example.token_ids) - 1
     router = files["train_router.jsonl"]
-    train = {text for found in splits.values() for text in found.passages["train"]}
+    own = {text for found in splits.values() for text in found.passages["router"]}
     for record in router[:200]:
         assert set(record) == {"prompt", "completion"}
-        assert sum(text in record["prompt"] + record["completion"] for text in train) >= NUM_PARTS
+        assert sum(text in record["prompt"] + record["completion"] for text in own) >= NUM_PARTS
     assert {*encode(router[0], m.tokenizer).domains} == {None}
 
 

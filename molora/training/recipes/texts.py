@@ -26,6 +26,7 @@ MIN_CHARS = 150  # of a passage; MAX_CHARS at most
 NUM_PARTS = 3  # passages in a document
 RUN = 13  # words in a row that two passages may not share, as in GPT-3's search for test data in training data
 HELD_OUT_SHARE, VAL_SHARE = 0.3, 0.1  # of a domain's passages
+ROUTER_SHARE = 0.2  # the router's, which no adapter has read: on those that it has it would be trusted too far
 SINGLE_SHARE = 0.4  # of the held-out passages in documents of one domain
 NUM_ROUTER = 4000  # documents in train_router.jsonl
 
@@ -71,7 +72,7 @@ class Split:
 
 
 def split(name: str, seed: int) -> Split:
-    """A domain's passages in "train", "val" and "held out". A source is in one of them as a whole.
+    """A domain's passages in "train", "router", "val" and "held out". A source is in one of them as a whole.
 
     Raises:
         ValueError: too little of the domain is installed.
@@ -80,7 +81,8 @@ def split(name: str, seed: int) -> Split:
     sources = distinct_passages(distinct(domain.sources()), domain.gap)
     rng.shuffle(sources)
     num_passages = sum(len(found) for _, found in sources)
-    room = {"held out": int(HELD_OUT_SHARE * num_passages), "val": int(VAL_SHARE * num_passages), "train": num_passages}
+    shares = {"held out": HELD_OUT_SHARE, "val": VAL_SHARE, "router": ROUTER_SHARE, "train": 1.0}
+    room = {part: int(share * num_passages) for part, share in shares.items()}
     result = Split({part: [] for part in room}, {part: [] for part in room})
     for source, found in sources:
         part = next(part for part in room if len(found) <= room[part])
@@ -185,7 +187,7 @@ def completion(text: str, rng: Random, domain: str | None = None) -> dict[str, s
 def build(seed: int) -> tuple[dict[str, list[Any]], dict[str, Split]]:
     """Every file's records, and what they were made of.
 
-    The router's are mixed documents without labels: which adapter helps, the language model loss must find.
+    The router's are mixed documents without labels: which adapter helps, the losses must find.
 
     Raises:
         ValueError: too little of a domain is installed.
@@ -197,7 +199,7 @@ def build(seed: int) -> tuple[dict[str, list[Any]], dict[str, Split]]:
     for part in ("val", "train"):
         for name, found in splits.items():
             files[f"{part}_{name}.jsonl"] = [completion(text, rng, name) for text in found.passages[part]]
-    endless = {name: cycle(found.passages["train"]) for name, found in splits.items()}
+    endless = {name: cycle(found.passages["router"]) for name, found in splits.items()}
     files["train_router.jsonl"] = [
         completion(document([(name, next(endless[name])) for name in rng.sample([*DOMAINS], NUM_PARTS)])["text"], rng)
         for _ in range(NUM_ROUTER)
