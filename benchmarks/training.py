@@ -42,7 +42,7 @@ from molora.routing import Routes, RoutingLayer
 from molora.tiny import byte_tokenizer
 from molora.training import AdapterTraining, RouterTraining
 from molora.training.data import ActivationMix, Batch, ChatData
-from molora.training.examples import IGNORE, Example
+from molora.training.examples import IGNORE, Encoder, Example
 from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router import RouterLosses
 
@@ -150,7 +150,7 @@ class RandomData(ChatData):
         super().__init__("", None, shape.row_length, rows, activation=ActivationMix(1, 0, 0, others_rest=0))
         self.vocab_size, self.random = shape.config["vocab_size"], random.Random(seed)
 
-    def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
+    def _examples(self, split: str, domains: tuple[str, ...], encoder: Encoder) -> list[Example]:
         return [self._example(domains[0]) for _ in range(64 * self.rows)]
 
     def _example(self, domain: str) -> Example:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import operator
 import struct
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, SupportsIndex, get_args
 
-from molora.chat_template import TemplateLimitError, apply_chat_template
+from molora.chat_template import Conversation, apply_chat_templates
 from molora.text_limit import TextLimit
 
 Policy = Literal["invocation", "response", "turn", "system"]
@@ -201,59 +202,72 @@ def _check_unicode(text: str, what: str) -> None:
 
 
 def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
-    def text_of(some: list[dict[str, str]], *, generation_prompt: bool = False) -> str:
-        return apply_chat_template(tokenizer, some, add_generation_prompt=generation_prompt)
-
-    full = text_of(messages, generation_prompt=True)
+    asked = {"full": Conversation(messages, add_generation_prompt=True), **_parts_of(messages)}
+    rendered = dict(zip(asked, apply_chat_templates(tokenizer, [*asked.values()]), strict=True))
+    full = rendered.pop("full")
+    if isinstance(full, ValueError):
+        raise full
     if limit is not None:
         limit.check(full)
+    # A part that the template refuses by itself hides the places that it would show.
+    texts = {name: text for name, text in rendered.items() if isinstance(text, str)}
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ends = [end for _, end in encoded["offset_mapping"]]
-
-    def token_at(char: int) -> int:
-        """The first token that holds text at or after `char`."""
-        return next((index for index, end in enumerate(ends) if end > char), len(ends))
-
-    starts = {}
-    for policy, find in (("system", _system_end), ("turn", _turn_start), ("response", _response_start)):
-        try:
-            char = find(text_of, messages, full)
-        except TemplateLimitError:
-            raise
-        except ValueError:  # the template refuses a part of the conversation by itself, so it hides the place
-            char = None
-        if char is not None:
-            starts[policy] = token_at(char)
+    chars = {"system": _system_end, "turn": _turn_start, "response": _response_start}
+    starts = {
+        policy: bisect_right(ends, char)  # the first token that holds text at or after it
+        for policy, find in chars.items()
+        if (char := find(texts, messages, full)) is not None
+    }
     return Prompt(tuple(encoded["input_ids"]), starts)
+
+
+def _parts_of(messages: list[dict[str, str]]) -> dict[str, Conversation]:
+    """What shows where policies begin."""
+    parts = {"body": Conversation(messages)}
+    if messages[0]["role"] == "system":
+        parts["system"] = Conversation(messages[:1])
+    index = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+    if index is not None:
+        # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
+        # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
+        user = messages[index]
+        opening = [user, {"role": "assistant", "content": _mark(user)}]
+        parts["opening"], parts["again"] = Conversation(opening), Conversation([*opening, user])
+        parts["up to it"] = Conversation(messages[: index + 1])
+    return parts
+
+
+def _mark(message: Mapping[str, str]) -> str:
+    """What the message does not say."""
+    mark = "\ue000"
+    while mark in message["content"]:
+        mark += "\ue001"
+    return mark
 
 
 # Each finds a policy's first character in the rendered conversation `full`, or None if the template hides it.
 
 
-def _system_end(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
+def _system_end(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
     if messages[0]["role"] != "system":
         return 0
-    alone = text_of(messages[:1])
-    return len(alone) if full.startswith(alone) and messages[0]["content"].strip() in alone else None
-
-
-def _turn_start(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
-    index = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
-    if index is None:
+    alone = texts.get("system")
+    if alone is None or not full.startswith(alone) or messages[0]["content"].strip() not in alone:
         return None
-    # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
-    # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
-    user = messages[index]
-    mark = "\ue000"
-    while mark in user["content"]:
-        mark += "\ue001"
-    opening = [user, {"role": "assistant", "content": mark}]
-    after_answer = text_of(opening).rpartition(mark)[2]
-    added = text_of([*opening, user]).partition(mark)[2].removeprefix(after_answer)
-    upto = text_of(messages[: index + 1])
+    return len(alone)
+
+
+def _turn_start(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
+    if not texts.keys() >= {"opening", "again", "up to it"}:
+        return None
+    mark = _mark(next(message for message in reversed(messages) if message["role"] == "user"))
+    after_answer = texts["opening"].rpartition(mark)[2]
+    added = texts["again"].partition(mark)[2].removeprefix(after_answer)
+    upto = texts["up to it"]
     return len(upto) - len(added) if added and upto.endswith(added) and full.startswith(upto) else None
 
 
-def _response_start(text_of: Callable[..., str], messages: list[dict[str, str]], full: str) -> int | None:
-    body = text_of(messages)
-    return len(body) if full.startswith(body) else None
+def _response_start(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
+    body = texts.get("body")
+    return len(body) if body is not None and full.startswith(body) else None

@@ -18,7 +18,7 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TIME_LIMIT_S = 2.0  # of computing, for one conversation: ordinary templates take less than a millisecond
 MAX_MEMORY_BYTES = 2 << 30  # of the process's address space, of which it uses a tenth
@@ -34,6 +34,14 @@ class TemplateLimitError(ValueError):
     """A chat template took more time or memory than it may."""
 
 
+class Conversation(NamedTuple):
+    """What a template is to render; the options are those of transformers' `apply_chat_template`."""
+
+    messages: Sequence[Mapping[str, str]]
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+
+
 def apply_chat_template(
     tokenizer: Any,
     messages: Sequence[Mapping[str, str]],
@@ -47,19 +55,44 @@ def apply_chat_template(
         ValueError: there is no template, or it refuses the messages.
         TemplateLimitError: it computes for more than `TIME_LIMIT_S`, or ends its process.
     """
+    asked = Conversation(messages, add_generation_prompt, continue_final_message)
+    (text,) = apply_chat_templates(tokenizer, [asked])
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def apply_chat_templates(tokenizer: Any, asked: Sequence[Conversation]) -> list[str | ValueError]:
+    """Each conversation's text, or what the template refuses it with.
+
+    All are asked for at once: to ask costs more than to render.
+
+    Raises:
+        ValueError: there is no template.
+        TemplateLimitError: it computes for more than `TIME_LIMIT_S` on one of them, or ends its process.
+    """
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
-    asked = {
-        **tokenizer.special_tokens_map,
-        "conversations": [list(messages)],
-        "chat_template": tokenizer.get_chat_template(),
-        "add_generation_prompt": add_generation_prompt,
-        "continue_final_message": continue_final_message,
-    }
-    answer = _renderer.ask(json.dumps(asked, default=str).encode())
-    if "error" in answer:
-        raise ValueError(f"the chat template refuses these messages: {answer['error']}.")
-    return answer["text"]
+    common = {**tokenizer.special_tokens_map, "chat_template": tokenizer.get_chat_template()}
+    messages = {id(message): message for each in asked for message in each.messages}  # each is sent once
+    places = {key: place for place, key in enumerate(messages)}
+    conversations = [
+        (
+            [places[id(message)] for message in each.messages],
+            {
+                "add_generation_prompt": each.add_generation_prompt,
+                "continue_final_message": each.continue_final_message,
+            },
+        )
+        for each in asked
+    ]
+    answers = _renderer.ask(json.dumps([common, [*messages.values()], conversations], default=str).encode(), len(asked))
+    return [
+        ValueError(f"the chat template refuses these messages: {answer['error']}.")
+        if "error" in answer
+        else answer["text"]
+        for answer in answers
+    ]
 
 
 def start_rendering() -> None:
@@ -68,7 +101,7 @@ def start_rendering() -> None:
 
 
 class _Renderer:
-    """A process that renders one conversation at a time, started when it is first needed and after it was ended."""
+    """A process that renders for one caller at a time, started when it is first needed and after it was ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -79,17 +112,12 @@ class _Renderer:
         with self._lock:
             self._start()
 
-    def ask(self, asked: bytes) -> dict[str, str]:
+    def ask(self, asked: bytes, num_answers: int) -> list[dict[str, str]]:
         with self._lock:
             connection, process = self._start()
             try:
                 connection.send_bytes(asked)
-                if not connection.poll(WAIT_LIMIT_S):  # the kernel ends the process long before
-                    raise EOFError
-                answer: dict[str, str] = json.loads(
-                    connection.recv_bytes(6 * MAX_CHARS + 64).decode("utf-8", "surrogatepass")
-                )
-                return answer
+                return [_receive(connection) for _ in range(num_answers)]
             except (EOFError, OSError):
                 self._end()
                 why = _why(process.returncode)
@@ -132,6 +160,13 @@ class _Renderer:
             with suppress(OSError):
                 self._connection.close()
         self._process = self._connection = None
+
+
+def _receive(connection: Connection) -> dict[str, str]:
+    if not connection.poll(WAIT_LIMIT_S):  # the kernel ends the process long before
+        raise EOFError
+    answer: dict[str, str] = json.loads(connection.recv_bytes(6 * MAX_CHARS + 64).decode("utf-8", "surrogatepass"))
+    return answer
 
 
 def _why(status: int | None) -> str:

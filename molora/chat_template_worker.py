@@ -35,16 +35,19 @@ def main(file_descriptor: int, time_limit_s: float, max_memory_bytes: int, max_c
                 asked = connection.recv_bytes()
             except EOFError:
                 return
-            signal.setitimer(signal.ITIMER_PROF, time_limit_s)
-            answer = encode(render(asked, max_chars))
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.send_bytes(answer)
+            common, messages, conversations = json.loads(asked)
+            for places, options in conversations:
+                signal.setitimer(signal.ITIMER_PROF, time_limit_s)
+                conversation = [messages[place] for place in places]
+                answer = encode(render({**common, **options, "conversations": [conversation]}, max_chars))
+                signal.setitimer(signal.ITIMER_PROF, 0)
+                connection.send_bytes(answer)
 
 
-def render(asked: bytes, max_chars: int) -> dict[str, str]:
-    """Either `text`, or the `error` that the template ended in."""
+def render(asked: dict[str, Any], max_chars: int) -> dict[str, str]:
+    """`asked` are transformers' names. Either `text`, or the `error` that the template ended in."""
     try:
-        rendered: Any = render_jinja_template(**json.loads(asked))  # typed as text, and is two lists
+        rendered: Any = render_jinja_template(**asked)  # typed as text, and is two lists
         text: str = rendered[0][0]
         if len(text) > max_chars:
             return {"error": f"it makes {len(text)} characters of them, more than {max_chars}"}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from molora.display import joined
 from molora.progress import say
-from molora.training.examples import BASE, IGNORE, Example, examples, read_records
+from molora.training.examples import BASE, IGNORE, Encoder, Example, read_records
 
 NEVER = 1 << 30  # an activation start that no position reaches
 OTHER = -1
@@ -342,9 +342,11 @@ class ChatData(L.LightningDataModule):
     def _loader(self, split: str, first_batch: Callable[[], int], num_batches: int | None) -> PackedLoader | SideBySide:
         groups = [(name,) for name in self.domains] if self.apart else [self.domains]
         trainer = self.trainer
+        with Encoder(self.tokenizer, max_length=self.max_length) as encoder:
+            data = [self._examples(split, domains, encoder) for domains in groups]
         loaders = [
             PackedLoader(
-                self._examples(split, domains),
+                own,
                 domains,
                 row_length=self.row_length,
                 rows=self.rows,
@@ -356,24 +358,24 @@ class ChatData(L.LightningDataModule):
                 first_batch=first_batch,
                 num_batches=num_batches,
             )
-            for domains in groups
+            for domains, own in zip(groups, data, strict=True)
         ]
         return loaders[0] if len(loaders) == 1 else SideBySide(loaders)
 
-    def _examples(self, split: str, domains: tuple[str, ...]) -> list[Example]:
+    def _examples(self, split: str, domains: tuple[str, ...], encoder: Encoder) -> list[Example]:
         given = self.sources[split]
         sources = as_list(given[domains[0]] if isinstance(given, dict) else given)
-        data = [example for source in sources for example in self._encoded(split, source)]
+        data = [example for source in sources for example in self._encoded(split, source, encoder)]
         _check_domains(data, joined(sources), domains, labels_needed=self.labels_needed, apart=self.apart)
         return [own for example in data if (own := _part_for(example, domains[0]))] if self.apart else data
 
-    def _encoded(self, split: str, source: str) -> list[Example]:
+    def _encoded(self, split: str, source: str, encoder: Encoder) -> list[Example]:
         key = (split, source)
         if key not in self.encoded:
             if not (self.trainer and self.trainer.global_rank):
                 say(Console(stderr=True), "•", f"Reading and tokenizing {source} ...")
             records = islice(read_records(source), self.max_records if split == "train" else None)
-            self.encoded[key] = examples(records, self.tokenizer, max_length=self.max_length, source=str(source))
+            self.encoded[key] = encoder.examples(records, source=str(source))
         return self.encoded[key]
 
 

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from molora.display import joined
 
 IGNORE = -100
 BASE = "base"
-CHUNK = 1000  # records that a process encodes at a time
+CHUNK = 500  # records that a process encodes at a time
+MIN_CHUNKS = 4  # of a source that is worth processes
 MAX_PROCESSES = 16
 
 
@@ -215,72 +217,97 @@ def _has_answer(record: Mapping[str, Any]) -> bool:
 def examples(
     records: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int, source: str = "data"
 ) -> list[Example]:
-    """Encode records, leaving out those without an answer, or longer than `max_length` tokens.
+    """`Encoder.examples`, of one source."""
+    with Encoder(tokenizer, max_length=max_length) as encoder:
+        return encoder.examples(records, source=source)
 
-    Many are shared out among processes.
 
-    Args:
-        source: what messages call the records' origin.
+class Encoder:
+    """Encodes the records of sources, one source after another; many are shared out among processes.
 
-    Raises:
-        ValueError: nothing is left, or a record is malformed; the message gives its number.
-
-    Warns:
-        UserWarning: so many records were left out, and why.
+    The processes are forked for the first source that has enough, and end with the `with` block.
     """
-    numbered = list(enumerate(records, 1))
-    chunks = [numbered[first : first + CHUNK] for first in range(0, len(numbered), CHUNK)]
 
-    def encode_chunk(number: int) -> list[Example | str]:
-        return _encode_chunk(chunks[number], tokenizer=tokenizer, max_length=max_length, source=source)
+    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._pool: ProcessPoolExecutor | None = None
 
-    num_processes = min(len(chunks) // 2, MAX_PROCESSES, os.cpu_count() or 1)
-    if num_processes > 1 and sys.platform == "linux":  # by fork: a script without a main guard must not run again
-        with warnings.catch_warnings(), _pool(num_processes, encode_chunk) as pool:
+    def __enter__(self) -> Encoder:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
+
+    def examples(self, records: Iterable[Mapping[str, Any]], *, source: str = "data") -> list[Example]:
+        """Encode records, leaving out those without an answer, or longer than `max_length` tokens.
+
+        Args:
+            source: what messages call the records' origin.
+
+        Raises:
+            ValueError: nothing is left, or a record is malformed; the message gives its number.
+
+        Warns:
+            UserWarning: so many records were left out, and why.
+        """
+        numbered = list(enumerate(records, 1))
+        chunks = [(source, numbered[first : first + CHUNK]) for first in range(0, len(numbered), CHUNK)]
+        encoded = self._encode(chunks, source)
+        out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]
+        if not numbered:
+            raise ValueError(f"{source} has no records.")
+        if len(numbered) > len(out):
+            reasons = Counter(each for chunk in encoded for each in chunk if isinstance(each, str))
+            why = joined(f"{count} {reason}" for reason, count in reasons.items())
+            message = f"{source}: {len(numbered) - len(out)} of {len(numbered)} records are left out: {why}."
+            if not out:
+                raise ValueError(message)
+            warnings.warn(message, stacklevel=2)
+        return out
+
+    def _encode(self, chunks: Sequence[_Chunk], source: str) -> list[list[Example | str]]:
+        num_processes = min(MAX_PROCESSES, os.cpu_count() or 1)
+        if self._pool is None and num_processes > 1 and len(chunks) >= MIN_CHUNKS and sys.platform == "linux":
+            # By fork: a script without a main guard must not run again.
+            self._pool = ProcessPoolExecutor(
+                num_processes,
+                multiprocessing.get_context("fork"),
+                _begin,
+                (partial(_encode_chunk, tokenizer=self._tokenizer, max_length=self._max_length),),
+            )
+        if self._pool is None or len(chunks) < MIN_CHUNKS:
+            return [_encode_chunk(chunk, tokenizer=self._tokenizer, max_length=self._max_length) for chunk in chunks]
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
             try:
-                encoded = list(pool.map(_do, range(len(chunks))))
+                return list(self._pool.map(_do, chunks))
             except BrokenProcessPool:
                 message = f"{source}: a process that tokenizes it was killed, perhaps for want of memory."
                 raise OSError(message) from None
-    else:
-        encoded = [encode_chunk(number) for number in range(len(chunks))]
-    out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]
-    if not numbered:
-        raise ValueError(f"{source} has no records.")
-    if len(numbered) > len(out):
-        reasons = Counter(each for chunk in encoded for each in chunk if isinstance(each, str))
-        why = joined(f"{count} {reason}" for reason, count in reasons.items())
-        message = f"{source}: {len(numbered) - len(out)} of {len(numbered)} records are left out: {why}."
-        if not out:
-            raise ValueError(message)
-        warnings.warn(message, stacklevel=2)
-    return out
 
 
-_work: Callable[[int], list[Example | str]]  # of a process that was forked for it
+_Chunk = tuple[str, Sequence[tuple[int, Mapping[str, Any]]]]
+"""A source, and some of its records by their numbers."""
+
+_work: Callable[[_Chunk], list[Example | str]]  # of a process that was forked for it
 
 
-def _pool(num_processes: int, work: Callable[[int], list[Example | str]]) -> ProcessPoolExecutor:
-    """Processes that inherit what the work needs: only its results travel."""
-    return ProcessPoolExecutor(num_processes, multiprocessing.get_context("fork"), _begin, (work,))
-
-
-def _begin(work: Callable[[int], list[Example | str]]) -> None:
+def _begin(work: Callable[[_Chunk], list[Example | str]]) -> None:
     global _work
     _work = work
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a trainer's handler would outlive it
 
 
-def _do(number: int) -> list[Example | str]:
-    return _work(number)
+def _do(chunk: _Chunk) -> list[Example | str]:
+    return _work(chunk)
 
 
-def _encode_chunk(
-    numbered: Iterable[tuple[int, Mapping[str, Any]]], *, tokenizer: Any, max_length: int, source: str
-) -> list[Example | str]:
+def _encode_chunk(chunk: _Chunk, *, tokenizer: Any, max_length: int) -> list[Example | str]:
     """Each record's example, or why it is left out."""
     out: list[Example | str] = []
+    source, numbered = chunk
     for number, record in numbered:
         try:
             example = encode(record, tokenizer)

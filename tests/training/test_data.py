@@ -13,7 +13,7 @@ import torch
 from molora.checkpoint import load_base
 from molora.tiny import byte_tokenizer, make_tiny_base
 from molora.training.data import NEVER, OTHER, ActivationMix, ChatData, PackedLoader
-from molora.training.examples import IGNORE, Example, encode
+from molora.training.examples import IGNORE, Encoder, Example, encode
 
 TOKENIZER = byte_tokenizer()
 MIX = ActivationMix()
@@ -203,13 +203,13 @@ def test_adapters_that_learn_apart_read_no_more_than_they_need(tmp_path: Path) -
     file = tmp_path / "data.jsonl"
     file.write_text("".join(json.dumps(each) + "\n" for each in [*records, plain]))
     encoded = [encode(each, TOKENIZER) for each in [*records, plain]]
-    data = ChatData(str(file))
+    data, encoder = ChatData(str(file)), Encoder(TOKENIZER, max_length=1024)
     data.prepare(TOKENIZER, ["x", "y"], apart=True)
     for domain, num_left in (("x", 4), ("y", 5)):
         with pytest.warns(UserWarning, match="records have other domains than"):
-            own = data._examples("train", (domain,))
+            own = data._examples("train", (domain,), encoder)
         assert len(own) == num_left
         assert lessons(own, domain) == lessons(encoded, domain)
         assert all(each.learned[-1] and each.domains[-2] in (domain, None) for each in own)
     data.prepare(TOKENIZER, ["x", "y"])
-    assert data._examples("train", ("x", "y")) == encoded
+    assert data._examples("train", ("x", "y"), encoder) == encoded

@@ -1,6 +1,7 @@
 """From records to tokens: what is learned, and which domain each token belongs to."""
 
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from molora.tiny import byte_tokenizer
-from molora.training.examples import BASE, encode, examples, read_records
+from molora.training.examples import BASE, Encoder, encode, examples, read_records
 
 GEMMA = Path(__file__).parents[2] / "configs" / "gemma.jinja"
 TOKENIZER = byte_tokenizer()
@@ -201,6 +202,24 @@ def test_any_datasets_source_is_read(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text(json.dumps(SINGLE) + "\n")
     (record,) = read_records(tmp_path)
     assert encode(record, TOKENIZER) == encode(SINGLE, TOKENIZER)
+
+
+def test_processes_stay_for_the_next_source_and_end_with_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("molora.training.examples.os.cpu_count", lambda: 2)
+    records = [{"prompt": f"a{index}", "completion": "b"} for index in range(2600)]
+    tokenizer = byte_tokenizer()
+    expected = [encode(record, tokenizer) for record in records]
+    before = set(multiprocessing.active_children())
+    with Encoder(tokenizer, max_length=64) as encoder:
+        assert encoder.examples(records) == expected
+        children = set(multiprocessing.active_children()) - before
+        assert 1 <= len(children) <= 2
+        assert encoder.examples(records[::-1]) == expected[::-1]
+        assert encoder.examples(records[:3]) == expected[:3]
+        with pytest.raises(ValueError, match=r"second: record 2001"):
+            encoder.examples([*records[:2000], {"prompt": "a"}], source="second")
+        assert encoder.examples(records) == expected
+    assert set(multiprocessing.active_children()) <= before
 
 
 def test_a_killed_process_ends_the_reading(monkeypatch: pytest.MonkeyPatch) -> None:
