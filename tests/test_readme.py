@@ -148,6 +148,21 @@ def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     assert f"and at {min(kept.values()):.2f}\nthrough one named adapter" in README
 
 
+def test_the_figures_of_the_longer_recipe_are_what_was_measured() -> None:
+    found = json.loads((REPOSITORY / "benchmarks/results/variants/recipe.json").read_text())["rows"]
+    values = {label: row["accuracy"] for label, row in found["composites"].items()}
+    words = " ".join(README.split())
+    learned = values["rank 32, composites, 3000 steps"]
+    assert f"({learned:.3f} and {values['given']:.3f} with adapters of the old steps)" in words
+    assert f"the right adapters of twice the steps have {values['2400: given']:.3f}" in words
+    design = (REPOSITORY / "DESIGN.md").read_text()
+    for label in ("auto", "soft", "rank 32", "parts", "composites", "rank 32, composites, 3000 steps"):
+        less = found["composites"][label]["minus given"]
+        cells = [f"{found[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites")]
+        cells.append(f"{less['difference']:+.3f} ({less['low']:+.3f} to {less['high']:+.3f})")
+        assert f"| {' | '.join(cells)} |" in design, label
+
+
 def test_the_figures_of_the_functions_are_what_was_measured() -> None:
     result = json.loads((REPOSITORY / "benchmarks/results/functions-h100.json").read_text())
     words = " ".join((REPOSITORY / "docs/functions.md").read_text().split())
