@@ -13,9 +13,10 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal, SupportsIndex, get_args
 
-from molora.chat_template import Conversation, apply_chat_templates
+from molora.chat_template import Conversation, apply_chat_template, apply_chat_templates
 from molora.text_limit import TextLimit
 
 Policy = Literal["invocation", "response", "turn", "system"]
@@ -202,20 +203,18 @@ def _check_unicode(text: str, what: str) -> None:
 
 
 def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: TextLimit | None) -> Prompt:
-    asked = {"full": Conversation(messages, add_generation_prompt=True), **_parts_of(messages)}
-    rendered = dict(zip(asked, apply_chat_templates(tokenizer, [*asked.values()]), strict=True))
-    full = rendered.pop("full")
-    if isinstance(full, ValueError):
-        raise full
+    full = apply_chat_template(tokenizer, messages, add_generation_prompt=True)
     if limit is not None:
         limit.check(full)
+    parts = _parts_of(messages)
+    rendered = zip(parts, apply_chat_templates(tokenizer, [*parts.values()]), strict=True)
     # A part that the template refuses by itself hides the places that it would show.
-    texts = {name: text for name, text in rendered.items() if isinstance(text, str)}
+    texts = {name: text for name, text in rendered if isinstance(text, str)}
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
+    ends = [*accumulate((end for _, end in encoded["offset_mapping"]), max)]
     chars = {"system": _system_end, "turn": _turn_start, "response": _response_start}
     starts = {
-        policy: bisect_right(ends, char)  # the first token that holds text at or after it
+        policy: bisect_right(ends, char)  # the first token that ends behind it
         for policy, find in chars.items()
         if (char := find(texts, messages, full)) is not None
     }

@@ -74,6 +74,7 @@ def apply_chat_templates(tokenizer: Any, asked: Sequence[Conversation]) -> list[
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError("this tokenizer has no chat template; pass plain text or token ids instead of messages.")
     common = {**tokenizer.special_tokens_map, "chat_template": tokenizer.get_chat_template()}
+    asked = [each._replace(messages=list(each.messages)) for each in asked]
     messages = {id(message): message for each in asked for message in each.messages}  # each is sent once
     places = {key: place for place, key in enumerate(messages)}
     conversations = [
@@ -86,7 +87,8 @@ def apply_chat_templates(tokenizer: Any, asked: Sequence[Conversation]) -> list[
         )
         for each in asked
     ]
-    answers = _renderer.ask(json.dumps([common, [*messages.values()], conversations], default=str).encode(), len(asked))
+    head, body = (json.dumps(each, default=str).encode() for each in ([common, conversations], [*messages.values()]))
+    answers = _renderer.ask(head, body, len(asked))
     return [
         ValueError(f"the chat template refuses these messages: {answer['error']}.")
         if "error" in answer
@@ -112,11 +114,12 @@ class _Renderer:
         with self._lock:
             self._start()
 
-    def ask(self, asked: bytes, num_answers: int) -> list[dict[str, str]]:
+    def ask(self, head: bytes, body: bytes, num_answers: int) -> list[dict[str, str]]:
         with self._lock:
             connection, process = self._start()
             try:
-                connection.send_bytes(asked)
+                connection.send_bytes(head)
+                connection.send_bytes(body)
                 return [_receive(connection) for _ in range(num_answers)]
             except (EOFError, OSError):
                 self._end()

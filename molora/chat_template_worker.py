@@ -32,22 +32,39 @@ def main(file_descriptor: int, time_limit_s: float, max_memory_bytes: int, max_c
     with Connection(file_descriptor) as connection:
         while True:
             try:
-                asked = connection.recv_bytes()
+                head, body = connection.recv_bytes(), connection.recv_bytes()
             except EOFError:
                 return
-            common, messages, conversations = json.loads(asked)
+            signal.setitimer(signal.ITIMER_PROF, time_limit_s)
+            common, conversations = json.loads(head)
+            messages = read(body)
             for places, options in conversations:
-                signal.setitimer(signal.ITIMER_PROF, time_limit_s)
-                conversation = [messages[place] for place in places]
-                answer = encode(render({**common, **options, "conversations": [conversation]}, max_chars))
+                answer = encode(render(messages, places, common | options, max_chars))
                 signal.setitimer(signal.ITIMER_PROF, 0)
                 connection.send_bytes(answer)
+                signal.setitimer(signal.ITIMER_PROF, time_limit_s)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def render(asked: dict[str, Any], max_chars: int) -> dict[str, str]:
-    """`asked` are transformers' names. Either `text`, or the `error` that the template ended in."""
+def read(body: bytes) -> list[Any] | None:
+    """The messages; None if there is no memory for them."""
     try:
-        rendered: Any = render_jinja_template(**asked)  # typed as text, and is two lists
+        messages: list[Any] = json.loads(body)
+        return messages
+    except MemoryError:
+        return None
+
+
+def render(messages: list[Any] | None, places: list[int], options: dict[str, Any], max_chars: int) -> dict[str, str]:
+    """Either the `text` of the messages at these places, or the `error` that the template ended in.
+
+    Args:
+        options: of transformers' `render_jinja_template`.
+    """
+    try:
+        if messages is None:
+            raise MemoryError
+        rendered: Any = render_jinja_template([[messages[place] for place in places]], **options)  # two lists
         text: str = rendered[0][0]
         if len(text) > max_chars:
             return {"error": f"it makes {len(text)} characters of them, more than {max_chars}"}

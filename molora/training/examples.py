@@ -33,8 +33,9 @@ from molora.display import joined
 
 IGNORE = -100
 BASE = "base"
+FIELDS = frozenset({"messages", "prompt", "completion", "domain", "task", "labels_only"})  # what is read of a record
 CHUNK = 500  # records that a process encodes at a time
-MIN_CHUNKS = 4  # of a source that is worth processes
+MIN_CHUNKS = 8  # of a source that is worth processes
 MAX_PROCESSES = 16
 
 
@@ -236,9 +237,7 @@ class Encoder:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
+        self._end()
 
     def examples(self, records: Iterable[Mapping[str, Any]], *, source: str = "data") -> list[Example]:
         """Encode records, leaving out those without an answer, or longer than `max_length` tokens.
@@ -252,7 +251,7 @@ class Encoder:
         Warns:
             UserWarning: so many records were left out, and why.
         """
-        numbered = list(enumerate(records, 1))
+        numbered = [(number, _needed(record)) for number, record in enumerate(records, 1)]
         chunks = [(source, numbered[first : first + CHUNK]) for first in range(0, len(numbered), CHUNK)]
         encoded = self._encode(chunks, source)
         out = [each for chunk in encoded for each in chunk if isinstance(each, Example)]
@@ -264,8 +263,13 @@ class Encoder:
             message = f"{source}: {len(numbered) - len(out)} of {len(numbered)} records are left out: {why}."
             if not out:
                 raise ValueError(message)
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
         return out
+
+    def _end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
 
     def _encode(self, chunks: Sequence[_Chunk], source: str) -> list[list[Example | str]]:
         num_processes = min(MAX_PROCESSES, os.cpu_count() or 1)
@@ -284,8 +288,14 @@ class Encoder:
             try:
                 return list(self._pool.map(_do, chunks))
             except BrokenProcessPool:
+                self._end()
                 message = f"{source}: a process that tokenizes it was killed, perhaps for want of memory."
                 raise OSError(message) from None
+
+
+def _needed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record without what `encode` does not read: that need not travel to another process."""
+    return {key: value if key in FIELDS else None for key, value in record.items()}
 
 
 _Chunk = tuple[str, Sequence[tuple[int, Mapping[str, Any]]]]

@@ -220,3 +220,27 @@ def test_it_is_the_rendered_text_that_counts() -> None:
     tokenizer.chat_template = STRICT
     message = {"role": "user", "content": "x" + " " * 1000}
     assert render(tokenizer, [message], limit=TextLimit(100)) == render(tokenizer, [message | {"content": "x"}])
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("whole", "words"), [("{{ raise_exception('Not today') }}", "Not today"), ("{{ 'x' * 101 }}", "at most 100")]
+)
+def test_what_is_refused_as_a_whole_is_not_rendered_in_parts(whole: str, words: str) -> None:
+    template = f"{{% if add_generation_prompt %}}{whole}{{% else %}}{ENDLESS}{{% endif %}}"
+    with pytest.raises(ValueError, match=words):
+        render(Untouched(template), [USER], limit=TextLimit(100))
+
+
+def test_a_place_is_in_the_first_token_that_ends_behind_it() -> None:
+    class Trimmed(Untouched):
+        """Its offsets leave out spaces, so that a token of nothing else ends where it likes."""
+
+        def __call__(self, text: str, **_: Any) -> Any:
+            header = text.index("<model>")
+            places = [(0, 3), (3, header), (0, 0), (header, header + 4), (0, 0), (header + 4, len(text))]
+            return {"input_ids": [1, 2, 3, 4, 5, 6], "offset_mapping": places}
+
+    assert render(Trimmed(STRICT), [USER]).starts == {"system": 0, "turn": 1, "response": 3}
