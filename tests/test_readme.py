@@ -153,14 +153,27 @@ def test_the_figures_of_the_longer_recipe_are_what_was_measured() -> None:
     values = {label: row["accuracy"] for label, row in found["composites"].items()}
     words = " ".join(README.split())
     learned = values["rank 32, composites, 3000 steps"]
-    assert f"({learned:.3f} and {values['given']:.3f} with adapters of the old steps)" in words
+    assert f"({learned:.3f} and {values['given']:.3f}, adapters of the old steps)" in words
     assert f"the right adapters of twice the steps have {values['2400: given']:.3f}" in words
+    assert f"of the old steps brings these to {values['2400: rank 32, composites']:.3f}" in words
     design = (REPOSITORY / "DESIGN.md").read_text()
     for label in ("auto", "soft", "rank 32", "parts", "composites", "rank 32, composites, 3000 steps"):
         less = found["composites"][label]["minus given"]
         cells = [f"{found[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites")]
         cells.append(f"{less['difference']:+.3f} ({less['low']:+.3f} to {less['high']:+.3f})")
         assert f"| {' | '.join(cells)} |" in design, label
+
+
+def test_the_perplexities_are_what_was_measured() -> None:
+    results = json.loads((REPOSITORY / "benchmarks/results/texts-cpu.json").read_text())["results"]
+    words = " ".join((REPOSITORY / "docs/evaluation.md").read_text().split())
+    for row in results.values():
+        values = (row["by_domain"][domain] for domain in ("mixed", "python", "prose", "legal", "messages"))
+        assert f" | {' | '.join(f'{value:.2f}' for value in values)} |" in words
+    for way in ("base", "best single"):
+        ratio = results[way]["auto_over_this"]["mixed"]
+        assert f"{ratio['ratio']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f}) of" in words
+    assert all(ratio["high"] < 1 for ratio in results["base"]["auto_over_this"].values())
 
 
 def test_the_figures_of_the_functions_are_what_was_measured() -> None:
