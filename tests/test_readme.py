@@ -84,7 +84,7 @@ def test_every_file_and_command_that_the_readme_and_the_guides_name_exists() -> 
     files = {word for word in words if re.match(r"^(configs|banks|examples)/|^(train|serve)\.py$", word)}
     links = {target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target}
     assert {"train.py", "serve.py", "configs/router.yaml"} <= files
-    files -= {"banks/mine", "banks/imported", "banks/pulled", "banks/functions"}  # made by commands
+    files -= {"banks/mine", "banks/texts", "banks/imported", "banks/pulled", "banks/functions"}  # made by commands
     for name in files | links:
         assert list(REPOSITORY.glob(name.replace("$name", "*"))), name
 
