@@ -208,33 +208,38 @@ def _render_messages(tokenizer: Any, messages: list[dict[str, str]], limit: Text
         limit.check(full)
     parts = _parts_of(messages)
     rendered = zip(parts, apply_chat_templates(tokenizer, [*parts.values()]), strict=True)
-    # A part that the template refuses by itself hides the places that it would show.
-    texts = {name: text for name, text in rendered if isinstance(text, str)}
+    texts = {part: text for part, text in rendered if isinstance(text, str)}
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
     ends = [*accumulate((end for _, end in encoded["offset_mapping"]), max)]
-    chars = {"system": _system_end, "turn": _turn_start, "response": _response_start}
-    starts = {
-        policy: bisect_right(ends, char)  # the first token that ends behind it
-        for policy, find in chars.items()
-        if (char := find(texts, messages, full)) is not None
-    }
+    starts = {}
+    for policy, find in (("system", _system_end), ("turn", _turn_start), ("response", _response_start)):
+        try:
+            char = find(texts, messages, full)
+        except KeyError:  # the template refuses a part of the conversation by itself, so it hides the place
+            continue
+        if char is not None:
+            starts[policy] = bisect_right(ends, char)  # the first token that ends behind it
     return Prompt(tuple(encoded["input_ids"]), starts)
 
 
-def _parts_of(messages: list[dict[str, str]]) -> dict[str, Conversation]:
-    """What shows where policies begin."""
-    parts = {"body": Conversation(messages)}
+def _parts_of(messages: list[dict[str, str]]) -> dict[int | str, Conversation]:
+    """What shows where policies begin: the first so many messages, and how the last user message goes on an answer."""
+    lengths, parts = {len(messages)}, dict[int | str, Conversation]()
     if messages[0]["role"] == "system":
-        parts["system"] = Conversation(messages[:1])
-    index = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
+        lengths.add(1)
+    index = _last_user(messages)
     if index is not None:
         # What the message itself adds, its header first, shows when it follows an answer: a conversation that begins
         # with it may begin with a default system message, and an earlier answer may be rendered unlike a last one.
+        lengths.add(index + 1)
         user = messages[index]
         opening = [user, {"role": "assistant", "content": _mark(user)}]
-        parts["opening"], parts["again"] = Conversation(opening), Conversation([*opening, user])
-        parts["up to it"] = Conversation(messages[: index + 1])
-    return parts
+        parts |= {"opening": Conversation(opening), "again": Conversation([*opening, user])}
+    return parts | {length: Conversation(messages[:length]) for length in lengths}
+
+
+def _last_user(messages: Sequence[Mapping[str, str]]) -> int | None:
+    return max((i for i, message in enumerate(messages) if message["role"] == "user"), default=None)
 
 
 def _mark(message: Mapping[str, str]) -> str:
@@ -248,25 +253,24 @@ def _mark(message: Mapping[str, str]) -> str:
 # Each finds a policy's first character in the rendered conversation `full`, or None if the template hides it.
 
 
-def _system_end(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
+def _system_end(texts: Mapping[int | str, str], messages: list[dict[str, str]], full: str) -> int | None:
     if messages[0]["role"] != "system":
         return 0
-    alone = texts.get("system")
-    if alone is None or not full.startswith(alone) or messages[0]["content"].strip() not in alone:
-        return None
-    return len(alone)
+    alone = texts[1]
+    return len(alone) if full.startswith(alone) and messages[0]["content"].strip() in alone else None
 
 
-def _turn_start(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
-    if not texts.keys() >= {"opening", "again", "up to it"}:
+def _turn_start(texts: Mapping[int | str, str], messages: list[dict[str, str]], full: str) -> int | None:
+    index = _last_user(messages)
+    if index is None:
         return None
-    mark = _mark(next(message for message in reversed(messages) if message["role"] == "user"))
+    mark = _mark(messages[index])
     after_answer = texts["opening"].rpartition(mark)[2]
     added = texts["again"].partition(mark)[2].removeprefix(after_answer)
-    upto = texts["up to it"]
+    upto = texts[index + 1]
     return len(upto) - len(added) if added and upto.endswith(added) and full.startswith(upto) else None
 
 
-def _response_start(texts: Mapping[str, str], messages: list[dict[str, str]], full: str) -> int | None:
-    body = texts.get("body")
-    return len(body) if body is not None and full.startswith(body) else None
+def _response_start(texts: Mapping[int | str, str], messages: list[dict[str, str]], full: str) -> int | None:
+    body = texts[len(messages)]
+    return len(body) if full.startswith(body) else None

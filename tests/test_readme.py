@@ -148,6 +148,10 @@ def test_the_speed_on_a_cpu_is_what_was_measured() -> None:
     assert f"and at {min(kept.values()):.2f}\nthrough one named adapter" in README
 
 
+def interval(found: dict[str, float]) -> str:
+    return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
+
+
 def test_the_figures_of_the_longer_recipe_are_what_was_measured() -> None:
     found = json.loads((REPOSITORY / "benchmarks/results/variants/recipe.json").read_text())["rows"]
     values = {label: row["accuracy"] for label, row in found["composites"].items()}
@@ -158,9 +162,8 @@ def test_the_figures_of_the_longer_recipe_are_what_was_measured() -> None:
     assert f"of the old steps brings these to {values['2400: rank 32, composites']:.3f}" in words
     design = (REPOSITORY / "DESIGN.md").read_text()
     for label in ("auto", "soft", "rank 32", "parts", "composites", "rank 32, composites, 3000 steps"):
-        less = found["composites"][label]["minus given"]
         cells = [f"{found[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites")]
-        cells.append(f"{less['difference']:+.3f} ({less['low']:+.3f} to {less['high']:+.3f})")
+        cells.append(interval(found["composites"][label]["minus given"]))
         assert f"| {' | '.join(cells)} |" in design, label
 
 
@@ -179,9 +182,6 @@ def test_the_perplexities_are_what_was_measured() -> None:
 def test_the_figures_of_the_functions_are_what_was_measured() -> None:
     result = json.loads((REPOSITORY / "benchmarks/results/functions-h100.json").read_text())
     words = " ".join((REPOSITORY / "docs/functions.md").read_text().split())
-
-    def interval(found: dict[str, float]) -> str:
-        return f"{found['difference']:+.3f} ({found['low']:+.3f} to {found['high']:+.3f})"
 
     for name, found in result["functions"].items():
         activated, plain = (found["rows"][way] for way in ("activated", "plain"))

@@ -32,20 +32,7 @@ OTHER_KINDS = {
 }
 ORDER = (
     *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
-    *(
-        "lm",
-        "token",
-        "own",
-        "steady",
-        "steadier",
-        "open",
-        "auto",
-        "top-2",
-        "soft",
-        "given",
-        "tuned",
-        "tuned given",
-    ),
+    *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
     *("joint", "plain", "key", "nine", "nine given"),
 )
 

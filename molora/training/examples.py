@@ -230,7 +230,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, *, max_length: int) -> None:
-        self._tokenizer, self._max_length = tokenizer, max_length
+        self._encode_chunk = partial(_encode_chunk, tokenizer=tokenizer, max_length=max_length)
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> Encoder:
@@ -279,10 +279,10 @@ class Encoder:
                 num_processes,
                 multiprocessing.get_context("fork"),
                 _begin,
-                (partial(_encode_chunk, tokenizer=self._tokenizer, max_length=self._max_length),),
+                (self._encode_chunk,),
             )
         if self._pool is None or len(chunks) < MIN_CHUNKS:
-            return [_encode_chunk(chunk, tokenizer=self._tokenizer, max_length=self._max_length) for chunk in chunks]
+            return [self._encode_chunk(chunk) for chunk in chunks]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)  # no child calls torch
             try:
