@@ -2,10 +2,13 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -158,6 +161,39 @@ def test_a_process_that_cannot_begin_is_a_failure_and_nobody_waits_for_it(
     assert not any(worker.is_alive() for worker in workers)
     assert board.done == set()
     assert board.failed == {f"seed 0 {job}" for job in ("train adapters", "train bank", "eval bank", "eval joint")}
+
+
+def test_what_runs_is_terminated_with_the_command(tmp_path: Path) -> None:
+    pid_file, script = tmp_path / "pid", tmp_path / "quality.py"
+    settings = "seeds=[0], stages=['joint'], rows_of=[], evals_per_device=1, device='cpu', "
+    settings += f"work=Path({str(tmp_path)!r})"
+    script.write_text(
+        f"""
+import os, sys, time
+from argparse import Namespace
+from pathlib import Path
+if sys.argv[1] == "all":
+    sys.path.insert(0, {str(REPOSITORY / "benchmarks")!r})
+    from quality.schedule import run_all
+    run_all(Namespace({settings}))
+Path({str(tmp_path / "new")!r}).write_text(str(os.getpid()))
+os.rename({str(tmp_path / "new")!r}, {str(pid_file)!r})
+time.sleep(600)
+"""
+    )
+    command = subprocess.Popen([sys.executable, str(script), "all"], start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not pid_file.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        command.terminate()
+        assert command.wait(60) == 128 + signal.SIGTERM
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(pid_file.read_text()), 0)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(command.pid, signal.SIGKILL)
 
 
 def test_the_page_is_that_of_its_figures_and_says_what_the_intervals_are_over(

@@ -5,6 +5,7 @@ beside it some groups of rows are measured, whose processes wait for the host mo
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,14 +75,30 @@ class Board:
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.waiting, self.done, self.failed = list(jobs), set[str](), set[str]()
+        self._running, self._is_stopped = set[subprocess.Popen[bytes]](), False
         self._changed = Condition()
 
     def stop(self) -> None:
-        """Whoever asks gets no more."""
+        """Whoever asks gets no more, and what runs is terminated."""
         with self._changed:
+            self._is_stopped = True
             self.failed |= {job.name for job in self.waiting}
             self.waiting.clear()
+            for process in self._running:
+                process.terminate()
             self._changed.notify_all()
+
+    def wait_for(self, process: subprocess.Popen[bytes]) -> int:
+        """Its return code."""
+        with self._changed:
+            self._running.add(process)
+            if self._is_stopped:
+                process.terminate()
+        try:
+            return process.wait()
+        finally:
+            with self._changed:
+                self._running.discard(process)
 
     def take(self, kind: str) -> Job | None:
         """The next job of this kind, once what it needs is done; None when none is left."""
@@ -127,15 +144,20 @@ def run_all(args: Namespace) -> None:
     kinds = ["train", *["eval"] * args.evals_per_device]
     num_threads = max(1, (os.cpu_count() or 1) // (len(gpus) * len(kinds)))
     workers = [Thread(target=_work, args=(board, kind, gpu, num_threads, logs)) for gpu in gpus for kind in kinds]
-    for worker in workers:
-        worker.start()
+    signal.signal(signal.SIGTERM, _exit)
     try:
+        for worker in workers:
+            worker.start()
         for worker in workers:
             worker.join()
     finally:
-        board.stop()  # the processes have had the same Ctrl-C, and no others begin
+        board.stop()
     if board.failed:
         raise SystemExit(f"{len(board.failed)} of {len(board.failed | board.done)} failed; what is done is kept.")
+
+
+def _exit(number: int, _: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _gpus() -> list[str]:
@@ -155,8 +177,7 @@ def _work(board: Board, kind: str, gpu: str | None, num_threads: int, logs: Path
         try:
             with log.open("w") as file:
                 command = [sys.executable, script, kind, *typed, *job.options]
-                done = subprocess.run(command, env=environment, stdout=file, stderr=file, check=False)
-            well = done.returncode == 0
+                well = board.wait_for(subprocess.Popen(command, env=environment, stdout=file, stderr=file)) == 0
             said = f"{time.perf_counter() - begin_s:.0f} s" if well else f"failed, see {log}"
         except OSError as error:  # this worker goes on: others may wait for what only it takes
             said = f"was not begun: {error}"
