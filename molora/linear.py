@@ -81,6 +81,12 @@ class RoutedLinear(nn.Module):
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
+    @property
+    def computed_at_once(self) -> tuple[list[int], int]:
+        """Widths of the linears that one call of the kernels computes, and how many columns their adapters have."""
+        widths = [self.out_features] if self.siblings is None else self.siblings.out_features
+        return widths, len(widths) * self.lora_a_ERI[..., 0].numel()
+
     @torch.no_grad()
     def set_slot(self, slot: int, weights: LoraWeights | None) -> None:
         """Copy an adapter's pair into a slot, zero-padded to the slot's rank; None empties the slot."""

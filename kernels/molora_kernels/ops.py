@@ -3,7 +3,7 @@
 Legend: T tokens, K top-k, G sibling linears, E adapters, R rank, I in-features, O out-features of all siblings.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from molora_kernels.cpu import routed_linears_cpu
 from molora_kernels.gradients import addressable, backward, save_for_backward, whole_rows
 from molora_kernels.plan import Plan
 from molora_kernels.reference import routed_linears_reference
+from molora_kernels.tiles import sizes_of_cuts
 
 if HAS_TRITON:
     from molora_kernels import decode as decoding
@@ -167,6 +168,23 @@ def routed_linears(
             keep_h and gates.requires_grad,
         )
         return tuple(y.split_with_sizes(widths, dim=1)) if len(widths) > 1 else (y,)  # a split's gradient is a copy
+
+
+def sizes_to_compile(
+    sizes: Iterable[int], linears: Iterable[tuple[Sequence[int], int]], device: torch.device
+) -> list[int]:
+    """Of these numbers of tokens, those that bring kernels which no earlier one brings; elsewhere than on Hopper, none.
+
+    Triton compiles a kernel anew for sizes that are multiples of 16: that counts as the same here.
+
+    Args:
+        sizes: more than 64 tokens each.
+        linears: for each, `out_features` and the columns G * E * R of its adapters.
+    """
+    if fusing is None or not fusing.runs_on(device):
+        return []
+    unsorted = [*linears]
+    return sizes_of_cuts(sizes, [*unsorted, *((widths, 0) for widths, _ in unsorted)], device)
 
 
 def base_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """How the fused regime cuts its work, and what a cut costs. Knows nothing about kernels."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -67,6 +68,25 @@ def choose_backward_tiles(num_tokens: int, in_features: int, num_columns: int, d
     tiles = _cheapest(candidates, num_tokens, in_features, num_columns, device)
     assert tiles is not None
     return tiles
+
+
+def sizes_of_cuts(
+    sizes: Iterable[int], linears: Iterable[tuple[Sequence[int], int]], device: torch.device
+) -> list[int]:
+    """Of these numbers of tokens, the first for each way to cut that any of them brings.
+
+    Args:
+        linears: of each, the siblings' widths and the columns of their adapters.
+    """
+    shapes = {(tuple(widths), num_columns) for widths, num_columns in linears}
+    seen: set[Tiles | None] = {None}
+    found = []
+    for size in sizes:
+        cuts = {choose_tiles(size, *shape, device) for shape in shapes}
+        if not cuts <= seen:
+            found.append(size)
+            seen |= cuts
+    return found
 
 
 @lru_cache(maxsize=4096)

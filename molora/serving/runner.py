@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from molora_kernels import base_linear
+from molora_kernels import base_linear, sizes_to_compile
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -165,7 +165,8 @@ class Runner:
     def warm_up(self, hold: Hold | None, route: ResolvedRoute) -> None:
         """Compile and capture what most steps need: of every size, base and routed, and every way to draw for few.
 
-        Nothing is written to the cache. On a CPU there is nothing to do.
+        Steps that are too large to be captured have kernels by their size, and other ones for multiples of 16. Nothing
+        is written to the cache. On a CPU there is nothing to do.
 
         Args:
             hold, route: of steps that are routed; base steps alone if `hold` is None.
@@ -173,8 +174,10 @@ class Runner:
         if self._captured is None:
             return
         whole = min(self._max_step_tokens, self.num_blocks * self.block_size)
-        sizes = [size for size in BUCKETS if size <= whole]
-        for size in [whole, *reversed(sizes)]:
+        captured = [size for size in BUCKETS if size <= whole]
+        linears = [linear.computed_at_once for linear in self._decoder.linears.values()]
+        larger = sizes_to_compile(range(BUCKETS[-1] + 1, whole, 64), linears, self._decoder.device)
+        for size in [whole, *larger, *reversed(captured)]:
             ways = [Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_p=0.5)]
             for sampling in ways if size <= MAX_WARM_DRAWS else ways[:1]:
                 for of in [None, *([hold] if hold is not None else [])]:

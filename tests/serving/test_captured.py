@@ -12,12 +12,13 @@ from molora import MoLoRA, RouterConfig, Sampling
 from molora.generation import Grammar
 from molora.serving import captured as captured_module
 from molora.serving import engine as engine_module
+from molora.serving import runner as runner_module
 from molora.serving.captured import BUCKETS, Buffers, Capacity
 from molora.serving.compiled import compile_layers
 from molora.serving.engine import Engine, EngineConfig
 from molora.serving.packing import Row, pack
 from molora.serving.request import EngineError, Request
-from molora.serving.runner import Flight, Runner
+from molora.serving.runner import Flight, Runner, StepOutput
 from molora.serving.sampling import Draw, parts_of
 from molora.slots import ResolvedRoute
 
@@ -211,6 +212,29 @@ def test_buffers_hold_a_step_and_harmless_padding():
         assert on["kept_S"].tolist()[: len(packed.kept)] == packed.kept
         assert (on["start_N"] > 1 << 30).all(), "nobody is active in a step without routes"
     assert all(tensor.data_ptr() % 16 == 0 for tensor in buffers.device.values())
+
+
+def test_it_warms_up_every_size_that_brings_kernels(monkeypatch, make_small_bank, key_router, captured):
+    m = molora.load(make_small_bank(router=key_router()), device=DEVICE, dtype="float32")
+    engine = captured(m, max_step_tokens=2048)
+    runner = engine._runner
+    asked: list[Any] = []
+    monkeypatch.setattr(runner_module, "sizes_to_compile", lambda *args: asked.append(args) or [513, 769])
+    launched: list[tuple[int, bool]] = []
+
+    def launch(rows: Any, draws: Any) -> Flight:
+        launched.append((sum(len(row.token_ids) for row in rows), rows[0].hold is not None))
+        return Flight(StepOutput([], [], []))
+
+    monkeypatch.setattr(runner, "launch", launch)
+    engine._capture_steps()
+    whole = min(2048, runner.num_blocks * 8)
+    assert {(size, routed) for size in (*BUCKETS, 513, 769, whole) for routed in (False, True)} == set(launched)
+    ((sizes, linears, _),) = asked
+    assert min(sizes) > max(BUCKETS)
+    assert max(sizes) < whole
+    assert not any(size % 16 == 0 for size in sizes)
+    assert len([*linears]) == len(m.decoder.linears)
 
 
 def test_what_does_not_fit_is_run_as_it_is(m, captured):
