@@ -1,5 +1,7 @@
 """Best of n at test time: one adapter drafts, another one scores, and both share the base's cache.
 
+Taken is the answer whose drafts have most of the check's scores together.
+
     python examples/best_of_n.py --bank banks/functions --draft arithmetic --n 8 "What is 417 plus 385 minus 96?"
 
 The drafts are drawn from one reading of the question. The check reads it once as the base reads it, and then only what
@@ -12,6 +14,11 @@ import molora
 from molora.serving.functions import Function, best_of_n
 
 CHECK = Function("check", "Is this answer right, yes or no?", ("yes", "no"))
+
+
+def answer_of(text: str) -> str:
+    """What a draft comes to: what stands behind its last "Answer:", or all of it."""
+    return text.rpartition("Answer:")[2].strip()
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,6 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
         temperature=options.temperature,
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,
+        answer_of=answer_of,
     )
     for index, (draft, verdict) in enumerate(zip(found.drafts, found.verdicts, strict=True)):
         mark = "*" if index == found.best else " "

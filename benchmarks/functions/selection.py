@@ -1,15 +1,15 @@
 """Best of n: whether the draft that is taken is right, by how it is chosen, and what drafts and checks compute."""
 
 from argparse import Namespace
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
 from functions.calls import ALL_WAYS, functions_of
 from molora.model import MoLoRA
-from molora.serving.functions import best_of_n, call_each
+from molora.serving.functions import best_of_n, call_each, vote
 from molora.training.evaluate import mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.drafts import MAX_NEW_TOKENS, Drafts
@@ -32,7 +32,7 @@ class Candidates:
     """
 
     right: tuple[bool, ...]
-    answers: tuple[object, ...]
+    answers: tuple[Hashable, ...]
     logprobs: tuple[float, ...]
     scores: Mapping[str, tuple[float, ...]]
 
@@ -45,20 +45,13 @@ class Candidates:
             case "oracle":
                 return float(any(right))
             case "majority":
-                best = self._vote([1.0] * n)
+                best = vote(self.answers[:n], [1.0] * n)
             case "activated vote":
-                best = self._vote(self.scores["activated"][:n])
+                best = vote(self.answers[:n], self.scores["activated"][:n])
             case _:
                 scores = (self.logprobs if method == "log-probability" else self.scores[method])[:n]
                 best = scores.index(max(scores))
         return float(right[best])
-
-    def _vote(self, weights: Sequence[float]) -> int:
-        """The first draft of the answer with most weight; of equal ones, of that which came first."""
-        total = Counter[object]()
-        for answer, weight in zip(self.answers, weights, strict=False):
-            total[answer] += weight
-        return self.answers.index(max(total, key=lambda answer: total[answer]))
 
 
 def measure_selection(m: MoLoRA, args: Namespace) -> dict[str, Any]:
@@ -97,7 +90,7 @@ def score_drafts(m: MoLoRA, questions: Sequence[Mapping[str, Any]], drafts: Sequ
     ]
 
 
-def answer_of(domain: str, text: str) -> object:
+def answer_of(domain: str, text: str) -> Hashable:
     """What a draft comes to, as its verifier reads it; one that comes to nothing agrees with no other text."""
     try:
         value = TASKS[domain].value(answers_in(text)[-1])

@@ -8,7 +8,8 @@ cache, and a call computes the tokens of the invocation alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ class BestOfN:
     Attributes:
         drafts: in the order in which they were drawn.
         verdicts: on each draft; equal drafts have the same one.
-        best: index of the draft with the highest score, the first of equals.
+        best: index of the draft that was taken.
         num_reused_tokens, num_computed_tokens: of all drafts, and of the verdicts on different ones.
     """
 
@@ -97,7 +98,7 @@ class BestOfN:
 
     @property
     def text(self) -> str:
-        """The best draft."""
+        """The draft that was taken."""
         return self.drafts[self.best].text
 
     @property
@@ -171,6 +172,7 @@ def best_of_n(
     temperature: float = 1.0,
     seed: int | None = None,
     max_new_tokens: int | None = None,
+    answer_of: Callable[[str], Hashable] = str.strip,
 ) -> BestOfN:
     """Draw several answers to a conversation, and pick the one that a function thinks most of.
 
@@ -182,6 +184,7 @@ def best_of_n(
         draft: who drafts: the router, an adapter, a blend or the base.
         n: drafts.
         temperature, seed, max_new_tokens: of the drafts; see `molora.Sampling`.
+        answer_of: what a draft's text comes to; drafts of equal answers vote together.
 
     Raises:
         ValueError: see `call`; or a setting of the drafts is wrong. Raised before anything is drafted.
@@ -197,15 +200,22 @@ def best_of_n(
     told = [*_call_each(m, check, first_ids, answered[:1]), *_call_each(m, check, first_ids, answered[1:])]
     verdict_of = dict(zip(texts, told, strict=True))
     verdicts = tuple(verdict_of[out.text] for out in drafts)
-    scores = [verdict.score for verdict in verdicts]
     read: list[Generation | Verdict] = [*drafts, *told]
     return BestOfN(
         drafts=tuple(drafts),
         verdicts=verdicts,
-        best=scores.index(max(scores)),
+        best=vote([answer_of(out.text) for out in drafts], [verdict.score for verdict in verdicts]),
         num_reused_tokens=sum(each.num_reused_tokens for each in read),
         num_computed_tokens=sum(each.num_computed_tokens for each in read),
     )
+
+
+def vote(answers: Sequence[Hashable], weights: Sequence[float]) -> int:
+    """The index of the first draft of the answer with most weight; of equal ones, of that which came first."""
+    total = Counter[Hashable]()
+    for answer, weight in zip(answers, weights, strict=True):
+        total[answer] += weight  # type: ignore[assignment]  # it counts in fractions
+    return answers.index(max(total, key=lambda answer: total[answer]))
 
 
 def _first_ids(m: MoLoRA, function: Function) -> list[int]:

@@ -8,7 +8,7 @@ import torch
 import molora
 from molora import Sampling
 from molora.serving.engine import Engine, EngineConfig, Request
-from molora.serving.functions import Function, best_of_n, call, call_each
+from molora.serving.functions import Function, best_of_n, call, call_each, vote
 
 QUESTION = [{"role": "user", "content": "What is 417 plus 385 minus 96?"}]
 CHECK = Function("check", "Is this answer right, yes or no?")
@@ -82,7 +82,12 @@ def test_the_highest_score_of_n_is_taken_and_the_question_is_read_once_by_each(m
     assert len({draft.text for draft in found.drafts}) > 1
     scores = [call(m, CHECK, [*QUESTION, {"role": "assistant", "content": draft.text}]).score for draft in found.drafts]
     assert [verdict.score for verdict in found.verdicts] == pytest.approx(scores, abs=1e-5)
-    assert found.best == scores.index(max(scores))
+    assert found.best == scores.index(max(scores))  # all of them differ
+    by_length = best_of_n(
+        m, QUESTION, check=CHECK, draft="x", n=4, temperature=1.5, seed=3, max_new_tokens=12, answer_of=lambda _: "one"
+    )
+    assert by_length.drafts[0].text == found.drafts[0].text
+    assert by_length.best == 0  # of the only answer, the first draft
     assert found.text == found.drafts[found.best].text
     assert found.score == found.verdicts[found.best].score
     # Of the drafts, the first one reads the question; the others find it, but for its last token, which they draw from.
@@ -98,6 +103,18 @@ def test_the_highest_score_of_n_is_taken_and_the_question_is_read_once_by_each(m
     assert found.num_reused_tokens == sum(
         each.num_reused_tokens for each in (*found.drafts, *dict.fromkeys(found.verdicts))
     )
+
+
+@pytest.mark.parametrize(
+    ("answers", "weights", "taken"),
+    [
+        ("abab", (0.4, 0.6, 0.4, 0.1), 0),  # 0.8 of two drafts against 0.7
+        ("aba", (0.3, 0.9, 0.3), 1),
+        ("ba", (0.5, 0.5), 0),
+    ],
+)
+def test_the_answer_with_most_score_is_taken(answers, weights, taken):
+    assert vote(answers, weights) == taken
 
 
 def test_equal_drafts_are_checked_once(m):
