@@ -401,6 +401,30 @@ class TestExport:
         assert any("activation (invocation of invoked)" in note for note in done.notes) == (name == "invoked")
         assert any(f"ranks and scalings of {name}" in note for note in done.notes) == (name == "patterns")
 
+    @pytest.mark.parametrize("name", LORAS)
+    def test_vllms_own_loader_gives_the_same_weights(self, write, bank, tmp_path, monkeypatch, name):
+        """Where vLLM is installed, which needs a GPU's torch; last with 0.33.0, of which this part needs none."""
+        vllm = pytest.importorskip("vllm.lora.lora_model")
+        from vllm.config.lora import LoRAConfig
+        from vllm.lora.peft_helper import PEFTHelper
+
+        monkeypatch.setattr(vllm, "PIN_MEMORY", False)  # which needs a GPU
+
+        write(tmp_path / name, **LORAS[name])
+        bank.add(tmp_path / name)
+        export_for_vllm(bank, tmp_path / "out")
+        helper = PEFTHelper.from_local_dir(str(tmp_path / "out" / name), 2048)
+        helper.validate_legal(LoRAConfig(max_lora_rank=8, max_loras=1))
+        loaded = vllm.LoRAModel.from_local_checkpoint(
+            str(tmp_path / "out" / name), set(LINEARS), helper, lora_model_id=1, device="cpu", dtype=torch.float32
+        )
+        given = bank.load_adapter(name).weights
+        assert loaded.loras.keys() == given.keys()
+        for module, pair in given.items():
+            theirs = loaded.loras[module]
+            product = theirs.scaling * theirs.lora_b @ theirs.lora_a
+            assert torch.allclose(product, pair.scaling * pair.b_OR @ pair.a_RI, atol=1e-6)
+
     def test_weights_that_need_no_change_are_written_as_they_are(self, make_adapter, bank, tmp_path):
         adapter = make_adapter()
         tensors = {key: tensor.bfloat16() for key, tensor in adapter.tensors().items()}
