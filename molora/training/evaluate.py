@@ -175,8 +175,10 @@ def _decode_as_given(
     written: list[list[int]] = [[] for _ in questions]
     since = [0] * len(questions)  # where its text begins
     is_open = [True] * len(questions)
+    rows = list(range(len(questions)))  # whose answers are in the batch
     ids, mask, chosen = ids.to(device), mask.to(device), chosen.to(device)
     cache, positions = DynamicCache(config=m.model.config), (mask.cumsum(1) - 1).clamp(min=0)
+    can_shrink = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
     for _ in range(max_new_tokens):
         request = RouteRequest(
             torch.zeros_like(mask[:, :1]), slots=chosen, gates=torch.ones_like(chosen, dtype=torch.float32)
@@ -191,21 +193,24 @@ def _decode_as_given(
                 **{cache_argument(m.model): cache},
             ).logits[:, -1]
         ids = logits.argmax(-1, keepdim=True)
-        nexts = []
-        for row, token in enumerate(ids[:, 0].tolist()):
-            domains = questions[row].domains
+        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
             if is_open[row]:
                 written[row].append(token)
                 is_open[row] = token not in m.eos_ids
                 part = tokenizer.decode(written[row][since[row] :])
-                if place[row] + 1 < len(domains) and _ENDED.search(part):
+                if place[row] + 1 < len(questions[row].domains) and _ENDED.search(part):
                     place[row] += 1
                     since[row] = len(written[row])
-            nexts.append(slots.get(domains[place[row]], NO_ADAPTER))
         if not any(is_open):
             break
+        if can_shrink and sum(is_open) <= len(rows) / 2:
+            kept = torch.tensor([index for index, row in enumerate(rows) if is_open[row]], device=device)
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = [row for row in rows if is_open[row]]
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
         positions = positions[:, -1:] + 1
+        nexts = [slots.get(questions[row].domains[place[row]], NO_ADAPTER) for row in rows]
         chosen = torch.tensor(nexts, dtype=torch.int32, device=device)[:, None, None]
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 

@@ -69,6 +69,22 @@ def test_one_adapter_given_on_every_token_is_that_adapters_route(m: MoLoRA) -> N
     assert given == answer(m, QUESTIONS, [question.domains[0] for question in QUESTIONS], max_new_tokens=12)
 
 
+def test_answers_that_have_ended_leave_the_batch(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = [
+        replace(question, labels=question.domains * len(m.render(question.messages).token_ids))
+        for question in QUESTIONS
+    ]
+    outs = [m.generate(question.messages, route=question.domains[0], max_new_tokens=9) for question in questions]
+    first, second = outs[0].generated_ids[1], outs[1].generated_ids[3]
+    monkeypatch.setattr(MoLoRA, "eos_ids", {first, second})
+    sizes: list[int] = []
+    m.model.register_forward_pre_hook(lambda _, args, given: sizes.append(len(given["input_ids"])), with_kwargs=True)
+    together = answer_as_given(m, questions, max_new_tokens=9)
+    assert min(sizes) < max(sizes) == len(questions)
+    assert together == [answer_as_given(m, [question], max_new_tokens=9)[0] for question in questions]
+    assert len({len(text) for text in together}) > 1
+
+
 def test_given_routes_follow_the_labels_and_then_the_answers_parts(m: MoLoRA, monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [{"type": "text", "text": text, "domain": domain} for text, domain in (("one,", "words"), (" two", "legs"))]
     record = {
