@@ -11,10 +11,10 @@ import gc
 import hashlib
 import json
 import os
-import pickle
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from molora.training.callbacks import LastCheckpoint, Watch
 from molora.training.data import ChatData, as_list
 from molora.training.trainer import Trainer
 
+SECTIONS = ("model", "data", "trainer")  # of a stage
 DONE = "done.json"
 DECIDES_NOTHING = frozenset(
     {"logger", "log_every_n_steps", "enable_progress_bar", "enable_model_summary"}
@@ -73,6 +74,15 @@ class AdapterStage:
             raise ValueError(f"adapters.side_by_side is {self.side_by_side}; expected 1 or more.")
         if len({domain.val is None for domain in self.domains.values()}) > 1:
             raise ValueError("adapters.domains: give val for every domain, or for none.")
+        if self.side_by_side != 1 < len(self.domains) and any("EarlyStopping" in each for each in self._callbacks):
+            raise ValueError(
+                "adapters.trainer.callbacks: EarlyStopping would end all that are trained side by side at once, by "
+                "their mean loss; set adapters.side_by_side to 1."
+            )
+
+    @property
+    def _callbacks(self) -> list[str]:
+        return [str(callback) for callback in as_list(self.trainer.get("callbacks"))]
 
 
 @dataclass(frozen=True)
@@ -130,7 +140,15 @@ class BankSettings:
             values = yaml.safe_load(file.read_text(encoding="utf-8"))
             if not isinstance(values, dict):
                 raise ValueError("expected keys and values.")
-            return cls(**vars(parser.instantiate(parser.parse_object(values))))
+            given = parser.parse_object(deepcopy(values)).as_dict()
+            # Sections as they were typed, and no objects: each run of a stage makes callbacks and loggers of its own.
+            adapters, router = (
+                given[name] | {key: values[name][key] for key in SECTIONS if key in values[name]}
+                for name in ("adapters", "router")
+            )
+            domains = {name: Domain(**domain) for name, domain in adapters["domains"].items()}
+            stages = {"adapters": AdapterStage(**adapters | {"domains": domains}), "router": RouterStage(**router)}
+            return cls(**given | stages)
         except (ArgumentError, yaml.YAMLError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {one_line(error)}") from None
 
@@ -176,6 +194,7 @@ def train_adapters(settings: BankSettings) -> dict[str, Path]:
 def _train_adapters(work: _Work) -> dict[str, Path]:
     settings = work.settings
     folders = {name: work.adapter(name) for name in settings.adapters.domains}
+    work.take_finished()
     waiting = [name for name, folder in folders.items() if not folder.is_dir()]  # it gets its name when it is whole
     if waiting:
         _build(work.group(waiting).config, "adapters")
@@ -194,9 +213,8 @@ def _train_adapters(work: _Work) -> dict[str, Path]:
             gc.collect()
             torch.cuda.empty_cache()
             continue
-        for name in group:
-            folders[name].parent.mkdir(parents=True, exist_ok=True)
-            os.rename(stage.folder / "adapters" / name, folders[name])
+        write_atomic(stage.folder / DONE, json.dumps({name: folders[name].name for name in group}) + "\n")
+        work.take_finished()
         waiting = rest
     _say("[green]✓[/]", joined(folders))
     return folders
@@ -212,9 +230,26 @@ class _Work:
 
     def adapter(self, name: str) -> Path:
         """An adapter's folder; it is there once the adapter is trained."""
-        stage, train = self.settings.adapters, self.settings.adapters.domains[name].train
-        decides = [stage.model, self.common, self._data(stage.data), _of_trainer(stage.trainer), _contents(train)]
+        stage, domain = self.settings.adapters, self.settings.adapters.domains[name]
+        decides = [
+            stage.model,
+            self.common,
+            self._data(stage.data),
+            _of_trainer(stage.trainer),
+            _contents(domain.train),
+        ]
+        if stage.trainer.get("callbacks"):  # which may look at validation's losses
+            decides.append(_contents(domain.val))
         return self.root / "adapters" / f"{name}-{self._digest(name, decides)}"
+
+    def take_finished(self) -> None:
+        """Give the adapters of stages that have ended their own folders; a kill may have left some where they were."""
+        for done in self.root.glob(f"adapters-*/{DONE}"):
+            for name, folder in json.loads(done.read_text(encoding="utf-8")).items():
+                made, own = done.parent / "adapters" / name, self.root / "adapters" / folder
+                if made.is_dir() and not own.is_dir():
+                    own.parent.mkdir(parents=True, exist_ok=True)
+                    os.rename(made, own)
 
     def group(self, names: Sequence[str]) -> _Stage:
         """The training of several adapters."""
@@ -249,7 +284,7 @@ class _Work:
         return {"seed": self.settings.seed, **data}
 
     def _digest(self, *decides: Any) -> str:
-        digest = json_digest(json.loads(json.dumps([self.base_digest, *decides], default=str)))
+        digest = json_digest(_plain([self.base_digest, *decides]))
         return digest.rpartition(":")[2][:8]
 
     def _config(
@@ -280,7 +315,7 @@ class _Stage:
     def run(self, checkpoint_every: int) -> None:
         """Begin, or go on from the last checkpoint, and write what was learned."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "settings.yaml", yaml.safe_dump(json.loads(json.dumps(self.config, default=str))))
+        write_atomic(self.folder / "settings.yaml", yaml.safe_dump(_plain(self.config)))
         cli = _build(self.config, self.folder.name, default_root_dir=str(self.folder))
         trainer, checkpoint = cli.trainer, self.folder / "last.ckpt"
         if "logger" not in self.config["trainer"]:
@@ -298,7 +333,7 @@ class _Stage:
 
 
 def _check_sections(stage: AdapterStage | RouterStage, name: str) -> None:
-    for section in ("model", "data", "trainer"):
+    for section in SECTIONS:
         if not isinstance(value := getattr(stage, section), dict):
             raise ValueError(f"{name}.{section} is {value!r}; expected keys and values.")
 
@@ -325,7 +360,7 @@ def _build(config: Mapping[str, Any], section: str, **trainer: Any) -> Lightning
                 save_config_callback=None,
                 run=False,
                 parser_kwargs={"exit_on_error": False},
-                args={**config, "trainer": {**config["trainer"], **trainer}},
+                args=deepcopy({**config, "trainer": {**config["trainer"], **trainer}}),  # which the parser changes
             )
     except (ArgumentError, TypeError, AttributeError) as error:
         raise ValueError(f"{section}: {one_line(error)}") from None
@@ -340,12 +375,27 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
     try:
         torch.load(checkpoint, weights_only=False, map_location="cpu")
-    except (EOFError, RuntimeError, OSError, pickle.UnpicklingError):
+    except Exception:  # whatever unpickling makes of bytes that nobody has written
         aside = checkpoint.with_suffix(".broken")
         os.replace(checkpoint, aside)
         _say("[yellow]•[/]", f"{checkpoint} is broken; it is now {aside.name}, and the stage begins anew")
         return False
     return True
+
+
+def _plain(settings: Any) -> Any:
+    """As JSON has it.
+
+    Raises:
+        ValueError: an object is among the settings, which nobody could find again.
+    """
+
+    def other(value: Any) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise ValueError(f"{value!r} is no setting that can be written down; give its class_path and init_args.")
+
+    return json.loads(json.dumps(settings, default=other))
 
 
 def _of_trainer(trainer: Mapping[str, Any]) -> dict[str, Any]:

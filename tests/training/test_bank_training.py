@@ -22,7 +22,7 @@ from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.training import AdapterTraining, RouterTraining, callbacks, trainer
 from molora.training import bank as stages
-from molora.training.bank import BankSettings, train_bank
+from molora.training.bank import BankSettings, train_adapters, train_bank
 
 REPOSITORY = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -249,8 +249,62 @@ def test_a_bank_of_averages_is_another_one_and_goes_on_after_a_kill(monkeypatch:
             train_bank(settings(averaged))
     train_bank(settings(averaged))
     assert digests() == digests("whole")
+    assert [len(list(Path("work").glob(f"{stage}-*"))) for stage in ("adapters", "router")] == [1, 1]
     train_bank(settings({(stage, "trainer", "max_steps"): 10 for stage in ("adapters", "router")}))
     assert set(digests().values()).isdisjoint(digests("whole").values())
+
+
+STOPPING = {"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1, "min_delta": 1.0}}
+
+
+def test_each_adapter_stops_by_its_own_loss() -> None:
+    """The same one after the other, in either order: no callback knows of another stage."""
+    found = []
+    for names in (("letters", "digits"), ("digits", "letters")):
+        domains = {name: {"train": "tiny.jsonl", "val": "tiny.jsonl"} for name in names}
+        made = settings(
+            {
+                ("work",): "-".join(names),
+                ("adapters", "domains"): domains,
+                ("adapters", "side_by_side"): 1,
+                ("adapters", "trainer", "callbacks"): [STOPPING],
+                ("adapters", "trainer", "val_check_interval"): 2,
+                ("adapters", "trainer", "check_val_every_n_epoch"): None,
+            }
+        )
+        folders = train_adapters(made)
+        found.append({name: Adapter.read(folder).digest for name, folder in folders.items()})
+        assert folders == train_adapters(made)  # and is not trained again
+    assert found[0] == found[1]
+    assert len({*found[0].values()}) == 2
+
+
+def test_what_may_stop_an_adapter_is_part_of_its_name() -> None:
+    shutil.copy("tiny.jsonl", "other.jsonl")
+    with open("other.jsonl", "a") as file:
+        file.write(Path("tiny.jsonl").read_text().splitlines()[0] + "\n")
+    stops = {("adapters", "trainer", "callbacks"): [STOPPING], ("adapters", "side_by_side"): 1}
+    for changes, is_same in (({}, True), (stops, False)):
+        one, other = (
+            stages._Work(settings(changes | {("adapters", "domains", "letters", "val"): val})).adapter("letters").name
+            for val in ("tiny.jsonl", "other.jsonl")
+        )
+        assert (one == other) == is_same
+        assert one == stages._Work(settings(changes)).adapter("letters").name
+
+
+def test_adapters_that_a_kill_left_with_their_stage_are_found(
+    trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(trained())
+    first = digests()
+    (done,) = Path("work").glob("adapters-*/done.json")
+    (letters,) = Path("work/adapters").glob("letters-*")
+    letters.rename(done.parent / "adapters" / "letters")
+    monkeypatch.setattr(stages._Stage, "run", lambda *_: pytest.fail("trained again"))
+    train_bank(settings())
+    assert digests() == first
+    assert letters.is_dir()
 
 
 def test_settings_that_come_back_find_their_own_adapters(trained: Callable[..., Path]) -> None:
