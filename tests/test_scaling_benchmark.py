@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from molora.serving.cluster.config import RayConfig
 from molora.serving.engine import GPU_CACHE_SHARE
 
 REPOSITORY = Path(__file__).parents[1]
@@ -37,6 +39,11 @@ def measurements(module: Modules) -> Any:
 def fleet(module: Modules, measurements: Any) -> Any:
     """An 8B base, a thousand adapters, forty requests a second."""
     return module("search").at(module("results").fleet_of(measurements), 40.0)
+
+
+def returns(module: Modules, num_gpus: int, routing: str, turns: int = 4, answer_s: float = 2.0) -> Any:
+    traffic = module("parts").Traffic(requests_per_s=1, turns=turns)
+    return module("returns").Returns.of(traffic, answer_s, num_gpus, routing)
 
 
 @pytest.fixture(scope="module")
@@ -89,17 +96,17 @@ def test_a_step_takes_longer_with_everything_that_it_reads(module: Modules, flee
 
 
 def test_popularity_is_shared_out_and_groups_are_as_good_as_adapters(module: Modules) -> None:
-    popularity, simulate = module("popularity"), module("simulate")
+    popularity, dealing = module("popularity"), module("dealing")
     for number in (1, 10, 1000, 1001, 100_000):
         for zipf in (0.0, 1.0, 1.5):
             found = popularity.Popularity.zipf(number, zipf)
             assert found.counts_A.sum() == number
             assert found.counts_A @ found.shares_A == pytest.approx(1)
-    shares_A = simulate.zipf_shares(5000, 1.0)
+    shares_A = dealing.zipf_shares(5000, 1.0)
     exact = popularity.Popularity(shares_A, shares_A * 0 + 1)
-    for routing in popularity.ROUTINGS:
+    for routing in module("parts").ROUTINGS:
         rates = [
-            popularity.Placement.of(each, 8, routing).slot_hit_rate(100)
+            popularity.Placement.of(each, 8, routing).slot_hit_rate(100, returns(module, 8, routing), 1.0)
             for each in (exact, popularity.Popularity.zipf(5000, 1.0))
         ]
         assert rates[0] == pytest.approx(rates[1], abs=1e-3)
@@ -109,8 +116,9 @@ def test_adapters_are_found_more_often_with_slots_and_by_affinity_with_gpus(modu
     popularity = module("popularity")
     shares = popularity.Popularity.zipf(10_000, 1.0)
 
-    def hit_rate(num_gpus: int, routing: str, num_slots: int) -> float:
-        return float(popularity.Placement.of(shares, num_gpus, routing).slot_hit_rate(num_slots))
+    def hit_rate(num_gpus: int, routing: str, num_slots: int, turns: int = 4) -> float:
+        placement = popularity.Placement.of(shares, num_gpus, routing)
+        return float(placement.slot_hit_rate(num_slots, returns(module, num_gpus, routing, turns), 1.0))
 
     by_slots = [hit_rate(1, "affinity", slots) for slots in (1, 10, 100, 1000, 9999)]
     assert by_slots == sorted(by_slots)
@@ -118,7 +126,13 @@ def test_adapters_are_found_more_often_with_slots_and_by_affinity_with_gpus(modu
     assert hit_rate(1, "affinity", 10_000) == 1
     by_gpus = [hit_rate(gpus, "affinity", 50) for gpus in (1, 2, 8, 100, 1000)]
     assert by_gpus == sorted(by_gpus)
-    assert {round(hit_rate(gpus, "round-robin", 50), 6) for gpus in (1, 8, 1000)} == {round(by_gpus[0], 6)}
+    # By prefix only a conversation's own turns find more than in turn: single questions find the same.
+    assert {round(hit_rate(gpus, "prefix", 50), 6) for gpus in (1, 8, 1000)} == {round(by_gpus[0], 6)}
+    assert hit_rate(1, "round-robin", 50) == by_gpus[0]
+    assert hit_rate(8, "round-robin", 50, turns=1) == hit_rate(8, "prefix", 50, turns=1)
+    by_turns = [hit_rate(gpus, "round-robin", 50) for gpus in (1, 2, 8, 100, 1000)]
+    assert by_turns == sorted(by_turns, reverse=True)
+    assert by_turns[-1] == pytest.approx(hit_rate(8, "prefix", 50, turns=1), abs=0.001)
 
 
 def test_a_placement_gives_every_gpu_its_share(module: Modules) -> None:
@@ -130,19 +144,65 @@ def test_a_placement_gives_every_gpu_its_share(module: Modules) -> None:
         assert found.rates_A.max() <= 1  # no adapter needs more than the GPU
 
 
-@pytest.mark.parametrize(("num_gpus", "routing"), [(1, "affinity"), (4, "affinity"), (4, "round-robin")])
-def test_che_is_near_to_lru(module: Modules, num_gpus: int, routing: str) -> None:
-    popularity, simulate = module("popularity"), module("simulate")
+ROUTED = [(1, "affinity"), (4, "affinity"), (4, "round-robin"), (4, "prefix")]
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+@pytest.mark.parametrize(("num_gpus", "routing"), ROUTED)
+def test_che_is_near_to_lru(module: Modules, num_gpus: int, routing: str, turns: int) -> None:
+    popularity = module("popularity")
+    traffic = module("parts").Traffic(requests_per_s=num_gpus, turns=turns)
     how = {"number": 500, "zipf": 1.0, "num_gpus": num_gpus, "routing": routing}
-    asked = list(simulate.requests(**how, num_requests=40_000, seed=3))
-    simulated = simulate.slot_hit_rate(asked, num_gpus=num_gpus, num_slots=30, held_s=4.0)
+    asked = module("dealing").requests(traffic, **how, answer_s=4.0, num_requests=40_000, seed=3)
+    simulated = module("simulate").slot_hit_rate(asked, num_gpus=num_gpus, num_slots=60, held_s=4.0)
     placement = popularity.Placement.of(popularity.Popularity.zipf(500, 1.0), num_gpus, routing)
-    assert placement.slot_hit_rate(30) == pytest.approx(simulated, abs=0.01)
+    found = placement.slot_hit_rate(60, returns(module, num_gpus, routing, turns, answer_s=4.0), 1.0)
+    assert found == pytest.approx(simulated, abs=0.012)
+
+
+def test_a_conversation_is_dealt_out_turn_by_turn(module: Modules) -> None:
+    dealing = module("dealing")
+    traffic = module("parts").Traffic(requests_per_s=4, turns=3)
+    how = {"number": 50, "zipf": 1.0, "num_gpus": 4, "answer_s": 2.0, "num_requests": 4000, "seed": 0}
+    stays = {}
+    for routing in module("parts").ROUTINGS:
+        asked = dealing.requests(traffic, **how, routing=routing)
+        times = [each.time_s for each in asked]
+        assert times == sorted(times)
+        assert len(asked) / times[-1] == pytest.approx(4, rel=0.1)
+        by_conversation: dict[int, list[Any]] = {}
+        for each in asked:
+            by_conversation.setdefault(each.conversation, []).append(each)
+        for turns in by_conversation.values():
+            assert [each.turn for each in turns] == [*range(1, len(turns) + 1)]
+            assert len({each.adapter for each in turns}) == 1
+            pauses = [after.time_s - before.time_s for before, after in pairwise(turns)]
+            assert min(pauses, default=2.0) >= 2.0
+        stays[routing] = dealing.share_that_stays(asked)
+    assert stays["affinity"] == 1
+    assert stays["prefix"] > 0.99  # some go elsewhere because of the load
+    assert stays["round-robin"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_by_prefix_load_moves_a_conversation_and_what_is_forgotten_does(module: Modules) -> None:
+    def stays(requests_per_s: float, **changes: int) -> float:
+        traffic = module("parts").Traffic(requests_per_s=requests_per_s)
+        how = {"number": 1, "zipf": 1.0, "num_gpus": 8, "routing": "prefix", "answer_s": 2.0, "seed": 0}
+        asked = module("dealing").requests(traffic, **how, num_requests=6000, **changes)
+        return float(module("dealing").share_that_stays(asked))
+
+    assert stays(8) > 0.999
+    assert 0.9 < stays(160) < 0.999
+    assert stays(8, max_keys=100) < 0.5
 
 
 def test_the_engines_slots_find_what_the_simulation_finds(module: Modules) -> None:
-    asked = list(
-        module("simulate").requests(number=15, zipf=1.0, num_gpus=1, routing="affinity", num_requests=300, seed=5)
+    asked = module("dealing").requests(
+        module("parts").Traffic(requests_per_s=1),
+        **{"number": 15, "zipf": 1.0, "num_gpus": 1, "routing": "prefix"},
+        answer_s=2.0,
+        num_requests=300,
+        seed=5,
     )
     found = module("real_slots").same_hits(asked, number=15, num_slots=6, held_s=2.0)
     assert 100 < found["num_found"] < 290
@@ -160,18 +220,21 @@ def test_a_slot_that_is_held_is_not_given_away(module: Modules) -> None:
 
 
 @pytest.mark.parametrize("keeps_active", [False, True])
-@pytest.mark.parametrize("num_gpus", [1, 3])
+@pytest.mark.parametrize(("num_gpus", "routing"), [(1, "prefix"), (3, "prefix"), (3, "round-robin")])
 def test_prefixes_are_found_as_by_the_engines_block_managers(
-    module: Modules, keeps_active: bool, num_gpus: int
+    module: Modules, keeps_active: bool, num_gpus: int, routing: str
 ) -> None:
     traffic = module("parts").Traffic(
         requests_per_s=num_gpus, system_tokens=16, user_tokens=24, answer_tokens=40, keeps_active=keeps_active
     )
-    how = {"cache_tokens": 5000, "answer_s": 5.0, "num_gpus": num_gpus}
-    simulated = module("simulate").prefix_hit_rate(
-        traffic, block_size=8, num_conversations=500 * num_gpus, seed=1, **how
+    how = {"num_gpus": num_gpus, "answer_s": 5.0}
+    asked = module("dealing").requests(
+        traffic, **how, number=1, zipf=1.0, routing=routing, num_requests=2000 * num_gpus, seed=1
     )
-    model = module("prefixes").find_prefixes(traffic, requests_per_s=1, **how)
+    simulated = module("simulate").prefix_hit_rate(traffic, asked, **how, cache_tokens=5000, block_size=8, seed=1)
+    model = module("prefixes").find_prefixes(
+        traffic, module("returns").Returns.of(traffic, 5.0, num_gpus, routing), requests_per_s=1, cache_tokens=5000
+    )
     assert 0.1 < simulated < 0.8
     assert model.hit_rate == pytest.approx(simulated, abs=0.025)
 
@@ -180,13 +243,9 @@ def test_prefixes_have_bounds(module: Modules) -> None:
     traffic = module("parts").Traffic(requests_per_s=1)
 
     def found(cache_tokens: float, num_gpus: int = 1, **changes: Any) -> Any:
-        return module("prefixes").find_prefixes(
-            replace(traffic, **changes),
-            requests_per_s=1,
-            cache_tokens=cache_tokens,
-            answer_s=2.0,
-            num_gpus=num_gpus,
-        )
+        changed = replace(traffic, **changes)
+        dealt = module("returns").Returns.of(changed, 2.0, num_gpus, "round-robin")
+        return module("prefixes").find_prefixes(changed, dealt, requests_per_s=1, cache_tokens=cache_tokens)
 
     rates = [found(size).hit_rate for size in (1e3, 1e4, 1e5, 1e6, 1e9)]
     assert rates == sorted(rates)
@@ -220,8 +279,8 @@ def test_the_fewest_gpus_are_found(module: Modules, fleet: Any) -> None:
             assert search.with_best_slots(loaded, found.num_gpus - 1).problems
         needed.append(found.num_gpus)
     assert needed == sorted(needed)
-    by_turns = replace(search.at(fleet, 40.0), routing="round-robin")
-    assert search.gpus_needed(by_turns).num_gpus > needed[1]
+    by_turns = replace(search.at(fleet, 300.0), routing="round-robin")
+    assert search.gpus_needed(by_turns).num_gpus > needed[2]
 
 
 def test_what_is_held_out_changes_no_constant(module: Modules, measurements: Any, tmp_path: Path) -> None:
@@ -261,7 +320,7 @@ def test_the_replayed_traffic_is_that_which_was_measured(module: Modules, measur
 def test_a_plan_is_printed(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(["plan", "--adapters", "100", "--requests-per-s", "10"]) == 0
     printed = capsys.readouterr().out
-    assert re.search(r"^GPUs +1  affinity$", printed, flags=re.MULTILINE)
+    assert re.search(r"^GPUs +1  prefix$", printed, flags=re.MULTILINE)
     assert "does not work" not in printed
     command = ["plan", "--adapters", "9000", "--requests-per-s", "90", "--gpus", "2", "--json"]
     assert script.main(command) == 1
@@ -317,7 +376,7 @@ def test_the_result_covers_the_grid(result: dict[str, Any]) -> None:
     points = {(row["routing"], row["num_gpus"], row["number"]) for row in result["grid"]}
     assert {gpus for _, gpus, _ in points} >= {1, 10, 100, 1000}
     assert {number for _, _, number in points} >= {10, 100, 1000, 10_000, 100_000}
-    assert len(points) == 2 * 7 * 5 == len(result["grid"])
+    assert len(points) == 3 * 7 * 5 == len(result["grid"])
     assert result["seed"] == 0
     assert result["commit"]
 
@@ -362,11 +421,23 @@ def test_the_figures_in_the_text_of_the_page(
         found: dict[str, Any] = json.loads(capsys.readouterr().out)
         return found
 
-    by_turns = plan("--adapters 2000 --requests-per-s 50 --routing round-robin")
-    assert f"the same load needs {by_turns['num_gpus']} GPUs" in WORDS
-    found = plan("--adapters 100000 --requests-per-s 40")
-    assert f"Without `--gpus` the answer is {found['num_gpus']} GPUs" in WORDS
-    assert not plan("--adapters 100000 --requests-per-s 40 --gpus 8 --rank 8")["problems"]
+    two_thousand, questions = "--adapters 2000 --requests-per-s 50", "--turns 1"
+    gpus = {
+        (routing, more): plan(f"{two_thousand} --routing {routing} {more}")["num_gpus"]
+        for routing in ("prefix", "affinity", "round-robin")
+        for more in ("", questions)
+    }
+    assert f"With affinity it is {gpus['affinity', '']} as well, with round-robin {gpus['round-robin', '']}" in WORDS
+    alone = f"the same load needs {gpus['prefix', questions]} GPUs by prefix, and {gpus['affinity', questions]} with"
+    assert alone in WORDS
+    found = plan(two_thousand)
+    assert f"{found['slot_hit_rate']:.0%} of the requests find their adapter" in WORDS
+    assert gpus["prefix", ""] == found["num_gpus"]
+    hundred_thousand = "--adapters 100000 --requests-per-s 40"
+    assert f"Without `--gpus` the answer is {plan(hundred_thousand)['num_gpus']} GPUs" in WORDS
+    assert f"at `--rank 8` {plan(f'{hundred_thousand} --rank 8')['num_gpus']} are enough" in WORDS
+    singly = plan(f"{hundred_thousand} --turns 1")
+    assert f"single questions (`--turns 1`) need {singly['num_gpus']}" in WORDS
     long = "--adapters 20 --requests-per-s 3 --gpus 1 --user-tokens 1000 --answer-tokens 300 --turns 8"
     turn, kept = plan(long), plan(f"{long} --keeps-active")
     assert turn["problems"]
@@ -376,7 +447,7 @@ def test_the_figures_in_the_text_of_the_page(
     assert plan(f"{long} --keeps-active".replace("-s 3", "-s 4"))["prefix_hit_rate"] < 0.05
     che = max(abs(each["difference"]) for each in result["slot_checks"])
     few = [each for each in result["prefix_checks"] if each["requests_per_s"] == 1]
-    many = [each for each in result["prefix_checks"] if each["requests_per_s"] == 4]
+    many = [each for each in result["prefix_checks"] if each["requests_per_s"] > 1]
     differences = [max(abs(each["difference"]) for each in cases) for cases in (many, few)]
     assert f"off by at most {che:.4f} in {len(result['slot_checks'])} cases" in WORDS
     assert f"off by at most {differences[0]:.4f} from those" in WORDS
@@ -386,6 +457,21 @@ def test_the_figures_in_the_text_of_the_page(
     assert f"{result['fleet']['gpu']['bytes_per_s'] / 1e9:.0f} GB/s" in WORDS
     (load,) = (each["measured"] for each in result["points"] if each["what"] == "loading an adapter")
     assert f"{500 * load / 60e3:.0f} minutes for 500" in WORDS
+    stays = {(each["num_gpus"], each["max_keys"]): each["stays"] for each in result["stays"]}
+    default, more = sorted({max_keys for _, max_keys in stays})
+    assert default == RayConfig().max_prefix_keys
+    kept = [f"{stays[num_gpus, max_keys]:.3f}" for num_gpus, max_keys in ((4, default), (16, default), (64, default))]
+    assert f"{kept[0]} of the later turns stay on 4 GPUs, {kept[1]} on 16 and {kept[2]} on 64" in WORDS
+    remembered = [f"{stays[num_gpus, more]:.3f}" for num_gpus in (16, 64)]
+    assert f"`max_prefix_keys` of {more:,} they are {remembered[0]} and {remembered[1]}" in WORDS
+    by_case: dict[Any, dict[str, int]] = {}
+    for each in result["needed"]:
+        by_case.setdefault((each["requests_per_s"], each["number"]), {})[each["routing"]] = each["num_gpus"]
+    more_than = [
+        max(case[routing] / case["affinity"] for case in by_case.values()) for routing in ("prefix", "round-robin")
+    ]
+    assert f"by prefix up to {more_than[0]:.1f} times as many GPUs are needed as with affinity" in WORDS
+    assert f"as well, up to {more_than[1]:.1f} times" in WORDS
     busiest = {(each["num_gpus"], each["number"]): each["busiest"] for each in result["balance"]}
     assert f"has {busiest[100, 1000]:.2f} of its share with 1,000 adapters, but {busiest[100, 10]:.2f} with 10" in WORDS
     firsts = [each for each in result["points"] if each["what"].startswith("first token")]

@@ -8,8 +8,7 @@ from scaling.base import ITEM_BYTES, LINEARS, Base
 from scaling.measured import BASE, Measurements, fit, h100
 from scaling.model import Fleet
 from scaling.outlook import Outlook, assess
-from scaling.parts import Adapters, Traffic
-from scaling.popularity import ROUTINGS
+from scaling.parts import ROUTINGS, Adapters, Traffic
 from scaling.search import gpus_needed, with_best_slots
 
 BASES = {
@@ -33,7 +32,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     add("--adapters", type=int, required=True, help="that may be asked for")
     add("--gpus", type=int, help="the fewest that carry the load if not given")
     add("--slots", type=int, help="adapter slots of a GPU; those that strain it least if not given")
-    add("--routing", choices=ROUTINGS, default="affinity", help="each adapter and conversation to its own GPUs, or any")
+    add("--routing", choices=ROUTINGS, default="prefix", help="conversations stay, adapters too, or neither")
     add("--base", default="8b", help="8b, 1b (Llama's shapes), or a config.json")
     add("--dtype", choices=list(ITEM_BYTES), default="bfloat16")
     add("--rank", type=int, default=16)

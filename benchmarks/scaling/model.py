@@ -12,9 +12,10 @@ answer's tokens come every token_s = step_s / (1 - p), and batch = requests_per_
 from dataclasses import dataclass
 
 from scaling.base import Base
-from scaling.parts import Adapters, Costs, Gpu, Traffic
-from scaling.popularity import Placement, Routing
+from scaling.parts import Adapters, Costs, Gpu, Routing, Traffic
+from scaling.popularity import Placement
 from scaling.prefixes import Found, find_prefixes
+from scaling.returns import Returns
 from scaling.roots import find_root
 
 CACHE_SHARE = 0.9  # of what is free beside the model: `GPU_CACHE_SHARE` of molora/serving/engine.py
@@ -30,7 +31,7 @@ class Fleet:
     adapters: Adapters
     traffic: Traffic
     costs: Costs
-    routing: Routing = "affinity"
+    routing: Routing = "prefix"
     max_sequences: int = 64
 
     def __post_init__(self) -> None:
@@ -99,12 +100,14 @@ class Steady:
 
     Attributes:
         reading_s: of a turn's prompt, by itself.
+        returns: of a conversation's turns.
     """
 
     batch: float
     token_s: float
     reading_s: float
     found: Found
+    returns: Returns
     max_requests_per_s: float
 
 
@@ -126,13 +129,8 @@ def settle(fleet: Fleet, placement: Placement, *, requests_per_s: float, room: i
     token_s = step_of(1.0)
     for _ in range(MOST_ROUNDS):
         before_s = token_s
-        found = find_prefixes(
-            traffic,
-            requests_per_s=requests_per_s,
-            cache_tokens=room,
-            answer_s=answer * token_s,
-            num_gpus=num_gpus if fleet.routing == "round-robin" else 1,
-        )
+        returns = Returns.of(traffic, answer * token_s, num_gpus, fleet.routing)
+        found = find_prefixes(traffic, returns, requests_per_s=requests_per_s, cache_tokens=room)
         reading_s = base.prompt_flops(found.computed_tokens, prompt - found.computed_tokens) / costs.flops_per_s
         rest = max(1 - requests_per_s * reading_s, LEAST_REST)
         batch = min(find_root(lambda many: many / step_of(max(many, 1)), requests_per_s * answer / rest), max_batch)
@@ -140,4 +138,4 @@ def settle(fleet: Fleet, placement: Placement, *, requests_per_s: float, room: i
         if abs(token_s - before_s) < SETTLED * token_s:
             break
     most = 1 / (reading_s + answer * step_of(max_batch) / max_batch)
-    return Steady(batch, token_s, reading_s, found, most)
+    return Steady(batch, token_s, reading_s, found, returns, most)

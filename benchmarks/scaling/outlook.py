@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from scaling.model import Fleet, kv_tokens, load_s, settle
-from scaling.popularity import Placement, Popularity, Routing
+from scaling.parts import Routing
+from scaling.popularity import Placement, Popularity
 
 MOST_COMPUTING = 0.8  # of what a GPU can answer: a burst of 1.25 times the requests is to be answered
 MOST_LOADING = 0.5  # of a server's time: one adapter is loaded at a time
@@ -83,7 +84,7 @@ def assess(fleet: Fleet, num_gpus: int, num_slots: int) -> Outlook:
     burst_per_s = requests_per_s / MOST_COMPUTING
     burst = settle(fleet, placement, requests_per_s=burst_per_s, room=room, num_gpus=num_gpus)
     computing = requests_per_s / steady.max_requests_per_s
-    hit_rate = placement.slot_hit_rate(num_slots)
+    hit_rate = placement.slot_hit_rate(num_slots, steady.returns, requests_per_s)
     loads_per_s, each_s = requests_per_s * (1 - hit_rate), load_s(fleet)
     loading, busy = loads_per_s * each_s, placement.num_asked(steady.batch)
     first_s = math.inf
@@ -100,7 +101,7 @@ def assess(fleet: Fleet, num_gpus: int, num_slots: int) -> Outlook:
     if loading > MOST_LOADING:
         problems.append(
             f"adapters are being loaded in {loading:.0%} of the time, one after the other; {MOST_LOADING:.0%} are to "
-            "be planned with. Take more slots or GPUs, or send each adapter's requests to the same GPUs."
+            "be planned with. Take more slots or GPUs, or adapters of a lower rank."
         )
     if num_slots < placement.num_adapters and busy + 3 * math.sqrt(busy) > num_slots:
         problems.append(

@@ -6,6 +6,7 @@ from typing import Any
 
 from scaling.measured import FITTED_BATCHES, Point
 from scaling.outlook import Outlook
+from scaling.parts import ROUTINGS
 
 KINDS = {
     "decode steps": "step",
@@ -73,7 +74,7 @@ def page(result: dict[str, Any]) -> str:
         f"`{result['measured']}`, commit {result['measured_commit']}.\n",
         "## Against measurement\n",
         against_measurement(result),
-        "## GPUs that a load needs, with affinity / round-robin\n",
+        "## GPUs that a load needs, by prefix / with affinity / with round-robin\n",
         needed(result),
         "## From 1 to 1,000 GPUs\n",
         from_one(result),
@@ -120,14 +121,14 @@ def from_one(result: dict[str, Any]) -> str:
 
 
 def needed(result: dict[str, Any]) -> str:
-    """GPUs by load and adapters: with affinity, and with round-robin."""
+    """GPUs by load and adapters, with each routing."""
     found = {(each["requests_per_s"], each["number"], each["routing"]): each["num_gpus"] for each in result["needed"]}
     loads = sorted({load for load, _, _ in found})
     numbers = sorted({number for _, number, _ in found})
     rows = []
     for number in numbers:
-        pairs = [[found[load, number, routing] for routing in ("affinity", "round-robin")] for load in loads]
-        rows.append([f"{number:,}", *(f"{ours:,} / {other:,}" for ours, other in pairs)])
+        cells = [" / ".join(f"{found[load, number, routing]:,}" for routing in ROUTINGS) for load in loads]
+        rows.append([f"{number:,}", *cells])
     return markdown(["adapters", *(f"{load:,.0f} requests/s" for load in loads)], rows)
 
 

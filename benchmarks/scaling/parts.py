@@ -1,8 +1,12 @@
 """What is planned with, beside the base: a GPU, adapters, traffic and costs. Sizes are bytes, times seconds."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from scaling.base import LINEARS, Base, check_positive
+
+Routing = Literal["prefix", "affinity", "round-robin"]  # the first is the one that this project has
+ROUTINGS: tuple[Routing, ...] = ("prefix", "affinity", "round-robin")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from scaling.grid import ADAPTERS, REQUESTS_PER_S_OF_A_GPU
 
 Rows = Sequence[dict[str, Any]]
-STYLES = {"affinity": "-", "round-robin": "--"}
+STYLES = {"prefix": "-", "affinity": ":", "round-robin": "--"}
 
 
 def draw(result: dict[str, Any], folder: Path) -> list[Path]:
@@ -36,13 +36,13 @@ def draw_grid(result: dict[str, Any]) -> Figure:
             for routing, style in STYLES.items():
                 rows = [row for row in result["grid"] if (row["number"], row["routing"]) == (number, routing)]
                 values = [row[field] / scale for row in rows]
-                label = f"{number:,} adapters" if routing == "affinity" else None
+                label = f"{number:,} adapters" if routing == "prefix" else None
                 axis.plot([row["num_gpus"] for row in rows], values, style, color=f"C{index}", label=label)
         axis.set(xscale="log", xlabel="GPUs", title=title)
         if scale == 1:
             axis.set_ylim(0, 1.03)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8, title="solid: affinity; dashed: round-robin", title_fontsize=8)
+    axes[0, 0].legend(fontsize=8, title="solid: prefix; dotted: affinity; dashed: round-robin", title_fontsize=8)
     axis, rows = axes[1, 1], result["slots"]
     slots = [row["num_slots"] for row in rows]
     for field, label in (("slots_bytes", "slots"), ("kv_bytes", "KV cache")):

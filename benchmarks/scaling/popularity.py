@@ -2,21 +2,25 @@
 
 Slots are LRU. Che's approximation (Che, Tung, Wang 2002, "Hierarchical Web Caching Systems", equations 1 to 5): an
 adapter that is asked for at the rate r stays found with probability 1 - exp(-r T), where the characteristic time T is
-the one at which as many are found, on average, as there are slots. Requests that hold their slot for a while change
-nothing in it, as long as T is longer than that.
+the one at which as many are found, on average, as there are slots.
+
+Requests are turns of conversations, each with one adapter, which begin independently of each other. A turn makes its
+adapter stay found for T, or until the conversation's next one on this GPU: for m(T), on average. The chance that no
+turn of others has asked for it is then exp(-r m(T)), as if r m(T) of them came independently, and a turn lacks its
+adapter if its own conversation has left none, either. A running request holds its slot, and T counts from its end.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scaling.parts import Routing
+from scaling.returns import Returns
 from scaling.roots import find_root
 
-Routing = Literal["affinity", "round-robin"]
-ROUTINGS: tuple[Routing, ...] = ("affinity", "round-robin")
 FloatArray = NDArray[np.float64]
 NUM_EXACT = 1000  # of the most popular adapters; the others are put together by 1 % of their rank
 GROWTH = 1.01
@@ -52,8 +56,8 @@ class Placement:
     """On how many GPUs each adapter is asked for, and so what one GPU is asked for, on average over GPUs.
 
     Attributes:
-        hosts_A: GPUs that are asked for an adapter: all with round-robin; with affinity as many as its share of the
-            requests needs, and at least one.
+        hosts_A: GPUs that are asked for an adapter: all; with affinity as many as its share of the requests needs, and
+            at least one.
         rates_A: requests for it, on a GPU that is asked for it at all, over all requests of that GPU.
         weights_A: adapters of each group that one GPU is asked for.
     """
@@ -65,7 +69,7 @@ class Placement:
     @classmethod
     def of(cls, popularity: Popularity, num_gpus: int, routing: Routing) -> Self:
         everywhere = np.full_like(popularity.shares_A, num_gpus)
-        hosts_A = everywhere if routing == "round-robin" else np.ceil(num_gpus * popularity.shares_A)
+        hosts_A = np.ceil(num_gpus * popularity.shares_A) if routing == "affinity" else everywhere
         return cls(hosts_A, num_gpus * popularity.shares_A / hosts_A, popularity.counts_A * hosts_A / num_gpus)
 
     @property
@@ -77,9 +81,15 @@ class Placement:
         """Different adapters among as many requests of one GPU, on average."""
         return float(self.weights_A @ -np.expm1(-self.rates_A * num_requests))
 
-    def slot_hit_rate(self, num_slots: int) -> float:
-        """Of the requests, those that find their adapter in one of a GPU's slots; all where all adapters fit."""
+    def slot_hit_rate(self, num_slots: int, returns: Returns, requests_per_s: float) -> float:
+        """Of the requests of one GPU, those that find their adapter in one of its slots; all where all adapters fit."""
         if num_slots >= self.num_adapters:
             return 1.0
         num_requests = find_root(self.num_asked, num_slots)
-        return float((self.weights_A * self.rates_A) @ -np.expm1(-self.rates_A * num_requests))
+
+        def num_kept(lifetime_s: float) -> float:
+            return requests_per_s * (returns.answer_s + returns.mean_kept_s(lifetime_s))
+
+        lifetime_s = 0.0 if num_kept(0.0) >= num_requests else find_root(num_kept, num_requests)
+        lacked_by_others = float((self.weights_A * self.rates_A) @ np.exp(-self.rates_A * num_requests))
+        return 1 - returns.share_late(lifetime_s) * lacked_by_others

@@ -15,7 +15,8 @@ from molora.digest import base_digest
 from molora.model import MoLoRA
 from molora.slots import Hold, ResolvedRoute
 from molora.tiny import make_tiny_base
-from scaling.simulate import Asked, SlotCache
+from scaling.dealing import Asked
+from scaling.simulate import SlotCache
 
 
 @contextmanager

@@ -36,6 +36,7 @@ def write(out: Path, pictures: Path, seed: int) -> None:
         "points": grid.points(measurements),
         "slot_checks": grid.slot_checks(seed),
         "prefix_checks": grid.prefix_checks(seed),
+        "stays": grid.stays(seed),
         "engine_slots": grid.engine_slots(seed),
         "balance": grid.balance(),
         "slots": grid.slots_against_cache(fleet),

@@ -6,69 +6,11 @@
 
 import heapq
 import random
-from collections import OrderedDict
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import numpy as np
+from collections import OrderedDict, deque
 
 from molora.serving.block_manager import BlockManager, BlockTable, Source
+from scaling.dealing import Asked
 from scaling.parts import Traffic
-from scaling.popularity import FloatArray, Routing
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request for an adapter, in the order of time."""
-
-    time_s: float
-    adapter: int
-    gpu: int
-
-
-def requests(
-    *, number: int, zipf: float, num_gpus: int, routing: Routing, num_requests: int, seed: int
-) -> Iterator[Asked]:
-    """One request a second, on average, each independent of the others.
-
-    With affinity the most popular adapters are placed first, each on as many GPUs as its share needs and there on those
-    that are asked least so far.
-    """
-    draw = np.random.default_rng(seed)
-    shares_A = zipf_shares(number, zipf)
-    homes = place(shares_A, num_gpus) if routing == "affinity" else [list(range(num_gpus))] * number
-    adapters = draw.choice(number, size=num_requests, p=shares_A)
-    times = np.cumsum(draw.exponential(size=num_requests))
-    for time_s, adapter in zip(times.tolist(), adapters.tolist(), strict=True):
-        yield Asked(time_s, adapter, homes[adapter][int(draw.integers(len(homes[adapter])))])
-
-
-def zipf_shares(number: int, zipf: float) -> FloatArray:
-    shares_A = np.arange(1, number + 1, dtype=np.float64) ** -zipf
-    normed_A: FloatArray = shares_A / shares_A.sum()
-    return normed_A
-
-
-def place(shares_A: FloatArray, num_gpus: int) -> list[list[int]]:
-    """The GPUs of each adapter, most popular first."""
-    loads = [(0.0, gpu) for gpu in range(num_gpus)]
-    homes = []
-    for share in shares_A:
-        count = int(np.ceil(num_gpus * share))
-        taken = [heapq.heappop(loads) for _ in range(count)]
-        homes.append([gpu for _, gpu in taken])
-        for load, gpu in taken:
-            heapq.heappush(loads, (load + share / count, gpu))
-    return homes
-
-
-def share_of_busiest(number: int, zipf: float, num_gpus: int) -> float:
-    """Of the requests, those of the busiest GPU, over an equal share."""
-    shares_A = zipf_shares(number, zipf)
-    loads = np.zeros(num_gpus)
-    for share, homes in zip(shares_A, place(shares_A, num_gpus), strict=True):
-        loads[homes] += share / len(homes)
-    return float(loads.max() * num_gpus)
 
 
 class SlotCache:
@@ -120,53 +62,48 @@ def slot_hit_rate(asked: list[Asked], *, num_gpus: int, num_slots: int, held_s: 
 
 def prefix_hit_rate(
     traffic: Traffic,
+    asked: list[Asked],
     *,
+    num_gpus: int,
     cache_tokens: int,
     block_size: int,
     answer_s: float,
-    num_gpus: int,
-    num_conversations: int,
     seed: int,
 ) -> float:
-    """Of the prompts' tokens, those that the block managers find.
+    """Of the prompts' tokens of the second half of the requests, those that the block managers find.
 
-    The first half of the conversations fills the cache, and the last tenth keeps it full while the others end.
-
-    traffic.requests_per_s is that of all GPUs. Turns are dealt to them at random; one GPU is affinity. An answer's last
-    token is not in the cache, and a prompt's last one is computed whatever is found: both are among what is counted.
+    An answer's last token is not in the cache, and a prompt's last one is computed whatever is found: both are among
+    what is counted.
     """
     draw = random.Random(seed)
     managers = [BlockManager(cache_tokens // block_size, block_size) for _ in range(num_gpus)]
-    system = [draw.randrange(1 << 30) for _ in range(traffic.system_tokens)]
-    events: list[tuple[float, int, str, int, object]] = []
-    time_s = 0.0
-    for number in range(num_conversations):
-        time_s += draw.expovariate(traffic.requests_per_s / traffic.turns)
-        events.append((time_s, number, "begin", 1, list(system)))
-    heapq.heapify(events)
-    num_found = num_asked = 0
-    while events:
-        now_s, number, what, turn, state = heapq.heappop(events)
-        if what == "begin":
-            ids = [*state, *(draw.randrange(1 << 30) for _ in range(traffic.user_tokens))]  # type: ignore[misc]
-            start = traffic.system_tokens if traffic.keeps_active else len(ids) - traffic.user_tokens
-            manager = draw.choice(managers)
-            table = manager.open(ids, Source(start, b"adapter"))
-            if 0.5 <= number / num_conversations < 0.9:
-                num_found += table.num_cached
-                num_asked += len(ids)
-            answer = [draw.randrange(1 << 30) for _ in range(traffic.answer_tokens)]
-            manager.step += 1
-            if not manager.grow(table, len(ids) + len(answer)):
-                raise RuntimeError(f"a cache of {cache_tokens} tokens has no room for what runs at once.")
-            heapq.heappush(events, (now_s + answer_s, number, "end", turn, (manager, table, ids + answer)))
-        else:
-            manager, table, ids = state  # type: ignore[misc]
-            finish(manager, table, ids)
-            if turn < traffic.turns:
-                think_s = draw.expovariate(1 / traffic.think_s)
-                heapq.heappush(events, (now_s + think_s, number, "begin", turn + 1, ids))
-    return num_found / num_asked
+
+    def drawn(num_tokens: int) -> list[int]:
+        return [draw.randrange(1 << 30) for _ in range(num_tokens)]
+
+    system = drawn(traffic.system_tokens)
+    said: dict[int, list[int]] = {}
+    running: deque[tuple[float, int, BlockTable, list[int]]] = deque()
+    num_found = num_counted = 0
+    for index, request in enumerate(asked):
+        while running and running[0][0] <= request.time_s:
+            _, gpu, table, ids = running.popleft()
+            finish(managers[gpu], table, ids)
+        manager = managers[request.gpu]
+        ids = said.pop(request.conversation, system) + drawn(traffic.user_tokens)
+        start = traffic.system_tokens if traffic.keeps_active else len(ids) - traffic.user_tokens
+        table = manager.open(ids, Source(start, b"adapter"))
+        if 2 * index >= len(asked):
+            num_found += table.num_cached
+            num_counted += len(ids)
+        ids = ids + drawn(traffic.answer_tokens)
+        manager.step += 1
+        if not manager.grow(table, len(ids)):
+            raise RuntimeError(f"a cache of {cache_tokens} tokens has no room for what runs at once.")
+        running.append((request.time_s + answer_s, request.gpu, table, ids))
+        if request.turn < traffic.turns:
+            said[request.conversation] = ids
+    return num_found / num_counted
 
 
 def finish(manager: BlockManager, table: BlockTable, ids: list[int]) -> None:
