@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from molora.siblings import Siblings
 
 
+SLOTS = ("lora_a_ERI", "lora_b_EOR")
 BaseLinear = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class RoutedLinear(nn.Module):
-    """Stands where an `nn.Linear` stood: same weight, same bias, same names in the state dict.
+    """Stands where an `nn.Linear` stood: same weight, same bias, and nothing else in the state dict.
 
     Adapter slots have fixed addresses and one padded rank, so loading and replacing an adapter moves no pointer.
     With no plan in its routes it is `base_linear`: torch's own, to the bit, unless an engine put another one there.
@@ -80,6 +81,15 @@ class RoutedLinear(nn.Module):
             impl=routes.impl,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in SLOTS:
+            del destination[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        slots = {prefix + name: self.get_parameter(name) for name in SLOTS}
+        super()._load_from_state_dict({**state_dict, **slots}, prefix, *args)
 
     @property
     def computed_at_once(self) -> tuple[list[int], int]:

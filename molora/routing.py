@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from molora_kernels import Plan, make_plan
@@ -113,12 +113,32 @@ class RouterInput(Exception):  # noqa: N818 - it carries a result, and is no err
         self.hidden_states = hidden_states
 
 
-class RoutingLayer(nn.Module):
+class StandIn(nn.Module):
+    """Stands where a module of the base stood. A state dict holds that module alone, under the names that it had."""
+
+    stands_for: ClassVar[str]
+    """The submodule that stood here."""
+
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.get_submodule(self.stands_for).state_dict(*args, **options)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        given = {name.removeprefix(prefix): state_dict.pop(name) for name in [*state_dict]}
+        state_dict |= {f"{prefix}{self.stands_for}.{name}": value for name, value in given.items()}
+        for name, child in self.named_children():
+            if name != self.stands_for:  # it is ours, and stays as it is
+                state_dict |= child.state_dict(prefix=f"{prefix}{name}.", keep_vars=True)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RoutingLayer(StandIn):
     """A decoder layer, preceded by the decision which adapters act on each of its tokens.
 
     Without a router, only explicit slots act (the layer in front of an adapter that acts below the router layer), and
     `router_slot` on the tokens that a router's own LoRA prepares.
     """
+
+    stands_for = "layer"
 
     def __init__(
         self,
@@ -207,8 +227,10 @@ class RoutingLayer(nn.Module):
         return slots, decision.gates_TK.reshape(shape), logits
 
 
-class TokenTap(nn.Module):
+class TokenTap(StandIn):
     """Stands where the input embedding stood and notes the token ids for a router that reads them."""
+
+    stands_for = "embedding"
 
     def __init__(self, embedding: nn.Module, routes: Routes) -> None:
         super().__init__()

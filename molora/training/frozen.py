@@ -91,7 +91,9 @@ class FrozenBase(L.LightningModule):
             data.prepare(self.tokenizer, domains, max_context=max_context, labels_needed=labels_needed, apart=apart)
 
     def trained(self) -> dict[str, nn.Parameter]:
-        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        """By their names in a state dict."""
+        values = self.state_dict(keep_vars=True).items()
+        return {name: value for name, value in values if isinstance(value, nn.Parameter) and value.requires_grad}
 
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds: what is trained, and what else a resumed run needs."""

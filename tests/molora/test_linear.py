@@ -81,10 +81,15 @@ def test_slots_may_be_of_another_dtype_than_the_base(dtype):
     assert routed(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_the_state_dict_has_the_names_of_the_linear():
+def test_the_state_dict_is_that_of_the_linear():
     linear, routed = make()
-    assert {"weight", "bias"} <= set(routed.state_dict())
-    assert set(routed.state_dict()) - set(linear.state_dict()) == {"lora_a_ERI", "lora_b_EOR"}
+    assert list(routed.state_dict()) == list(linear.state_dict()) == ["weight", "bias"]
+    routed.set_slot(1, weights(4))
+    slot = routed.get_slot(1, 4)
+    other = nn.Linear(6, 5)
+    assert str(routed.load_state_dict(other.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(routed.weight, other.weight)
+    assert torch.equal(routed.get_slot(1, 4).a_RI, slot.a_RI)
     assert "slots=3, rank=4" in repr(routed)
 
 

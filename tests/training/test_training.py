@@ -455,11 +455,12 @@ def test_a_routers_lora_is_kept_from_drifting() -> None:
     assert 0 < kept < 0.2 * free
 
 
-def test_a_checkpoint_of_other_settings_is_an_error() -> None:
+def test_a_checkpoint_of_other_settings_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     fit("--trainer.max_steps", "20", config=router_config())
     (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
     with pytest.raises(SystemExit):
         fit("--trainer.max_steps", "20", "--ckpt_path", str(checkpoint), config=router_config(router_layer=0))
+    assert "the checkpoint is of a router at layer 1, not at 0" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_trained_lora_routes_as_it_did_in_training() -> None:
