@@ -270,7 +270,10 @@ class MoLoRA:
                 `generate` with n beams, or n returned sequences, runs each prompt n times in a row: repeat its index.
             route: one route for all sequences, or one for each.
 
-        Inside, the model is this thread's alone: answers of the engine wait until it is left.
+        Inside, the model is this thread's alone: answers of the engine wait until it is left. A packed row, whose
+        `position_ids` begin again, has one start and one route, and each of its sequences is active from its own token
+        of that index. transformers' continuous batching (`generate_batch`) is refused: it packs prompts, each of which
+        has a start of its own, in an order that only it knows.
         """
         starts = _check_starts(activation_start)
         resolved = self._resolve_routes(route, len(starts))
@@ -279,7 +282,7 @@ class MoLoRA:
             before, self._routing_thread = self._routing_thread, threading.get_ident()
             request = self._route_request(resolved, holds, starts) if someone_acts else None
             try:
-                with self.decoder.requested(request, early=_act_early(holds)):
+                with _no_continuous_batching(self.model), self.decoder.requested(request, early=_act_early(holds)):
                     yield
             finally:
                 self._routing_thread = before
@@ -452,6 +455,28 @@ class MoLoRA:
                 f"at most {most} tokens; ask for {room} new ones or fewer."
             )
         return max_new_tokens
+
+
+@contextmanager
+def _no_continuous_batching(model: Any) -> Iterator[None]:
+    """Refuse what every way into transformers' continuous batching calls."""
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise RuntimeError(
+            "inside m.routing(...), transformers' continuous batching (generate_batch) cannot tell whose token is "
+            "whose; outside it, m.engine.generate answers many conversations at once, each by its own route."
+        )
+
+    own, name = vars(model), "init_continuous_batching"
+    before = own.get(name)
+    own[name] = refuse
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before
 
 
 def _whole_number(value: Any, name: str) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 
 from molora import MoLoRA, RouterConfig
 from molora.checkpoint import load_base
@@ -113,8 +113,60 @@ def test_sampling_is_of_the_routed_distribution(m: MoLoRA, ids: torch.Tensor, ro
     torch.testing.assert_close(torch.cat(out.logits), logits[0, ids.shape[1] - 1 : -1], rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("how", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "low"}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 3, "force_words_ids": [[5]]},
+    ],
+    ids=["contrastive search", "DoLa", "group beams", "constrained beams"],
+)
 def test_what_is_code_on_the_hub_is_refused(m: MoLoRA, ids: torch.Tensor, how: dict[str, Any]) -> None:
-    """transformers moved contrastive search and DoLa there, and asks before it runs them."""
+    """transformers moved these there, and asks before it runs them."""
     with m.routing([START], "auto"), pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
         m.model.generate(ids, **(OPTIONS | how))
+
+
+def test_continuous_batching_is_refused_inside(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:
+    """transformers packs its prompts in rows, where nobody could say which start and route are whose."""
+    config = GenerationConfig(**OPTIONS)
+    for ways_in in (
+        lambda: m.model.generate_batch(ids.tolist(), config),
+        lambda: m.model.generate(ids, cache_implementation="paged", **OPTIONS),
+        lambda: m.model.init_continuous_batching(config),
+    ):
+        with m.routing([START], route):
+            with m.routing([START], "base"):
+                pass
+            with pytest.raises(RuntimeError, match=r"continuous batching .* m\.engine\.generate answers many"):
+                ways_in()
+    assert "init_continuous_batching" not in vars(m.model)
+
+
+def test_continuous_batching_outside_is_the_bases(m: MoLoRA, random_ids: Callable[..., list[int]]) -> None:
+    prompts = [random_ids(20), random_ids(9, seed=1)]
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # else it takes most of the memory
+    found = m.model.generate_batch(prompts, GenerationConfig(**OPTIONS), small)
+    for prompt, output in zip(prompts, found.values(), strict=True):
+        assert [*prompt, *output.generated_tokens] == greedy(m, torch.tensor([prompt]), "base")
+    prompt = torch.tensor(prompts[:1])
+    with m.routing([START], "x"):  # and the model's own attention is back
+        assert m.model.generate(prompt, **OPTIONS)[0].tolist() == greedy(m, prompt, "x")
+
+
+@torch.inference_mode()
+def test_the_sequences_of_a_packed_row_share_its_start(
+    m: MoLoRA, route: Any, random_ids: Callable[..., list[int]]
+) -> None:
+    """Each is active from its own token of that index."""
+    one, other = random_ids(13), random_ids(17, seed=1)
+    positions = torch.tensor([[*range(len(one)), *range(len(other))]])
+    packed = torch.tensor([[*one, *other]])
+    with m.routing([START], route):
+        logits = m.model(packed, position_ids=positions, use_cache=False).logits
+    alone = [m.logits([each], [START], route=route)[0][0] for each in (one, other)]
+    torch.testing.assert_close(logits[0], torch.cat(alone), rtol=0, atol=0.05)
+    with m.routing([START, START], "x"), pytest.raises(ValueError, match="this batch has 1 sequences, but activation"):
+        m.model(packed, position_ids=positions, use_cache=False)
