@@ -79,13 +79,20 @@ def _packages() -> Iterator[Finding]:
         advice = "pip install --upgrade molora, or in a clone pip install -e ."
         yield Finding("packages", "wrong", f"molora {version}: {joined(missing)}", advice)
     else:
-        named = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers"))
+        named = ", ".join(_version(name) for name in ("torch", "transformers", "triton"))
         yield Finding("packages", "well", f"molora {version}, {named}")
     extras = importlib.metadata.metadata("molora").get_all("Provides-Extra") or []
     absent = [extra for extra in extras if _lacks_extra(requirements, extra)]
     there = [extra for extra in extras if extra not in absent]
     text = f"installed: {joined(there) or 'none'}" + (f"; not: {joined(absent)}" if absent else "")
     yield Finding("extras", "well", text)
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:  # as Triton is beside a torch for CPUs, or on no Linux
+        return f"no {name}"
 
 
 def _wanted(requirement: Requirement, extra: str = "") -> bool:

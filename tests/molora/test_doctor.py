@@ -1,5 +1,6 @@
 """`molora doctor`: what is well is said to be, and each thing that is not is found, with what to do."""
 
+import importlib.metadata
 import json
 import shutil
 from collections import namedtuple
@@ -98,6 +99,23 @@ def test_packages(bank: Path, monkeypatch: pytest.MonkeyPatch, requirement: str,
     assert found.state == ("wrong" if text else "well")
     assert text in found.text
     assert ("not: demo" in find(bank, "extras").text) == ("extra" in requirement)
+
+
+def test_the_versions_that_kernels_depend_on(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.metadata.version
+    there = {name: real(name) for name in ("torch", "transformers")} | {"triton": "3.6.0"}
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: [])
+    monkeypatch.setattr("importlib.metadata.version", lambda name: there.get(name) or real(name))
+    text = f"torch {there['torch']}, transformers {there['transformers']}, triton 3.6.0"
+    assert find(bank, "packages").text.endswith(text)
+
+    def without_triton(name: str) -> str:
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr("importlib.metadata.version", without_triton)
+    assert find(bank, "packages").text.endswith(f"transformers {there['transformers']}, no triton")
 
 
 def test_kernels_that_are_wrong_or_do_not_run(bank: Path, monkeypatch: pytest.MonkeyPatch) -> None:
