@@ -1,6 +1,7 @@
-"""The worked examples of docs/functions.md, on a tiny random bank: an agent over HTTP, and the best of n drafts."""
+"""What docs/functions.md shows, on a tiny random bank: a call in Python, an agent over HTTP, the best of n drafts."""
 
 import re
+from pathlib import Path
 
 import pytest
 
@@ -10,12 +11,37 @@ from molora.serving.config import ServeConfig
 from molora.serving.engine import Engine, EngineConfig
 from molora.training.recipes.verdicts import INVOCATIONS
 
+REWRITE = "Rewrite the question so that it stands alone."
 QUESTION = "What is 417 plus 385 minus 96?"
 
 
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory, make_function_bank):
-    return make_function_bank(tmp_path_factory.mktemp("functions"), INVOCATIONS)
+    return make_function_bank(tmp_path_factory.mktemp("functions"), INVOCATIONS | {"rewrite": REWRITE})
+
+
+def test_the_python_of_the_guide_runs(bank, tmp_path, monkeypatch, capsys):
+    guide = (Path(__file__).parents[2] / "docs" / "functions.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    (tmp_path / "banks").mkdir()
+    (tmp_path / "banks" / "functions").symlink_to(bank.path)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(compile(first, "docs/functions.md", "exec"), names)
+    m, function, verdict = names["m"], names["answerability"], names["verdict"]
+    assert function.invocation == INVOCATIONS["answerability"]
+    printed = f"{verdict.label} {verdict.score}\n{verdict.num_reused_tokens} {verdict.num_computed_tokens}\n"
+    assert capsys.readouterr().out == printed
+    prompt = m.render(function.behind(names["messages"]))
+    assert verdict.num_prompt_tokens == len(prompt.token_ids)
+    logits, _ = m.logits([list(prompt.token_ids)], [prompt.starts["turn"]], route="answerability")
+    yes, no = logits[0, -1, m.tokenizer("yn")["input_ids"]].double().softmax(-1).tolist()
+    assert verdict.probabilities == pytest.approx((yes, no), abs=1e-3)
+    exec(compile(second, "docs/functions.md", "exec"), names)
+    m.engine.close()
+    prompt, out = m.render([*names["messages"], names["question"]]), names["out"]
+    assert names["question"]["content"] == REWRITE
+    assert out.activation_start == prompt.starts["turn"]
 
 
 @pytest.fixture(scope="module")
