@@ -171,7 +171,7 @@ def last_occurrence(token_ids: Sequence[int], sequence: Sequence[int], *, of: st
 
 
 def check_message(message: Any, index: int) -> dict[str, str]:
-    """A message's role and text.
+    """A message's role and text; "developer" is what OpenAI's clients call "system" now.
 
     Raises:
         ValueError: it has no role or no text, no Unicode text, or says more than a chat template is given here.
@@ -192,7 +192,8 @@ def check_message(message: Any, index: int) -> dict[str, str]:
     if not isinstance(content, str):
         raise ValueError(f"message {index} ({message['role']}) has content {content!r}; expected text.")
     _check_unicode(message["role"] + content, f"message {index}")
-    return {"role": message["role"], "content": content}
+    role = "system" if message["role"] == "developer" else message["role"]
+    return {"role": role, "content": content}
 
 
 def _check_unicode(text: str, what: str) -> None:

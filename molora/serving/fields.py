@@ -97,7 +97,7 @@ class Message(RequestPart):
         "tool_calls": ([],),
     }
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         Annotated[Text, Tag("<str>")] | Annotated[list[TextPart], Tag("<list>")],
         one_of("a string or a list of text parts"),

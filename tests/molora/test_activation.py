@@ -147,6 +147,11 @@ def test_the_last_occurrence(tokenizer):
             resolve(prompt, "invocation", invocation_tokens=none, of="the router")
 
 
+def test_a_developers_message_is_a_systems(tokenizer):
+    asked = [{**SYSTEM, "role": "developer"}, USER, ANSWER, AGAIN]
+    assert render(tokenizer, asked) == render(tokenizer, [SYSTEM, USER, ANSWER, AGAIN])
+
+
 def test_text_parts_are_joined(tokenizer):
     parts = [{"type": "text", "text": "Hé, "}, {"type": "text", "text": "you!"}]
     assert render(tokenizer, [{"role": "user", "content": parts}]) == render(tokenizer, [USER])

@@ -152,6 +152,17 @@ def test_prompt_logprobs(chat, engine, num_prompt_tokens):
     assert len(rest) == num_prompt_tokens - 2
 
 
+def test_a_developers_message_is_read_as_a_systems(chat, engine):
+    said = {"content": "be brief"}
+    counts = [
+        chat(messages=[{"role": role, **said}, *MESSAGES]).json()["usage"]["prompt_tokens"]
+        for role in ("system", "developer")
+    ]
+    prompts = [engine.m.render(request.prompt) for request in engine.requests]
+    assert counts == [len(prompts[0].token_ids)] * 2
+    assert prompts[0] == prompts[1]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_field_reaches_the_engine(chat, engine, stream):
     messages = [{"role": "system", "content": "be brief"}, *MESSAGES, {"role": "assistant", "content": "ok"}]
