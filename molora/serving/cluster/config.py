@@ -16,7 +16,8 @@ class RayConfig:
     Attributes:
         address: of a cluster to join, as for `ray.init`; None starts one on this machine.
         min_replicas, max_replicas: of the engine; between them Ray Serve decides by the requests that there are.
-        target_ongoing_requests: of a replica; with more there are more replicas, with fewer fewer.
+        target_ongoing_requests: of a replica; with more there are more replicas, with fewer fewer. None is 16, or
+            `max_ongoing_requests` where that is less.
         upscale_delay_s, downscale_delay_s: how long it has to be so before.
         max_ongoing_requests: that a replica has at once; further ones wait in the ingress for whichever is free first.
         max_queued_requests: that wait in one ingress; one more is answered by 429.
@@ -32,7 +33,7 @@ class RayConfig:
     address: str | None = None
     min_replicas: int = 1
     max_replicas: int = 2
-    target_ongoing_requests: int = 16
+    target_ongoing_requests: int | None = None
     upscale_delay_s: int = 30
     downscale_delay_s: int = 600
     max_ongoing_requests: int = 64
@@ -48,17 +49,25 @@ class RayConfig:
     def __post_init__(self) -> None:
         if self.address is not None:
             check_text("ray.address", self.address)
-        for each in fields(self):
-            if each.name != "address":
-                low = 0 if each.name in ("upscale_delay_s", "downscale_delay_s", "max_imbalance", "num_gpus") else 1
-                check_int(f"ray.{each.name}", getattr(self, each.name), low=low)
-        for low_name, high_name in (
-            ("min_replicas", "max_replicas"),
-            ("target_ongoing_requests", "max_ongoing_requests"),
+        names = [each.name for each in fields(self) if each.name != "address"]
+        if self.target_ongoing_requests is None:
+            names.remove("target_ongoing_requests")
+        for name in names:
+            low = 0 if name in ("upscale_delay_s", "downscale_delay_s", "max_imbalance", "num_gpus") else 1
+            check_int(f"ray.{name}", getattr(self, name), low=low)
+        for low_name, low, high_name in (
+            ("min_replicas", self.min_replicas, "max_replicas"),
+            ("target_ongoing_requests", self.target, "max_ongoing_requests"),
         ):
-            low, high = getattr(self, low_name), getattr(self, high_name)
-            if low > high:
+            if low > (high := getattr(self, high_name)):
                 raise ValueError(f"ray.{low_name} is {low}, over ray.{high_name}, {high}.")
+
+    @property
+    def target(self) -> int:
+        """Ongoing requests of a replica that there are to be, whether the file says how many or not."""
+        if self.target_ongoing_requests is None:
+            return min(16, self.max_ongoing_requests)
+        return self.target_ongoing_requests
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def _scale(config: RayConfig) -> dict[str, Any]:
         "autoscaling_config": AutoscalingConfig(
             min_replicas=config.min_replicas,
             max_replicas=config.max_replicas,
-            target_ongoing_requests=config.target_ongoing_requests,
+            target_ongoing_requests=config.target,
             upscale_delay_s=config.upscale_delay_s,
             downscale_delay_s=config.downscale_delay_s,
         )

@@ -29,13 +29,22 @@ def test_flags_override_the_server_s_settings(write):
 
 
 @pytest.mark.parametrize(
+    ("section", "target"), [("", 16), ("max_ongoing_requests: 8", 8), ("max_ongoing_requests: 20", 16)]
+)
+def test_the_target_follows_the_limit(write, section, target):
+    assert read_cluster_config(write(f"bank: a\nray: {{{section}}}"), {}).ray.target == target
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("ray: {}", "'bank' is missing"),
         ("bank: a\nray: {replicas: 2}", "unknown key 'ray.replicas'"),
         ("bank: a\nray: 2", "ray is 2"),
         ("bank: a\nray: {min_replicas: 0}", "ray.min_replicas is 0"),
+        ("bank: a\nray: {min_replicas: null}", "ray.min_replicas is None"),
         ("bank: a\nray: {num_gpus: -1}", "ray.num_gpus is -1"),
+        ("bank: a\nray: {target_ongoing_requests: 0}", "ray.target_ongoing_requests is 0"),
         ("bank: a\nray: {num_cpus: '1'}", "ray.num_cpus is '1'"),
         ("bank: a\nray: {address: 3}", "ray.address has 3"),
         ("bank: a\nray: {min_replicas: 3}", "ray.min_replicas is 3, over ray.max_replicas, 2"),
