@@ -138,6 +138,7 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
             await crowding(client)
             await leaving(client)
             await adapters(client)
+            await versions_survive(client, process.pid)
             await a_kill(client, process.pid)
             await draining(client, process)
 
@@ -295,7 +296,8 @@ async def adapters(client: Client) -> None:
 
 async def versions_survive(client: Client, server: int) -> None:
     """The actor that keeps the versions dies; the next one learns them from the replicas."""
-    os.kill(processes(server, "ray::RolloutStore")[0], signal.SIGKILL)
+    (store,) = processes(server, "ray::RolloutStore")
+    os.kill(store, signal.SIGKILL)
 
     async def unloaded() -> bool:
         response = await client.http.post("/v1/unload_lora_adapter", json={"lora_name": "z"})
@@ -307,6 +309,7 @@ async def versions_survive(client: Client, server: int) -> None:
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"5"}
+    assert processes(server, "ray::RolloutStore") != [store]
 
 
 async def a_kill(client: Client, server: int) -> None:
