@@ -26,8 +26,8 @@ class RayConfig:
         max_prefix_keys: beginnings of prompts of which an ingress remembers who holds them.
         num_ingresses: processes that take HTTP requests and pass them on.
         num_cpus, num_gpus: of one replica.
-        health_check_period_s, health_check_timeout_s: between two questions, and for the answer; without one a replica
-            is replaced.
+        health_check_period_s, health_check_timeout_s: between two questions, and for the answer; a replica that gives
+            none three times in a row is replaced.
     """
 
     address: str | None = None

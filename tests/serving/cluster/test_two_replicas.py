@@ -1,7 +1,7 @@
 """Two CPU replicas on this machine, by the command that a user types.
 
 To start them takes most of the time, and pytest-xdist may run the tests of a module in several processes; so there is
-one test, and what it does stands in functions of its own.
+one test, of two that stay and then of one or two as there is to do, and what it does stands in functions of its own.
 """
 
 import asyncio
@@ -66,6 +66,13 @@ class Client:
         found = re.findall(rf'^molora:{name}{{.*replica="(\w+)"}} (\S+)$', text, re.MULTILINE)
         return {replica: float(value) for replica, value in found}
 
+    async def replicas(self) -> set[str]:
+        """Of which there are metrics; none while one hangs."""
+        return set(await self.metric("num_requests_running"))
+
+    async def num_replicas(self) -> int:
+        return len(await self.replicas())
+
     async def until(self, condition: Any, *, within_s: float = 60) -> None:
         async with asyncio.timeout(within_s):
             while not await condition():
@@ -73,10 +80,10 @@ class Client:
 
 
 @contextmanager
-def started(settings: dict[str, Any], folder: Path):
+def started(settings: dict[str, Any], folder: Path, **ray: Any):
     """The URL and the process of `serve.py --ray`; whatever happens, nothing of it is left."""
     file = folder / "serve.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(yaml.safe_dump({**settings, "ray": settings["ray"] | ray}))
     log = folder / "log"
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with log.open("w") as out:
@@ -118,18 +125,16 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
         "limits": {"max_body_bytes": 100_000},
         "ray": {
             "max_replicas": 2,
-            "target_ongoing_requests": 2,
-            "upscale_delay_s": 1,
-            "health_check_period_s": 1,
             "max_ongoing_requests": 8,
             "max_queued_requests": 16,
+            "health_check_period_s": 1,
+            "health_check_timeout_s": 3,
         },
     }
 
-    async def run(url: str, process: subprocess.Popen[bytes]) -> None:
+    async def stay(url: str, process: subprocess.Popen[bytes]) -> None:
         client = Client(url)
         async with client.http:
-            await growing(client)
             await answers(client)
             await refusals(client)
             await prefixes(client)
@@ -139,11 +144,22 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
             await leaving(client)
             await adapters(client)
             await versions_survive(client, process.pid)
-            await a_kill(client, process.pid)
+            await a_loss(client, process.pid, signal.SIGKILL)
+            await a_loss(client, process.pid, signal.SIGSTOP)
             await draining(client, process)
 
-    with started(settings, tmp_path) as (url, process):
-        asyncio.run(run(url, process))
+    async def come_and_go(url: str, process: subprocess.Popen[bytes]) -> None:
+        client = Client(url)
+        async with client.http:
+            await growing(client)
+            await shrinking(client)
+        process.send_signal(signal.SIGTERM)
+
+    with started(settings, tmp_path, min_replicas=2) as (url, process):
+        asyncio.run(stay(url, process))
+    quick = {"target_ongoing_requests": 3, "upscale_delay_s": 1, "downscale_delay_s": 1}
+    with started(settings, tmp_path, **quick) as (url, process):
+        asyncio.run(come_and_go(url, process))
 
 
 def hit_rate_of_one(common: dict[str, Any], listening: Any) -> float:
@@ -193,16 +209,10 @@ async def growing(client: Client) -> None:
             statuses.append((await client.chat(name, **ENDLESS)).status)
         return statuses
 
-    async def replicas() -> set[str]:
-        return set(await client.metric("num_requests_running"))
-
-    async def is_larger() -> bool:
-        return len(await replicas()) == 2
-
-    first = await replicas()
+    first = await client.replicas()
     assert len(first) == 1
-    asking = [asyncio.create_task(ask(f"{i}")) for i in range(6)]
-    await client.until(is_larger, within_s=120)
+    asking = [asyncio.create_task(ask(f"{i}")) for i in range(8)]
+    await client.until(lambda: equals(client.num_replicas, 2), within_s=120)
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.headers["x-molora-replica"] for response in everyone} - first  # which has nothing to do yet
     assert {response.status_code for response in everyone} == {200}
@@ -212,13 +222,34 @@ async def growing(client: Client) -> None:
     assert (await client.http.post("/v1/unload_lora_adapter", json={"lora_name": "z"})).status_code == 200
 
 
+async def shrinking(client: Client) -> None:
+    """One replica would do, so the other one goes, but not before it has answered what it has begun."""
+    is_enough = asyncio.Event()
+
+    async def ask(name: str) -> list[Answered]:
+        answered = []
+        while not is_enough.is_set():
+            answered.append(await client.chat(name, stream=True, **ENDLESS))
+        return answered
+
+    asking = [asyncio.create_task(ask(f"Shrink {i}!")) for i in range(2)]
+    await client.until(lambda: equals(client.num_replicas, 1), within_s=120)
+    (left,) = await client.replicas()
+    is_enough.set()
+    answered = list(itertools.chain(*await asyncio.gather(*asking)))
+    assert {each.status for each in answered} == {200}
+    assert all(each.text.endswith("data: [DONE]\n\n") and "error" not in each.text for each in answered)
+    assert left in {each.replica for each in answered}
+    assert (await client.chat("And now?")).replica == left
+
+
 async def answers(client: Client) -> None:
     """What the app of a replica says, it says through the ingress, too; both replicas are asked."""
     models = [(await client.http.get("/v1/models")) for _ in range(12)]
     assert {model["id"] for model in models[0].json()["data"]} > {"tiny", "tiny:x", "tiny:y"}
     assert len({response.headers["x-molora-replica"] for response in models}) == 2
-    assert {response.headers["x-molora-adapters-version"] for response in models} == {"2"}
-    assert len(await client.metric("num_requests_running")) == 2
+    assert {response.headers["x-molora-adapters-version"] for response in models} == {"0"}
+    assert await client.num_replicas() == 2
     ready = await client.http.head("/ready", headers={"X-Request-Id": "mine"})
     assert (ready.status_code, ready.headers.get_list("x-request-id")) == (200, ["mine"])
     assert "text/html" in (await client.http.get("/")).headers["content-type"]
@@ -289,7 +320,7 @@ async def adapters(client: Client) -> None:
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.status_code for response in everyone} == {200}
-    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"1"}
     assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
     assert (await client.http.post("/v1/load_lora_adapter", json=LOADED)).status_code == 400
 
@@ -308,20 +339,20 @@ async def versions_survive(client: Client, server: int) -> None:
     loaded = await client.http.post("/v1/load_lora_adapter", json=LOADED)
     assert loaded.status_code == 200, loaded.text
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
-    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"5"}
+    assert {response.headers["x-molora-adapters-version"] for response in everyone} == {"3"}
     assert processes(server, "ray::RolloutStore") != [store]
 
 
-async def a_kill(client: Client, server: int) -> None:
-    """Its requests get an error that says to ask again, and no others do."""
-    before = set(await client.metric("num_requests_running"))
-    is_killed = False
+async def a_loss(client: Client, server: int, number: signal.Signals) -> None:
+    """One replica dies or hangs: its requests get an error that says to ask again, no others do, and it is replaced."""
+    before = await client.replicas()
+    is_lost = False
 
     async def ask(index: int) -> Answered:
-        """What the kill finds on its way; load decides where, since nobody has asked it before."""
+        """What the signal finds on its way; load decides where, since nobody has asked it before."""
         for turn in itertools.count():
-            answered = await client.chat(f"Kill {turn} {index}!", stream=bool(index % 2), **ENDLESS)
-            if is_killed:
+            answered = await client.chat(f"{number.name} {turn} {index}!", stream=bool(index % 2), **ENDLESS)
+            if is_lost:
                 break
         return answered
 
@@ -332,8 +363,9 @@ async def a_kill(client: Client, server: int) -> None:
     asking = [asyncio.create_task(ask(index)) for index in range(12)]
     await client.until(both_run)
     victim = processes(server, "ray::ServeReplica:molora:Replica")[0]
-    os.kill(victim, signal.SIGKILL)
-    is_killed = True
+    os.kill(victim, number)
+    is_lost = True
+    later = [asyncio.create_task(client.chat(f"{number.name} later {i}")) for i in range(4)]
     results = await asyncio.gather(*asking)
     lost = [each for each in results if "replica_lost" in each.text]
     assert 1 < len(lost) < len(results) - 1
@@ -351,13 +383,17 @@ async def a_kill(client: Client, server: int) -> None:
     assert len(survivors) == 1
     assert survivors.isdisjoint(each.headers.get("x-molora-replica") for each in lost)
 
+    for each in await asyncio.gather(*later):
+        assert each.status == 200 or (each.status == 503 and "replica_lost" in each.text)
+
     again = await asyncio.gather(*(client.chat(f"{i}", model="tiny:z") for i in range(4)))
     assert {each.status for each in again} == {200}
 
     async def replaced() -> bool:
-        return len(set(await client.metric("num_requests_running")) - (before - survivors)) == 2
+        return len(await client.replicas() - (before - survivors)) == 2
 
     await client.until(replaced)
+    assert victim not in processes(server, "ray::ServeReplica:molora:Replica")
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]  # which the new one was never told of
     assert {response.status_code for response in everyone} == {200}
     assert len({response.headers["x-molora-replica"] for response in everyone}) == 2
