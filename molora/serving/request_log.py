@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from molora.generation import Generation
     from molora.serving.protocol import Usage
     from molora.serving.tracing import Tracer
@@ -39,6 +41,7 @@ class Served:
         usage: of a generation that came to its end.
         ends: how each of its answers ended.
         times: of each answer: when its last token came (ns since 1970), and its `queue_s`, `first_token_s`, `total_s`.
+        span: of a server that makes traces.
     """
 
     id: str
@@ -51,6 +54,7 @@ class Served:
     usage: Usage | None = None
     ends: tuple[str, ...] = ()
     times: tuple[tuple[int, float, float, float], ...] = ()
+    span: Span | None = None
 
     def finished(self, usage: Usage, results: Sequence[Generation]) -> None:
         self.usage = usage
@@ -88,7 +92,10 @@ served: ContextVar[Served | None] = ContextVar("served", default=None)
 
 
 class LogRequests:
-    """Takes a request's id from `X-Request-Id`, or makes one, answers with it, and logs the request at its end."""
+    """Takes a request's id from `X-Request-Id`, or makes one, answers with it, and logs the request at its end.
+
+    The application finds the id, and the place of its own spans in the trace, in the request's headers.
+    """
 
     def __init__(self, app: ASGIApp, paths: Collection[str], tracer: Tracer | None = None) -> None:
         """
@@ -105,10 +112,16 @@ class LogRequests:
             return
         request = Served(id_of(scope), scope["method"])
         served.set(request)
+        own = {HEADER: request.id.encode()}
+        if self._tracer is not None:
+            request.span = self._tracer.begin(request, scope["headers"])
+            own |= self._tracer.headers(request.span)
+        scope = {**scope, "headers": [*(each for each in scope["headers"] if each[0] not in own), *own.items()]}
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 request.status = message["status"]
+                self._name_path(request, scope)
                 message = {**message, "headers": [*message.get("headers", ()), (HEADER, request.id.encode())]}
             await send(message)
 
@@ -119,16 +132,19 @@ class LogRequests:
             raise
         finally:
             request.duration_ms = 1e3 * (time.perf_counter() - request.begun_s)
-            request.path = self._path_of(scope)
+            self._name_path(request, scope)
             logger.info("%s %s %s", request.method, request.path, request.status, extra={"request": request.fields()})
             if self._tracer is not None:
-                self._tracer.record(request, scope["headers"])
+                self._tracer.end(request)
 
-    def _path_of(self, scope: Scope) -> str:
+    def _name_path(self, request: Served, scope: Scope) -> None:
+        """Unless the application has done so."""
+        if request.path != UNKNOWN_PATH:
+            return
         path: str = scope["path"]
         template = str(getattr(scope.get("route"), "path", ""))  # known once it was routed
         folder = "/" + path[1:].partition("/")[0]  # of files
-        return next((each for each in (path, template, folder) if each in self._paths), UNKNOWN_PATH)
+        request.path = next((each for each in (path, template, folder) if each in self._paths), UNKNOWN_PATH)
 
 
 def id_of(scope: Scope) -> str:

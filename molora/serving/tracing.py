@@ -1,6 +1,6 @@
 """OpenTelemetry traces: a span for each request, and in it one for each answer's wait, its prompt and its tokens.
 
-They are made when a request has ended, from what is known of it then. Nothing of what it said is in them.
+All but the first are made when a request has ended, from what is known of it then. Nothing of what it said is in them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from molora.serving.request_log import Served
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
 
 SERVER_ERROR = 500
 EXPORT_S = 5.0  # that a collector may take, which the server's end waits for
@@ -47,21 +48,35 @@ class Tracer:
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=url, timeout=EXPORT_S)))
         return cls(provider)
 
-    def record(self, request: Served, headers: Iterable[tuple[bytes, bytes]]) -> None:
+    def begin(self, request: Served, headers: Iterable[tuple[bytes, bytes]]) -> Span:
         """
         Args:
             headers: whose `traceparent`, if there is one, the span belongs to.
         """
-        from opentelemetry.trace import SpanKind, StatusCode, set_span_in_context
+        from opentelemetry.trace import SpanKind
 
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in headers if name in _TRACE_HEADERS}
-        span = self._tracer.start_span(
-            f"{request.method} {request.path}",
-            context=self._propagator.extract(carrier),
-            kind=SpanKind.SERVER,
-            start_time=request.begun_ns,
-            attributes=attributes(request),
+        context = self._propagator.extract(carrier)
+        return self._tracer.start_span(
+            request.method, context=context, kind=SpanKind.SERVER, start_time=request.begun_ns
         )
+
+    def headers(self, span: Span) -> dict[bytes, bytes]:
+        """By which the spans of another process belong to this one."""
+        from opentelemetry.trace import set_span_in_context
+
+        carrier: dict[str, str] = {}
+        self._propagator.inject(carrier, set_span_in_context(span))
+        return {name.encode(): value.encode("latin-1") for name, value in carrier.items()}
+
+    def end(self, request: Served) -> None:
+        """Of the span that began with the request."""
+        from opentelemetry.trace import StatusCode, set_span_in_context
+
+        span = request.span
+        assert span is not None
+        span.update_name(f"{request.method} {request.path}")
+        span.set_attributes(attributes(request))
         if request.status is not None and request.status >= SERVER_ERROR:
             span.set_status(StatusCode.ERROR)
         inside = set_span_in_context(span)

@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from molora.activation import Activation, Prompt, render
 from molora.generation import Generation, Token, TokenLogprob
 from molora.serving.app import create_app
 from molora.serving.config import Limits, ServeConfig
 from molora.serving.engine import EngineStats
+from molora.serving.logs import JsonFormatter
 from molora.serving.request import EngineClosedError, EngineFullError, Request, RequestError, checking
+from molora.serving.tracing import Tracer
 from molora.slots import AdapterInfo, NoFreeSlotError
 from molora.text_limit import TextLimit
 from molora.tiny import byte_tokenizer
@@ -276,8 +282,9 @@ def engine() -> FakeEngine:
 def make_app(engine: FakeEngine) -> Callable[..., FastAPI]:
     """An app of the fake engine with settings of its own; `limits` is a mapping."""
 
-    def make(*, limits: dict[str, Any] | None = None, **settings: Any) -> FastAPI:
-        return create_app(engine, ServeConfig(bank="demo", limits=Limits(**(limits or {})), **settings))
+    def make(*, limits: dict[str, Any] | None = None, tracer: Tracer | None = None, **settings: Any) -> FastAPI:
+        config = ServeConfig(bank="demo", limits=Limits(**(limits or {})), **settings)
+        return create_app(engine, config, tracer=tracer)
 
     return make
 
@@ -285,6 +292,38 @@ def make_app(engine: FakeEngine) -> Callable[..., FastAPI]:
 @pytest.fixture
 def app(make_app: Callable[..., FastAPI]) -> FastAPI:
     return make_app()
+
+
+@pytest.fixture
+def lines() -> Iterator[list[str]]:
+    """What is logged from here on, as lines of JSON."""
+    found = []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append(self.format(record))
+
+    handler, root, ours = Handler(), logging.getLogger(), logging.getLogger("molora")
+    handler.setFormatter(JsonFormatter())
+    root.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    yield found
+    ours.setLevel(logging.NOTSET)
+    root.removeHandler(handler)
+
+
+@pytest.fixture
+def spans() -> Iterator[InMemorySpanExporter]:
+    exporter = InMemorySpanExporter()
+    yield exporter
+    exporter.shutdown()
+
+
+@pytest.fixture
+def tracer(spans: InMemorySpanExporter) -> Tracer:
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    return Tracer(provider)
 
 
 @pytest.fixture(scope="session")

@@ -7,15 +7,10 @@ import logging.config
 from contextlib import contextmanager
 
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from molora.serving import cli
-from molora.serving.app import create_app
 from molora.serving.config import ServeConfig
-from molora.serving.logs import JsonFormatter, json_logging
-from molora.serving.tracing import Tracer
+from molora.serving.logs import json_logging
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "words-that-were-asked"}]}
 URL = "/v1/chat/completions"
@@ -24,35 +19,8 @@ SECRETS = ("words-that-were-asked", "first-key", "wrong-key", "salt-of-a-tenant"
 
 
 @pytest.fixture
-def lines():
-    """What is logged from here on, as lines of JSON."""
-    found = []
-
-    class Handler(logging.Handler):
-        def emit(self, record):
-            found.append(self.format(record))
-
-    handler, root, ours = Handler(), logging.getLogger(), logging.getLogger("molora")
-    handler.setFormatter(JsonFormatter())
-    root.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    yield found
-    ours.setLevel(logging.NOTSET)
-    root.removeHandler(handler)
-
-
-@pytest.fixture
-def spans():
-    exporter = InMemorySpanExporter()
-    yield exporter
-    exporter.shutdown()
-
-
-@pytest.fixture
-def traced(engine, spans):
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(spans))
-    return create_app(engine, ServeConfig(bank="demo", api_keys=("first-key",)), tracer=Tracer(provider))
+def traced(make_app, tracer):
+    return make_app(api_keys=("first-key",), tracer=tracer)
 
 
 def requests_of(lines):
@@ -206,11 +174,11 @@ def test_a_failure_is_an_error_in_the_trace(traced, call, engine, spans):
 
 
 @contextmanager
-def configured():
+def configured(**process):
     """JSON logging as the server has it; afterwards, what was there before."""
     loggers = [logging.getLogger(name) for name in ("", "molora", "uvicorn")]
     before = [(list(logger.handlers), logger.level, logger.propagate) for logger in loggers]
-    logging.config.dictConfig(json_logging())
+    logging.config.dictConfig(json_logging(process))
     yield
     for logger, (logger.handlers, level, logger.propagate) in zip(loggers, before, strict=True):
         logger.setLevel(level)
@@ -224,6 +192,12 @@ def test_json_on_standard_error(capsys, app, call):
     first, second = map(json.loads, capsys.readouterr().err.splitlines())
     assert (first["path"], first["request_id"]) == ("/health", "mine-1")
     assert (second["message"], second["level"]) == ("of another\nlibrary", "warning")
+
+
+def test_a_line_says_whose_it_is(capsys):
+    with configured(replica="one"):
+        logging.getLogger("molora.x").warning("of a replica")
+    assert json.loads(capsys.readouterr().err)["replica"] == "one"
 
 
 def test_plain_logs_hold_no_line_of_a_request(app, call, capfd):
