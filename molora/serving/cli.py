@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import sys
@@ -65,6 +66,9 @@ def _on_ray(file: str | None, flags: dict[str, Any]) -> int:
         config = read_cluster_config(file, flags)
         with bind(config.server.host, config.server.port) as sock:
             free = replace(config.server, port=sock.getsockname()[1])
+        if free.log_format == "json":
+            # Ray, which reads this when it is imported, shows else but one of lines that are alike.
+            os.environ["RAY_DEDUP_LOGS"] = "0"
         from molora.serving.cluster.deploy import serve_on_ray
 
         return serve_on_ray(replace(config, server=free))

@@ -90,9 +90,6 @@ def read_cluster_config(file: str | Path | None, flags: Mapping[str, Any]) -> Cl
         ray = build_section(RayConfig, values.pop("ray", None), "ray.")
         if "max_connections" in values:
             raise ValueError("max_connections is not supported on Ray; leave it out, and see ray.max_queued_requests.")
-        for name in ("log_format", "otlp_endpoint"):
-            if name in values:
-                raise ValueError(f"{name} is not supported on Ray, which has logs and traces of its own; leave it out.")
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return ClusterConfig(ServeConfig.build(values, source=source), ray)

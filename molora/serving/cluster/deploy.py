@@ -27,12 +27,14 @@ from molora.serving.cluster.replica import STORE, Replica
 from molora.serving.cluster.rollout import LEASE_S, RolloutStore
 from molora.serving.cluster.router import PrefixRouter
 from molora.serving.config import ServeConfig
+from molora.serving.tracing import Tracer
 
 APP = "molora"
 GRACE_S = 5  # beyond drain_s, in which an ingress passes on the replicas' last words
 NUM_REFUSED = 256  # requests that an ingress has beside those with a place; without any, they would wait in the proxy
 OBJECT_STORE_BYTES = 256 << 20  # of a cluster that is started here; nothing large is passed
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+JSON = ray.LoggingConfig(encoding="JSON", log_level="WARNING")  # lines come here as they are, without a word before
 STATISTICS_PERIOD_S = 2.0  # how often replicas say whose prefixes they hold
 
 
@@ -90,7 +92,9 @@ def serve_on_ray(config: ClusterConfig) -> int:
     server = config.server
     if config.ray.address is None:
         Bank.open(server.bank)  # each replica would try several times
-    start_ray(config.ray.address)
+    if server.otlp_endpoint is not None:
+        Tracer.to_endpoint(server.otlp_endpoint).close()  # or OpenTelemetry is missing, which is known now
+    start_ray(config.ray.address, log_format=server.log_format)
     try:
         print(f"Starting {config.ray.min_replicas} replicas of {server.bank} ...", flush=True)
         serve.start(http_options=http_options(server), logging_config=QUIET)
@@ -112,13 +116,16 @@ def serve_on_ray(config: ClusterConfig) -> int:
     return 0
 
 
-def start_ray(address: str | None) -> None:
+def start_ray(address: str | None, *, log_format: str = "plain") -> None:
     """Join a cluster, or start one on this machine, which tells nobody of itself."""
+    logs: dict[str, Any] = {"logging_level": logging.WARNING}
+    if log_format == "json":
+        logs["logging_config"] = JSON
     if address is not None:
-        ray.init(address=address, logging_level=logging.WARNING)
+        ray.init(address=address, **logs)
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, logging_level=logging.WARNING)
+    ray.init(include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **logs)
 
 
 def stop(config: ClusterConfig) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from starlette.types import ASGIApp, Message
 
 from molora.serving.cluster.prefixes import NO_PREFIX, Prefix
+from molora.serving.request_log import UNKNOWN_PATH, served
 
 VERSION_HEADER = b"x-molora-adapters-version"  # that the replica had when the request came
 REPLICA_HEADER = b"x-molora-replica"
@@ -42,10 +43,15 @@ class HttpCall:
 
 @dataclass(frozen=True)
 class HttpHead:
-    """What an answer begins with; the parts of its body follow."""
+    """What an answer begins with; the parts of its body follow.
+
+    Attributes:
+        path: the template of the route that answers.
+    """
 
     status: int
     headers: tuple[Header, ...]
+    path: str = UNKNOWN_PATH
 
     def with_headers(self, *headers: Header) -> HttpHead:
         return replace(self, headers=(*self.headers, *headers))
@@ -58,8 +64,9 @@ async def answer(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpHead | byte
         Exception: what the app raises before its answer begins.
     """
     incoming: list[Message] = [{"type": "http.request", "body": call.body, "more_body": False}]
-    outgoing: asyncio.Queue[Message | None] = asyncio.Queue()
+    outgoing: asyncio.Queue[HttpHead | bytes | None] = asyncio.Queue()
     left = asyncio.Event()
+    has_begun = False
 
     async def receive() -> Message:
         if incoming:
@@ -68,9 +75,16 @@ async def answer(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpHead | byte
         return {"type": "http.disconnect"}
 
     async def send(message: Message) -> None:
+        nonlocal has_begun
         if left.is_set():
             raise OSError("the client has left")
-        outgoing.put_nowait(message)
+        if message["type"] == "http.response.start":
+            has_begun = True
+            request = served.get()
+            path = UNKNOWN_PATH if request is None else request.path
+            outgoing.put_nowait(HttpHead(message["status"], tuple(message["headers"]), path))
+        else:
+            outgoing.put_nowait(message.get("body", b""))
 
     scope = {
         "type": "http",
@@ -90,31 +104,30 @@ async def answer(app: ASGIApp, call: HttpCall) -> AsyncGenerator[HttpHead | byte
     async def run() -> None:
         try:
             await app(scope, receive, send)
+        except Exception:
+            if not has_begun or left.is_set():
+                raise
+            logger.exception("a request failed")  # its client has been told
         finally:
             outgoing.put_nowait(None)
 
     running = asyncio.ensure_future(run())
-    has_begun = has_ended = False
+    has_ended = False
     try:
         while not has_ended:
-            messages = [await outgoing.get()]
+            parts = [await outgoing.get()]
             while not outgoing.empty():  # one part for what has come meanwhile
-                messages.append(outgoing.get_nowait())
-            has_ended = messages[-1] is None
+                parts.append(outgoing.get_nowait())
+            has_ended = parts[-1] is None
             body = b""
-            for message in filter(None, messages):
-                if message["type"] == "http.response.start":
-                    has_begun = True
-                    yield HttpHead(message["status"], tuple(message["headers"]))
-                else:
-                    body += message.get("body", b"")
+            for part in parts:
+                if isinstance(part, HttpHead):
+                    yield part
+                elif part is not None:
+                    body += part
             if body:
                 yield body
-        await asyncio.wait({running})
-        if (error := running.exception()) is not None:
-            if not has_begun:
-                raise error
-            logger.error("a request failed", exc_info=error)  # its client has been told
+        await running
     finally:
         left.set()
         await asyncio.gather(running, return_exceptions=True)

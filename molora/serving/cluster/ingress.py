@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
-from contextlib import suppress
-from typing import Any
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
@@ -22,19 +23,25 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.serving.cluster.http_call import VERSION_HEADER, HttpCall, HttpHead
 from molora.serving.cluster.merged_metrics import merge
 from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, prefix_of
+from molora.serving.cluster.telemetry import start_telemetry
 from molora.serving.config import ServeConfig
 from molora.serving.errors import SERVER_ERROR, STOPPING, error_response
 from molora.serving.protocol import Error
 from molora.serving.request_log import HEADER as ID_HEADER
-from molora.serving.security import LimitBody, RequireKey, SafeHeaders
+from molora.serving.request_log import LogRequests, served
+from molora.serving.security import OPEN_PATHS, LimitBody, RequireKey, SafeHeaders
 from molora.serving.sse import to_event, while_connected
 
+if TYPE_CHECKING:
+    from molora.serving.tracing import Tracer
+
 GENERATING = frozenset({"/v1/chat/completions", "/v1/completions"})
+KNOWN_PATHS = GENERATING | OPEN_PATHS | {"/metrics"}  # others are known to the replicas
 METRICS_S = 5.0  # for the slowest replica
 NO_METRICS = Error(
     message=f"a replica has not told its metrics within {METRICS_S:g} s; ask again in a while", type="server_error"
@@ -49,19 +56,31 @@ FULL = Error(
     message="too many requests wait already; try again in 1 s.", type="rate_limit_error", code="rate_limit_exceeded"
 )
 
+logger = logging.getLogger(__name__)
+
 
 @serve.ingress()
 class Ingress:
     def __init__(self, config: ServeConfig, replicas: DeploymentHandle[Any]) -> None:
         self._config = config
         self._replicas = replicas
+        self._tracer = start_telemetry(config, ingress=serve.get_replica_context().replica_id.unique_id)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
-        return create_ingress(self._replicas, self._config)
+        return create_ingress(self._replicas, self._config, self._tracer)
 
 
-def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig) -> ASGIApp:
-    """The app before all replicas; what it does not do itself, the app of each replica does (`app.py`)."""
+def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig, tracer: Tracer | None = None) -> ASGIApp:
+    """The app before all replicas; what it does not do itself, the app of each replica does (`app.py`).
+
+    A tracer is closed when the app ends.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        if tracer is not None:
+            tracer.close()
 
     async def metrics(request: Request) -> Response:
         return await merged_metrics(replicas)
@@ -70,11 +89,31 @@ def create_ingress(replicas: DeploymentHandle[Any], config: ServeConfig) -> ASGI
     return Starlette(
         routes=[Route("/metrics", metrics), Mount("/", Forward(replicas))],
         middleware=[
+            Middleware(LeaveId),
+            Middleware(LogRequests, paths=KNOWN_PATHS, tracer=tracer),
             Middleware(SafeHeaders),
             Middleware(RequireKey, keys=config.api_keys),
             Middleware(LimitBody, max_body_bytes=limits.max_body_bytes, max_body_s=limits.max_body_s),
         ],
+        lifespan=lifespan,
     )
+
+
+class LeaveId:
+    """The id that Ray's proxy has passed on is left to it, since it adds it to every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        by_proxy = [(name, value) for name, value in scope.get("headers", ()) if name == ID_HEADER]
+
+        async def without_it(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [each for each in message["headers"] if each not in by_proxy]}
+            await send(message)
+
+        await self._app(scope, receive, without_it)
 
 
 async def merged_metrics(replicas: DeploymentHandle[Any]) -> Response:
@@ -132,7 +171,10 @@ class Forward:
                     self._note(part)
                 yield part
         except Exception as error:
-            raise _FailedError(error) from error
+            failed = _FailedError(error)
+            if not isinstance(error, BackPressureError):  # which is no failure
+                logger.warning("no answer of a replica (%s): %s", type(error).__name__, failed.error.message)
+            raise failed from error
         finally:
             with suppress(Exception):  # one that no replica has got raises again why
                 response.cancel()
@@ -167,8 +209,9 @@ async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive:
         await failed.response(scope, receive, send)
         return
     assert isinstance(head, HttpHead)
-    by_proxy = [(name, value) for name, value in scope["headers"] if name == ID_HEADER]  # it answers with the id, too
-    headers = [header for header in head.headers if header not in by_proxy]
+    if (request := served.get()) is not None:
+        request.path = head.path
+    headers = [header for header in head.headers if header[0] != ID_HEADER]  # LogRequests adds it
     await send({"type": "http.response.start", "status": head.status, "headers": headers})
     await send({"type": "http.response.body", "body": first, "more_body": True})
     last = b""

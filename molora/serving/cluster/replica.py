@@ -16,6 +16,7 @@ from molora.serving.cluster.http_call import REPLICA_HEADER, VERSION_HEADER, Htt
 from molora.serving.cluster.prefixes import PrefixMap
 from molora.serving.cluster.rollout import Failure, Rollout
 from molora.serving.cluster.router import PREFIX_KEYS
+from molora.serving.cluster.telemetry import start_telemetry
 from molora.serving.config import ServeConfig
 from molora.serving.errors import UnavailableError, error_response
 from molora.serving.protocol import Error
@@ -35,11 +36,12 @@ class Replica:
         from molora.serving.cluster.follower import Follower
 
         self._name = serve.get_replica_context().replica_id.unique_id
+        self._tracer = start_telemetry(config, replica=self._name)
         self._prefixes: PrefixMap[str] = PrefixMap(MAX_REPORTED_KEYS)
         self._engine = load_engine(config)
         self._health = Health(self._engine)
         self._follower = Follower(self._engine, _RemoteStore(), self._name)
-        self._app = create_app(self._engine, config, loader=self._follower)
+        self._app = create_app(self._engine, config, loader=self._follower, tracer=self._tracer)
         await self._follower.start()
 
     async def answer(self, call: HttpCall) -> AsyncGenerator[HttpHead | bytes]:
@@ -72,6 +74,8 @@ class Replica:
         if hasattr(self, "_follower"):  # Ray Serve calls it, too, where the constructor has failed
             self._follower.stop()
             self._engine.close()
+            if self._tracer is not None:
+                self._tracer.close()
 
 
 class _RemoteStore:

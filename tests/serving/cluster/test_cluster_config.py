@@ -50,7 +50,7 @@ def test_the_target_follows_the_limit(write, section, target):
         ("bank: a\nray: {min_replicas: 3}", "ray.min_replicas is 3, over ray.max_replicas, 2"),
         ("bank: a\nray: {target_ongoing_requests: 65}", "over ray.max_ongoing_requests, 64"),
         ("bank: a\nmax_connections: 5", "max_connections is not supported on Ray"),
-        ("bank: a\nlog_format: json", "log_format is not supported on Ray"),
+        ("bank: a\nlog_format: xml", "log_format is 'xml'"),
         ("bank: a\nprot: 1", "unknown key 'prot'"),
     ],
 )
@@ -86,6 +86,16 @@ def test_a_bank_that_is_not_there_is_known_before_ray_starts(capsys, tmp_path):
     assert f"{tmp_path / 'nowhere'}" in capsys.readouterr().err
 
 
+def test_without_opentelemetry_its_extra_is_named_before_ray_starts(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Ray's own modules, when they are imported
+        from molora.serving.cluster import deploy
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    server = ServeConfig(bank="a", otlp_endpoint="http://localhost:1/v1/traces")
+    with pytest.raises(ValueError, match=r"pip install 'molora\[otel\]'"):
+        deploy.serve_on_ray(ClusterConfig(server, RayConfig(address="head:1")))
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no room"), KeyboardInterrupt()])
 def test_what_does_not_start_is_taken_out_of_a_cluster_that_goes_on(monkeypatch, capsys, error):
     with warnings.catch_warnings():
@@ -96,7 +106,7 @@ def test_what_does_not_start_is_taken_out_of_a_cluster_that_goes_on(monkeypatch,
         raise error
 
     done = []
-    monkeypatch.setattr(deploy, "start_ray", lambda address: done.append(address))
+    monkeypatch.setattr(deploy, "start_ray", lambda address, log_format: done.append(address))
     monkeypatch.setattr(deploy.serve, "start", lambda **options: None)
     monkeypatch.setattr(deploy.serve, "run", fail)
     monkeypatch.setattr(deploy.serve, "delete", lambda name, _blocking: done.append(name))

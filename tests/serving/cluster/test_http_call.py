@@ -3,6 +3,7 @@
 import asyncio
 import json
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from molora.serving.cluster.health import STALL_S, Health
 from molora.serving.cluster.http_call import HttpCall, HttpHead, answer
 from molora.serving.cluster.merged_metrics import merge
 from molora.serving.engine import EngineStats
+from molora.serving.request_log import LogRequests
 
 URL = "/v1/chat/completions"
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "hello there"}]}
@@ -82,6 +84,18 @@ def test_what_an_app_raises():
     with pytest.raises(RuntimeError, match="at once"):
         asyncio.run(collect(fails, call_of("/")))
     assert asyncio.run(collect(fails_late, call_of("/"))) == [HttpHead(500, ()), b"sorry"]
+
+
+def test_what_fails_late_is_logged_with_the_request_s_id(lines):
+    async def fails_late(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise RuntimeError("for the log")
+
+    call = replace(call_of("/"), headers=((b"x-request-id", b"mine"),))
+    asyncio.run(collect(LogRequests(fails_late, ()), call))
+    request, failure = map(json.loads, lines)
+    assert "for the log" in failure["exception"]
+    assert (request["request_id"], failure["request_id"]) == ("mine", "mine")
 
 
 def test_metrics_of_two_replicas_on_one_page(app, call):

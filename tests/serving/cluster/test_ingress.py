@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from molora.serving.cluster.http_call import VERSION_HEADER, HttpHead
+from molora.serving.cluster.http_call import VERSION_HEADER, HttpHead, answer
 from molora.serving.cluster.prefixes import NO_PREFIX, prefix_of
 from molora.serving.config import Limits, ServeConfig
 
@@ -132,10 +132,98 @@ def test_a_request_is_passed_on_with_its_prefix(post, handle):
 
 def test_the_id_is_left_to_the_proxy_which_adds_it_to_every_answer(ingress, call, handle):
     handle.parts = [HttpHead(200, ((b"x-request-id", b"mine"), (b"x-other", b"mine"))), b"answer"]
-    for sent, answered in (("mine", None), ("yours", "mine")):
-        headers = {"Authorization": "Bearer key", "X-Request-Id": sent}
+    for key, status in (("key", 200), ("other", 401)):
+        headers = {"Authorization": f"Bearer {key}", "X-Request-Id": "mine"}
         response = call(ingress, "GET", "/v1/models", headers=headers)
-        assert (response.headers.get("x-request-id"), response.headers["x-other"]) == (answered, "mine")
+        assert (response.status_code, "x-request-id" in response.headers) == (status, False)
+        assert ("x-other" in response.headers) == (status == 200)
+
+
+@pytest.mark.parametrize("sent", [[], ["a b"], ["one", "two"]])
+def test_an_id_is_made_where_none_that_fits_was_sent_and_the_replica_gets_it(ingress, call, handle, sent):
+    headers = [("Authorization", "Bearer key"), *(("X-Request-Id", value) for value in sent)]
+    made = call(ingress, "GET", "/v1/models", headers=headers).headers["x-request-id"]
+    assert len(made) == 32
+    assert [value for name, value in handle.calls[0].headers if name == b"x-request-id"] == [made.encode()]
+
+
+class Behind(Handle):
+    """In front of a replica's app, in this process."""
+
+    def __init__(self, app):
+        super().__init__()
+        self._app = app
+
+    def remote(self, call):
+        return Parts(answer(self._app, call))
+
+
+class Parts:
+    def __init__(self, parts):
+        self._parts = parts
+
+    def __aiter__(self):
+        return self._parts
+
+    def cancel(self):
+        pass
+
+
+@pytest.fixture
+def whole(make_app, tracer):
+    from molora.serving.cluster.ingress import create_ingress
+
+    config = ServeConfig(bank="demo", api_keys=("key",))
+    return create_ingress(Behind(make_app(api_keys=("key",), tracer=tracer)), config, tracer)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", URL, 200), ("GET", "/v1/models/{model_id:path}", 404), ("GET", "unknown", 404)],
+)
+def test_both_log_a_request_by_one_id_and_path(whole, call, lines, method, path, status):
+    url = path.replace("{model_id:path}", "a-secret").replace("unknown", "/a-secret")
+    headers = {"Authorization": "Bearer key", "X-Request-Id": "mine"}
+    assert call(whole, method, url, json=BODY | {"model": "demo"}, headers=headers).status_code == status
+    found = [json.loads(line) for line in lines if "molora.requests" in line]
+    assert [(line["request_id"], line["path"], line["status"]) for line in found] == [("mine", path, status)] * 2
+    assert ["completion_tokens" in line for line in found] == [path == URL, False]
+
+
+def test_the_span_of_a_replica_is_in_that_of_the_ingress(whole, call, spans):
+    headers = {"Authorization": "Bearer key", "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    call(whole, "POST", URL, json=BODY | {"model": "demo"}, headers=headers)
+    *_, inner, outer = spans.get_finished_spans()
+    assert (inner.name, outer.name) == (f"POST {URL}", f"POST {URL}")
+    assert inner.parent.span_id == outer.context.span_id
+    assert f"{outer.parent.span_id:016x}" == "b7ad6b7169203331"
+    assert inner.attributes["molora.request_id"] == outer.attributes["molora.request_id"]
+
+
+def test_who_reaches_no_replica_is_logged_too(post, lines, handle, errors):
+    post(key="other")
+    handle.parts = [EVENTS, b"data: 1\n\n", errors["lost"]]
+    post()
+    handle.parts = [errors["full"]]
+    post()
+    refused, warned, lost, full = map(json.loads, lines)
+    assert [line["status"] for line in (refused, lost, full)] == [401, 200, 429]
+    assert (warned["level"], warned["request_id"]) == ("warning", lost["request_id"])
+    assert "was lost" in warned["message"]
+
+
+@pytest.mark.parametrize("error", ["lost", "failed", "other"])
+def test_secrets_are_in_no_line_and_no_span(whole, post, call, handle, errors, lines, spans, error):
+    body = BODY | {"model": "demo", "user": "a-secret", "cache_salt": "a-secret"}
+    body["messages"] = [{"role": "user", "content": "a-secret"}]
+    for key in ("key", "a-secret"):
+        call(whole, "POST", f"{URL}?a-secret", json=body, headers={"Authorization": f"Bearer {key}"})
+    handle.parts = [errors[error]]
+    post(body)
+    assert len([line for line in lines if "molora.requests" in line]) == 4
+    told = "\n".join([*lines, *(span.to_json() for span in spans.get_finished_spans())])
+    assert "molora.request_id" in told
+    assert "secret" not in told
 
 
 def test_a_body_that_is_no_json_is_the_replica_s_to_refuse(ingress, call, handle):
