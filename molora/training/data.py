@@ -401,7 +401,8 @@ def _check_domains(
         ValueError: nothing in the data is for those that are trained.
 
     Warns:
-        UserWarning: so many records teach them nothing; or, where they are not trained apart, have domains of none.
+        UserWarning: so many records teach them nothing; or, where they are not trained apart, have domains of none; or
+            one of them has no record, where labels are learned.
     """
     known = {*domains, *([] if labels_needed else [None])}
     learned = [_domains(example, apart) for example in data]
@@ -420,6 +421,13 @@ def _check_domains(
     if strange:
         warnings.warn(
             f"{source}: {len(strange)} of {len(data)} records have other domains than {joined(domains)}: {others}.",
+            stacklevel=2,
+        )
+    missing = [name for name in domains if name != BASE and not any(name in found for found in learned)]
+    if missing and labels_needed:
+        warnings.warn(
+            f"{source}: no record has the domain {joined(map(repr, missing))}, so nothing here teaches the router when "
+            "to pick it; add records of it, or leave the adapter out.",
             stacklevel=2,
         )
 

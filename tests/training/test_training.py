@@ -7,6 +7,7 @@ import math
 import runpy
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -741,6 +742,17 @@ def test_other_domains_are_counted() -> None:
     )
     with pytest.warns(UserWarning, match=words):
         fit(*few, config=router_config())
+
+
+def test_an_adapter_without_records_is_named_to_its_router() -> None:
+    lines = Path("configs/tiny.jsonl").read_text().splitlines(keepends=True)
+    Path("mine.jsonl").write_text("".join(line for line in lines if "digits" not in line))
+    few = ("--trainer.max_steps", "1", "--data.train", "mine.jsonl")
+    with pytest.warns(UserWarning, match=r"mine.jsonl: no record has the domain 'digits', so nothing here teaches"):
+        fit(*few, config=router_config())
+    with warnings.catch_warnings(record=True) as told:
+        fit(*few, config=router_config(losses={"label": 0.0, "lm": 1.0}))
+    assert not [each for each in told if "no record has the domain" in str(each.message)]
 
 
 def test_a_router_learns_from_labels_only() -> None:
