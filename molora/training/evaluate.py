@@ -60,14 +60,24 @@ class Question:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], tokenizer: Any = None) -> Question:
+        """
+        Raises:
+            ValueError: its domain and its answer are not texts, or lists of as many, or it cannot be encoded.
+            KeyError: one of them is not there.
+        """
+        domains, answers = _texts(record, "domain"), _texts(record, "answer")
+        if isinstance(record["domain"], str) != isinstance(record["answer"], str) or len(domains) != len(answers):
+            raise ValueError(
+                f"domain is {record['domain']!r} and answer {record['answer']!r}; expected an answer for each domain."
+            )
+        if not isinstance(record["messages"], list):
+            raise ValueError(f"messages must be a list, not {record['messages']!r}.")
         messages = [check_message(message, index) for index, message in enumerate(record["messages"][:-1])]
-        single = isinstance(record["domain"], str)
-        domains = (record["domain"],) if single else tuple(record["domain"])
         labels: tuple[str | None, ...] = ()
         if tokenizer is not None:
             example = encode({**record, "labels_only": False}, tokenizer)
             labels = example.domains[: example.learned.index(True)]
-        return cls(messages, domains, (record["answer"],) if single else tuple(record["answer"]), labels)
+        return cls(messages, domains, answers, labels)
 
     def is_right(self, text: str) -> bool:
         return all(self.parts_right(text))
@@ -77,6 +87,14 @@ class Question:
         if len(self.domains) == 1:
             return (verify(self.domains[0], self.answers[0], text),)
         return tuple(verify_composite(self.domains, self.answers, text))
+
+
+def _texts(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = record[key]
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"{key} is {value!r}; expected a text, or a list of one for each part.")
+    return tuple(texts)
 
 
 def answer(
@@ -325,14 +343,14 @@ def measure_bank(
         command: what made the file, for whoever reads it.
 
     Raises:
-        ValueError: nothing in the data can be verified.
+        ValueError: nothing in the data can be verified, or a record is malformed or too long; the message names it.
     """
     # What no adapter answers has no verifier either.
     verified = [record for record in read_records(data) if record.get("domain") is not None][:limit]
     if not verified:
         raise ValueError(f"no record of {data} has a domain, so nothing there can be verified.")
     names = [entry.name for entry in m.bank.adapters]
-    questions = _questions(verified, data, m)
+    questions = _questions(verified, data, m, max_new_tokens)
     unknown = sorted({*(ways or ())} - {"base", "auto", "given", "sequence", "uniform", *names})
     if unknown:
         raise ValueError(f"unknown ways {unknown}; expected base, auto, given, sequence, uniform or one of {names}.")
@@ -395,18 +413,20 @@ def _examples(m: MoLoRA, questions: Sequence[Question], max_new_tokens: int) -> 
     ]
 
 
-def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA) -> list[Question]:
-    questions = []
+def _questions(records: Sequence[Mapping[str, Any]], data: str, m: MoLoRA, max_new_tokens: int) -> list[Question]:
+    questions: list[Question] = []
     for number, record in enumerate(records, 1):
         try:
-            questions.append(Question.from_record(record, m.tokenizer))
+            question = Question.from_record(record, m.tokenizer)
+            m.check_lengths(m.render(question.messages), max_new_tokens)
         except KeyError as error:
             raise ValueError(f"{data}, verifiable record {number} has no {error}; expected held-out items.") from None
         except ValueError as error:
             raise ValueError(f"{data}, verifiable record {number}: {error}") from None
-        strange = sorted(set(questions[-1].domains) - set(TASKS))
-        if strange or not questions[-1].domains:
+        strange = sorted(set(question.domains) - set(TASKS))
+        if strange or not question.domains:
             raise ValueError(f"{data}, verifiable record {number}: no verifier for {strange}; there are {list(TASKS)}.")
+        questions.append(question)
     return questions
 
 

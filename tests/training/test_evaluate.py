@@ -260,6 +260,9 @@ def test_accuracy_is_the_share_of_verified_answers(m: MoLoRA, monkeypatch: pytes
     }
 
 
+LONG = [{"role": "user", "content": "a" * 2000}, {"role": "assistant", "content": "b"}]
+
+
 def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"messages": [], "domain": null}\n{"messages": []}\n')
@@ -273,6 +276,17 @@ def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> No
         ({"domain": "words"}, None, "verifiable record 1 has no 'answer'"),
         ({"domain": "letters", "answer": "x"}, None, "no verifier for ['letters']"),
         ({"domain": [], "answer": []}, None, "no verifier for []"),
+        ({"domain": "legs", "answer": 5}, None, "verifiable record 1: answer is 5; expected a text, or a list"),
+        ({"domain": 3, "answer": "x"}, None, "verifiable record 1: domain is 3; expected a text, or a list"),
+        ({"domain": ["legs", None], "answer": ["1", "2"]}, None, "record 1: domain is ['legs', None]; expected"),
+        ({"domain": ["legs", "words"], "answer": ["5"]}, None, "and answer ['5']; expected an answer for each"),
+        ({"domain": "legs", "answer": ["5"]}, None, "and answer ['5']; expected an answer for each domain"),
+        ({"domain": "legs", "answer": "5", "messages": "hi"}, None, "record 1: messages must be a list, not 'hi'"),
+        (
+            {"domain": "legs", "answer": "5", "messages": LONG},
+            None,
+            "verifiable record 1: the prompt has 2097 tokens, but the model reads at most",
+        ),
         ({"domain": "words", "answer": "x"}, ["base", "nope"], "unknown ways ['nope']"),
     ],
 )
