@@ -79,7 +79,7 @@ def render(
     if isinstance(messages_or_text, str):
         if not messages_or_text:
             raise ValueError("the prompt is empty; pass some text or a list of messages.")
-        _check_unicode(messages_or_text, "the prompt")
+        check_unicode(messages_or_text, "the prompt")
         if limit is not None:
             limit.check(messages_or_text)
         return Prompt(tuple(tokenizer(messages_or_text)["input_ids"]), {"system": 0})
@@ -191,12 +191,16 @@ def check_message(message: Any, index: int) -> dict[str, str]:
         content = "".join(part["text"] for part in content)
     if not isinstance(content, str):
         raise ValueError(f"message {index} ({message['role']}) has content {content!r}; expected text.")
-    _check_unicode(message["role"] + content, f"message {index}")
+    check_unicode(message["role"] + content, f"message {index}")
     role = "system" if message["role"] == "developer" else message["role"]
     return {"role": role, "content": content}
 
 
-def _check_unicode(text: str, what: str) -> None:
+def check_unicode(text: str, what: str) -> None:
+    """
+    Raises:
+        ValueError: it holds half of a surrogate pair; the message begins with `what`.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from molora.activation import check_message, render
+from molora.activation import check_message, check_unicode, render
 from molora.chat_template import apply_chat_template
 from molora.display import joined
 
@@ -64,7 +64,7 @@ def read_records(source: str | Path, *, split: str = "train") -> Iterator[Mappin
     """Records of a JSONL file, or of any source that `datasets.load_dataset` knows.
 
     Raises:
-        ValueError: a line is no JSON object; the message names the file and the line.
+        ValueError: a line is no JSON object, or the file is not UTF-8; the message names the file, and the line.
     """
     path = Path(source)
     if path.suffix == ".jsonl":
@@ -79,7 +79,8 @@ def encode(record: Mapping[str, Any], tokenizer: Any) -> Example:
     """Tokenize one record.
 
     Raises:
-        ValueError: the record has neither `messages` nor `prompt` and `completion`, or does not end in an answer.
+        ValueError: the record has neither `messages` nor `prompt` and `completion`, or does not end in an answer; the
+            answer holds an end token, or its domains are a list that are not those of its parts.
     """
     if "messages" in record:
         example = _encode_messages(record, tokenizer)
@@ -99,20 +100,31 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; `python -m molora.training.recipes` builds the demo's data.")
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_lines(file, path), 1):
             try:
                 record = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from None
+            except RecursionError:
+                raise ValueError(f"{path}, line {number}: JSON that is nested too deeply to be read.") from None
             if not isinstance(record, dict):
                 raise ValueError(f"{path}, line {number}: expected an object, found a {type(record).__name__}.")
             yield record
+
+
+def _lines(file: Iterable[str], path: Path) -> Iterator[str]:
+    try:
+        yield from file
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8 ({error}); save it in that encoding.") from None
 
 
 def _encode_text(record: Mapping[str, Any], tokenizer: Any) -> Example:
     for key in ("prompt", "completion"):
         if not isinstance(record[key], str):
             raise ValueError(f"a record's {key} must be text, not {record[key]!r}.")
+        check_unicode(record[key], f"a record's {key}")
+    _check_domain_list(record, [])
     prompt = tokenizer(record["prompt"])["input_ids"]
     completion = [*tokenizer(record["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     learned = [False] * len(prompt) + [True] * len(completion)
@@ -128,6 +140,8 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
     roles = [message["role"] for message in plain]
     if roles[-1:] != ["assistant"] or "user" not in roles:
         raise ValueError("a record's messages must end with a user message and the assistant's answer.")
+    last_user = max(index for index, role in enumerate(roles) if role == "user")
+    _check_domain_list(record, messages[last_user:])
     prompt = render(tokenizer, plain[:-1])
     full = apply_chat_template(tokenizer, plain)
     encoded = tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
@@ -136,11 +150,15 @@ def _encode_messages(record: Mapping[str, Any], tokenizer: Any) -> Example:
         raise ValueError("the chat template renders the prompt differently once it is answered; cannot train on it.")
     if tokenizer.eos_token_id not in ids[len(prompt.token_ids) :]:
         raise ValueError(f"the chat template does not end an answer with {tokenizer.eos_token!r}; cannot train on it.")
+    if tokenizer.eos_token in plain[-1]["content"]:
+        raise ValueError(
+            f"the answer holds the end token {tokenizer.eos_token!r}, behind which nothing would be learned; remove it."
+        )
     # The answer ends with its first end token; what the template writes behind it is never generated.
     end = ids.index(tokenizer.eos_token_id, len(prompt.token_ids)) + 1
     learned = [len(prompt.token_ids) <= i < end for i in range(end)]
     turn, response = prompt.starts.get("turn", 0), prompt.starts.get("response", len(prompt.token_ids))
-    domains = _label(record, plain, full, offsets[:end])
+    domains = _label(record, plain, full, offsets[:end], last_user)
     return Example(tuple(ids[:end]), tuple(learned), tuple(domains), turn, response)
 
 
@@ -149,9 +167,9 @@ def _label(
     plain: Sequence[Mapping[str, str]],
     full: str,
     offsets: Sequence[tuple[int, int]],
+    last_user: int,
 ) -> list[str | None]:
     """Each token's domain. Template tokens between two texts belong to the one that follows them."""
-    last_user = max(i for i, message in enumerate(plain) if message["role"] == "user")
     ends: list[int] = []  # character after each text
     texts: list[str | None] = []  # its domain
     cursor = 0
@@ -195,6 +213,25 @@ def _own_domain(record: Mapping[str, Any]) -> str | None:
     if isinstance(domain, list):  # of the parts
         return None
     return _domain(domain) if domain != "" else None
+
+
+def _check_domain_list(record: Mapping[str, Any], messages: Sequence[Mapping[str, Any]]) -> None:
+    """
+    Args:
+        messages: the last turn's.
+
+    Raises:
+        ValueError: the record's domain is a list, and not of its parts'.
+    """
+    if not isinstance(domains := record.get("domain"), list):
+        return
+    contents = [message["content"] for message in messages if not isinstance(message["content"], str)]
+    parts = {domain for content in contents for _, domain in _parts(content, None)}
+    if not parts or any(_domain(each) not in parts for each in domains):
+        raise ValueError(
+            f"a record's domain is the list {domains!r}; expected a name, or null for the base: a list belongs to a "
+            "message whose content is a list of parts with these domains."
+        )
 
 
 def _parts(content: str | Sequence[Mapping[str, Any]], domain: str | None) -> list[tuple[str, str | None]]:

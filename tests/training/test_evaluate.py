@@ -200,17 +200,15 @@ def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn",
     assert [page.count(f"<h2>{kind}</h2>") for kind in ("One task", "Several tasks")] == [1, 1]
 
 
-@pytest.mark.parametrize(("ways", "is_labelled"), [(["base"], True), (["auto"], False)])
-def test_nothing_is_drawn_without_the_router_or_labels(
-    m: MoLoRA, ways: list[str], is_labelled: bool, tmp_path: Path
+@pytest.mark.parametrize(("way", "domain"), [("base", "words"), ("auto", "sorting")])
+def test_nothing_is_drawn_without_the_router_or_labels_of_its_columns(
+    m: MoLoRA, way: str, domain: str, tmp_path: Path
 ) -> None:
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    record = {"messages": messages, "domain": "words" if is_labelled else ["words"], "answer": "x"}
-    if not is_labelled:
-        record["answer"] = ["x"]
+    record = {"messages": messages, "domain": domain, "answer": "x"}
     data, out = tmp_path / "data.jsonl", tmp_path / "figures.json"
     data.write_text(json.dumps(record) + "\n")
-    assert "router" not in measure_bank(m, str(data), out, ways=ways, max_new_tokens=2)
+    assert "router" not in measure_bank(m, str(data), out, ways=[way], max_new_tokens=2)
     assert [path.name for path in tmp_path.glob("figures*")] == ["figures.json"]
 
 
@@ -275,7 +273,7 @@ def test_data_that_nothing_verifies_is_an_error(m: MoLoRA, tmp_path: Path) -> No
     [
         ({"domain": "words"}, None, "verifiable record 1 has no 'answer'"),
         ({"domain": "letters", "answer": "x"}, None, "no verifier for ['letters']"),
-        ({"domain": [], "answer": []}, None, "no verifier for []"),
+        ({"domain": [], "answer": []}, None, "verifiable record 1: a record's domain is the list []"),
         ({"domain": "legs", "answer": 5}, None, "verifiable record 1: answer is 5; expected a text, or a list"),
         ({"domain": 3, "answer": "x"}, None, "verifiable record 1: domain is 3; expected a text, or a list"),
         ({"domain": ["legs", None], "answer": ["1", "2"]}, None, "record 1: domain is ['legs', None]; expected"),

@@ -20,6 +20,8 @@ SINGLE = {
     "domain": "letters",
 }
 
+PARTS = [{"type": "text", "text": "one", "domain": "x"}, {"type": "text", "text": "\ntwo", "domain": None}]
+
 
 def stripping_tokenizer() -> Any:
     """One whose chat template strips each message."""
@@ -88,9 +90,8 @@ def test_a_null_domain_is_base_and_a_missing_one_is_unknown() -> None:
 
 
 def test_parts_carry_their_own_domains_and_connectives_follow_the_next_part() -> None:
-    parts = [{"type": "text", "text": "one", "domain": "x"}, {"type": "text", "text": "\ntwo", "domain": None}]
     record = {
-        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": parts}],
+        "messages": [{"role": "user", "content": PARTS}, {"role": "assistant", "content": PARTS}],
         "domain": ["x", None],
     }
     example = encode(record, TOKENIZER)
@@ -158,6 +159,19 @@ def test_plain_text_records() -> None:
             {"messages": [SINGLE["messages"][0], {"role": "assistant", "content": [{"text": "x", "domain": ["y"]}]}]},
             "a domain is ['y']; expected",
         ),
+        (
+            {"messages": [SINGLE["messages"][0], {"role": "assistant", "content": "b<|im_end|>c and the rest"}]},
+            "the answer holds the end token '<|im_end|>', behind which nothing would be learned; remove it",
+        ),
+        ({**SINGLE, "domain": ["zzz"]}, "domain is the list ['zzz']; expected a name, or null for the base"),
+        ({**SINGLE, "domain": []}, "domain is the list []; expected a name"),
+        (
+            {"messages": [SINGLE["messages"][0], {"role": "assistant", "content": PARTS}], "domain": ["x", "zzz"]},
+            "domain is the list ['x', 'zzz']; expected a name",
+        ),
+        ({"prompt": "x", "completion": "y", "domain": ["zzz"]}, "domain is the list ['zzz']; expected a name"),
+        ({"prompt": "x\ud800", "completion": "y"}, "a record's prompt holds half of a surrogate pair"),
+        ({"prompt": "x", "completion": "\udc00y"}, "a record's completion holds half of a surrogate pair"),
     ],
 )
 def test_malformed_records_say_which_and_why(record: dict[str, object], message: str) -> None:
@@ -194,8 +208,19 @@ def test_jsonl_errors_name_the_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(SINGLE) + "\n{broken\n")
     with pytest.raises(ValueError, match="line 2"):
         list(read_records(path))
+    path.write_text(json.dumps(SINGLE) + "\n" + "[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 2: JSON that is nested too deeply"):
+        list(read_records(path))
     with pytest.raises(FileNotFoundError, match="recipes"):
         list(read_records(tmp_path / "missing.jsonl"))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_a_file_of_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "café", "completion": "au lait"}\n', encoding=encoding)
+    with pytest.raises(ValueError, match=r"data\.jsonl is not text in UTF-8 .*save it in that encoding"):
+        list(read_records(path))
 
 
 def test_any_datasets_source_is_read(tmp_path: Path) -> None:
