@@ -280,6 +280,15 @@ def is_whole(value: object, low: int = 1) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value < 1 << 31
 
 
+def check_whole(name: str, value: object, low: int = 1) -> None:
+    """
+    Raises:
+        ValueError: it is no whole number of at least `low`.
+    """
+    if not is_whole(value, low):
+        raise ValueError(f"{name} is {value!r}; expected a whole number of {low} or more.")
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number of a size that a scaling may have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA

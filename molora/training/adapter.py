@@ -15,9 +15,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from molora.activation import render
-from molora.adapter import Adapter, AdapterConfig, layer_index, target_suffixes
+from molora.adapter import Adapter, AdapterConfig, check_whole, is_number, layer_index, target_suffixes
 from molora.bank import check_name
+from molora.display import joined
 from molora.files import atomic_directory
+from molora.injection import linears_of_layers
 from molora.training.data import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
@@ -49,6 +51,9 @@ class AdapterTraining(FrozenBase):
         gradient_checkpointing: recompute activations in the backward pass, for less memory.
         compile: run the decoder layers through torch.compile, which takes a minute at first; None does on a GPU.
         seed: of the adapter's initial weights.
+
+    Raises:
+        ValueError: a setting is out of its range, or names do not fit each other.
     """
 
     def __init__(
@@ -73,6 +78,12 @@ class AdapterTraining(FrozenBase):
             raise ValueError(f"name is {name!r}; expected one name, or several different ones.")
         if isinstance(invocation, dict) and (missing := sorted(set(self.names) - set(invocation))):
             raise ValueError(f"invocation has texts for {sorted(invocation)}; expected one for {missing[0]!r} as well.")
+        check_whole("rank", rank)
+        check_whole("router_layer", router_layer, 0)
+        if not is_number(alpha) or alpha <= 0:
+            raise ValueError(f"alpha is {alpha!r}; expected a number above 0.")
+        if isinstance(target_modules, str) or not target_modules:
+            raise ValueError(f"target_modules is {target_modules!r}; expected a list of linears' names.")
         self.output_dir, self.invocation = Path(output_dir), invocation
         self.rank, self.alpha, self.target_modules = rank, alpha, tuple(target_modules)
         self.router_layer = router_layer
@@ -82,11 +93,15 @@ class AdapterTraining(FrozenBase):
         if hasattr(self, "stack"):
             return
         self.load_base()
-        paths = [
-            path for path in linears_named(self.model, self.target_modules) if layer_index(path) >= self.router_layer
-        ]
-        if not paths:
-            raise ValueError(f"no linear from layer {self.router_layer} on is named one of {self.target_modules}.")
+        above = [path for path in linears_of_layers(self.model) if layer_index(path) >= self.router_layer]
+        strange = sorted(set(self.target_modules) - set(target_suffixes(above)))
+        if strange:
+            raise ValueError(
+                f"target_modules names {joined(strange)}; no linear from layer {self.router_layer} on is so called; "
+                f"there are {joined(target_suffixes(above)) or 'none'}."
+            )
+        paths = linears_named(self.model, self.target_modules)
+        paths = [path for path in paths if layer_index(path) >= self.router_layer]
         self.stack = LoraStack(self.model, paths, num_adapters=len(self.names), rank=self.rank, alpha=self.alpha)
         self.stack.reset(self.seed)
         if self.gradient_checkpointing:

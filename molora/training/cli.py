@@ -3,6 +3,7 @@
 import sys
 
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from molora.display import one_line
 from molora.training.callbacks import Watch
@@ -32,6 +33,6 @@ def main() -> None:
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [Watch()]},
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MisconfigurationException) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2)

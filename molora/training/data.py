@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from torch import Tensor
 
+from molora.adapter import check_whole
 from molora.display import joined
 from molora.progress import say
 from molora.training.examples import BASE, IGNORE, Encoder, Example, read_records
@@ -270,6 +271,9 @@ class ChatData(L.LightningDataModule):
         val_batches: batches of a validation run.
         activation: shares of activation points.
         seed: of the order and of the activation points.
+
+    Raises:
+        ValueError: a number is out of its range.
     """
 
     def __init__(
@@ -284,6 +288,11 @@ class ChatData(L.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        check_whole("data.row_length", row_length)
+        check_whole("data.rows", rows)
+        check_whole("data.val_batches", val_batches, 0)
+        if max_records is not None:
+            check_whole("data.max_records", max_records)
         self.sources = {"train": train, "val": val}
         self.row_length, self.rows, self.val_batches = row_length, rows, val_batches
         self.max_records = max_records

@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from molora.adapter import check_whole
 from molora.checkpoint import load_base, resolve_base
 from molora.injection import find_layers, text_config
 from molora.routing import RoutingLayer
@@ -36,6 +37,12 @@ class Schedule:
     lr: float = 1e-3
     warmup_steps: int = 50
     weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "weight_decay"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"schedule.{name} is {value}; expected a number of 0 or more.")
+        check_whole("schedule.warmup_steps", self.warmup_steps, 0)
 
     def factor(self, step: int, num_steps: int) -> float:
         if step < self.warmup_steps:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from molora.activation import Activation
-from molora.adapter import Adapter, layer_index
+from molora.adapter import Adapter, check_whole, layer_index
 from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, copy_other_files
 from molora.digest import base_digest
 from molora.files import atomic_directory
@@ -172,6 +172,9 @@ class RouterTraining(FrozenBase):
             raise ValueError("losses.drift is of the router's own LoRA, and router.lora_rank is 0; set one of them.")
         if router.lora_rank and not router_layer:
             raise ValueError("router.lora_rank needs layers below the router layer, which is 0.")
+        check_whole("router_layer", router_layer, 0)
+        if max_rank is not None:
+            check_whole("max_rank", max_rank)
         self.keep_rows = keep_rows
         self._kept: dict[int, Tensor] = {}
         by_name = adapters if isinstance(adapters, dict) else {Path(folder).name: folder for folder in adapters}

@@ -6,6 +6,9 @@ Legend: S optimizer steps.
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.tuner.tuning import Tuner
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from molora.adapter import check_whole
 from molora.checkpoint import resolve_base
 from molora.files import replace
 from molora.injection import find_layers
@@ -30,7 +35,7 @@ class Trainer(L.Trainer):
     """What `train.py` and `molora train bank` train with; takes what Lightning's takes.
 
     Raises:
-        ValueError: the strategy is FSDP 1.
+        ValueError: the strategy is FSDP 1, or a setting is out of its range or not for this machine.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +46,11 @@ class Trainer(L.Trainer):
             raise ValueError(
                 "strategy fsdp is FSDP 1, which flattens what is trained and what is frozen into one tensor; use fsdp2."
             )
-        super().__init__(*args, **kwargs)
+        with _value_errors():
+            super().__init__(*args, **kwargs)
+        check_whole("trainer.accumulate_grad_batches", self.accumulate_grad_batches)
+        if self.gradient_clip_val is not None and not 0 <= self.gradient_clip_val < math.inf:
+            raise ValueError(f"trainer.gradient_clip_val is {self.gradient_clip_val}; expected a number of 0 or more.")
         if type(self.strategy.checkpoint_io) is TorchCheckpointIO:
             self.strategy.checkpoint_io = WholeCheckpoints()
 
@@ -49,9 +58,13 @@ class Trainer(L.Trainer):
         """As Lightning's, once the base is on this machine.
 
         Processes that know of each other cannot make it: transformers saves a model in the first of them alone.
+
+        Raises:
+            ValueError: also where Lightning says that a setting is wrong.
         """
         resolve_base(model.base)
-        super().fit(model, *args, **kwargs)
+        with _value_errors():
+            super().fit(model, *args, **kwargs)
 
     def lr_find(
         self,
@@ -76,8 +89,11 @@ class Trainer(L.Trainer):
             num_training: optimizer steps.
 
         Raises:
-            ValueError: there are too few steps, or their losses are not numbers.
+            ValueError: there are too few steps, or their losses are not numbers; or rates do not rise from above 0.
         """
+        check_whole("num_training", num_training)
+        if not 0 < min_lr < max_lr < math.inf:
+            raise ValueError(f"min_lr is {min_lr} and max_lr {max_lr}; expected rates above 0, the second the larger.")
         self.loggers = []
         self.callbacks = [each for each in self.callbacks if isinstance(each, ProgressBar)]  # type: ignore[has-type]
         self.val_check_interval, self.check_val_every_n_epoch = 1 << 30, None  # nothing is validated
@@ -96,6 +112,19 @@ class Trainer(L.Trainer):
             print(
                 f"suggested: --model.init_args.schedule.lr {rate_S[best]:.2g} (where the loss falls fastest in {out})"
             )
+
+
+@contextmanager
+def _value_errors() -> Iterator[None]:
+    """What Lightning says of wrong settings, as ValueErrors."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from error
+    except RuntimeError as error:
+        if str(error).startswith("Early stopping conditioned on"):  # a metric that nobody logs
+            raise ValueError(str(error)) from error
+        raise
 
 
 def _range_test(results: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -210,10 +210,18 @@ def test_a_range_test_undoes_lightnings_smoothing_of_the_first_steps() -> None:
     torch.testing.assert_close(loss_S, torch.full_like(loss_S, 5.0))
 
 
-def test_too_few_steps_suggest_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (("--num_training", "8"), "of 8 steps, too few"),
+        (("--num_training", "0"), "error: num_training is 0; expected a whole number of 1 or more."),
+        (("--min_lr", "0"), "error: min_lr is 0.0 and max_lr 1.0; expected rates above 0, the second the larger."),
+    ],
+)
+def test_too_few_steps_suggest_nothing(extra: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        train("--num_training", "8", command="lr_find")
-    assert "of 8 steps, too few" in capsys.readouterr().err
+        train(*extra, command="lr_find")
+    assert words in capsys.readouterr().err
     assert not list(Path().glob("*.png"))
 
 

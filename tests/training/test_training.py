@@ -24,11 +24,13 @@ from molora.bank import Bank
 from molora.checkpoint import resolve_base
 from molora.routing import RouteRequest
 from molora.training.adapter import AdapterTraining
-from molora.training.data import ActivationMix, PackedLoader
+from molora.training.data import ActivationMix, ChatData, PackedLoader
 from molora.training.examples import encode, examples, read_records
+from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
 from molora.training.router import RouterLosses, RouterTraining, _begin_parts, _neighbours
 from molora.training.router_report import router_statistics
+from molora.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 # Lightning and jsonargparse warn of their own deprecations.
@@ -665,11 +667,57 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
             "learns nothing",
         ),
         (lambda: AdapterTraining("base"), "no legal name"),
+        (lambda: AdapterTraining("a", rank=0), r"^rank is 0; expected a whole number of 1 or more\.$"),
+        (lambda: AdapterTraining("a", rank=-2), "^rank is -2"),
+        (lambda: AdapterTraining("a", alpha=0.0), "^alpha is 0.0; expected a number above 0"),
+        (lambda: AdapterTraining("a", alpha=float("nan")), "^alpha is nan"),
+        (lambda: AdapterTraining("a", router_layer=-1), "^router_layer is -1; expected a whole number of 0 or more"),
+        (lambda: AdapterTraining("a", target_modules=()), "^target_modules is .*; expected a list"),
+        (lambda: RouterTraining([], "x", router_layer=-1), "^router_layer is -1"),
+        (lambda: RouterTraining([], "x", max_rank=0), "^max_rank is 0"),
+        (lambda: Schedule(warmup_steps=-1), "^schedule.warmup_steps is -1"),
+        (lambda: Schedule(lr=-1.0), "^schedule.lr is -1.0; expected a number of 0 or more"),
+        (lambda: Schedule(lr=float("nan")), "^schedule.lr is nan"),
+        (lambda: Schedule(weight_decay=-1.0), "^schedule.weight_decay is -1.0"),
+        (lambda: ChatData("x", rows=0), "^data.rows is 0; expected a whole number of 1 or more"),
+        (lambda: ChatData("x", rows=-1), "^data.rows is -1"),
+        (lambda: ChatData("x", row_length=-5), "^data.row_length is -5"),
+        (lambda: ChatData("x", max_records=-3), "^data.max_records is -3"),
+        (lambda: ChatData("x", val_batches=-1), "^data.val_batches is -1; expected a whole number of 0 or more"),
+        (lambda: Trainer(gradient_clip_val=-1), "^trainer.gradient_clip_val is -1; expected a number of 0 or more"),
+        (lambda: Trainer(accumulate_grad_batches=0), "^trainer.accumulate_grad_batches is 0; expected"),
+        (lambda: Trainer(accelerator="cpu", devices=0), r"Trainer\(devices=0\).* is not a valid input"),
     ],
 )
 def test_wrong_settings_are_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (
+            ("--model.init_args.target_modules", "[q_proj, qq_proj]"),
+            "target_modules names qq_proj; no linear from layer 1 on is so called; there are down_proj, gate_proj, ",
+        ),
+        (
+            ("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/nope", "--trainer.max_steps=30"),
+            "Early stopping conditioned on metric `val/nope` which is not available.",
+        ),
+        (("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_train_steps=-1"), "every_n_train_steps"),
+        (("--trainer.devices", "0"), "`Trainer(devices='0')` value is not a valid input using cpu accelerator."),
+    ],
+)
+def test_wrong_settings_are_one_line(extra: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    error = complaint(capsys, *extra)
+    assert error.startswith("error: ")
+    assert words in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "accelerator is not available" in complaint(capsys, "--trainer.accelerator", "cuda")
 
 
 def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
