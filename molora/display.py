@@ -20,6 +20,12 @@ COLOURS = ("#2f81f7", "#d97706", "#0d9f6e", "#d946a8", "#8b6cf6", "#0e9bb5", "#8
 # A terminal of 16 colours would show several of those alike. None of these is as dark or as light as a background.
 FEW_COLOURS = ("bright_blue", "yellow", "green", "magenta", "cyan", "red", "bright_magenta", "bright_red")
 _PARTS = re.compile(r"\n|[^\S\n]+|\S+")
+# What jsonargparse says where a value is none of several types, and no other such thing within it.
+_NONE_OF_TYPES = re.compile(
+    r"Does not validate against any of the Union subtypes\s+Subtypes: [^\n]*\s+Errors:\n"
+    r"(?P<errors>(?:(?!Does not validate against any).)*?)\n\s*Given value type: [^\n]*\n\s*Given value: [^\n]*",
+    re.DOTALL,
+)
 
 
 def make_console(*, stderr: bool = False) -> Console:
@@ -152,9 +158,20 @@ def write_text(console: Console, margin: str, margin_style: str, text: str, *, i
 
 
 def one_line(error: BaseException | Warning | str) -> str:
+    """An error as a line: of a constructor's that jsonargparse reports, what the constructor said."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    text, before = str(error), ""
+    while text != before:
+        before, text = text, _NONE_OF_TYPES.sub(_what_was_said, text)
+    return " ".join(text.split()) or type(error).__name__
+
+
+def _what_was_said(report: re.Match[str]) -> str:
+    """Of the reasons why a value is none of several types, those that are not about the type."""
+    reasons = [reason.strip() for reason in re.split(r"(?m)^\s*- ", report["errors"])]
+    said = [reason for reason in reasons if reason and not reason.startswith("Expected a ")]
+    return "; ".join(said) or report[0]
 
 
 def joined(items: Iterable[object]) -> str:
