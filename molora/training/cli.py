@@ -1,8 +1,10 @@
 """The command line of `train.py`: LightningCLI over the two training modules and one data module."""
 
 import sys
+from pathlib import Path
 
-from lightning.pytorch.cli import LightningCLI
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from molora.display import one_line
@@ -15,6 +17,19 @@ class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {"lr_find": {"model", "datamodule"}}
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Saves the settings in the logs' folder; where there is none, nowhere: a file of that name may be the user's."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        folder = trainer.log_dir
+        if (
+            trainer.loggers
+            and folder is not None
+            and Path(folder).resolve() != Path(trainer.default_root_dir).resolve()
+        ):
+            super().setup(trainer, pl_module, stage)
 
 
 def main() -> None:
@@ -30,6 +45,7 @@ def main() -> None:
             trainer_class=Trainer,
             subclass_mode_model=True,
             seed_everything_default=0,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"use_distributed_sampler": False, "callbacks": [Watch()]},
         )

@@ -720,6 +720,19 @@ def test_wrong_settings_are_one_line(extra: tuple[str, ...], words: str, capsys:
     assert "Namespace" not in error
 
 
+@pytest.mark.parametrize("root", [".", "root"])
+def test_settings_are_saved_with_the_logs_or_nowhere(root: str) -> None:
+    Path("root").mkdir()
+    for folder in (".", "root"):
+        Path(folder, "config.yaml").write_text("mine: true\n")
+    fit("--trainer.max_steps", "1", "--trainer.logger", "false", "--trainer.default_root_dir", root)
+    for folder in (".", "root"):
+        assert Path(folder, "config.yaml").read_text() == "mine: true\n"
+    fit("--trainer.max_steps", "1")
+    (saved,) = Path("runs").rglob("config.yaml")
+    assert yaml.safe_load(saved.read_text())["trainer"]["max_steps"] == 1
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "accelerator is not available" in complaint(capsys, "--trainer.accelerator", "cuda")
