@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -134,6 +135,15 @@ class AdapterTraining(FrozenBase):
             self.stack.clip_gradients(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            "name": self.names,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "target_modules": sorted(self.target_modules),
+            "router_layer": self.router_layer,
+        }
 
     def write(self) -> None:
         """Write the adapters."""

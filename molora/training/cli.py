@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import lightning as L
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from molora.display import one_line
 from molora.training.callbacks import Watch
@@ -17,6 +17,9 @@ class _CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         return LightningCLI.subcommands() | {"lr_find": {"model", "datamodule"}}
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: our checkpoints hold no hyperparameters, and the trainer says what is wrong with one."""
 
 
 class _SaveConfig(SaveConfigCallback):

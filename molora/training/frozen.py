@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from molora.adapter import check_whole
 from molora.checkpoint import load_base, resolve_base
+from molora.display import joined
 from molora.injection import find_layers, text_config
 from molora.routing import RoutingLayer
 from molora.training.data import Batch, ChatData
@@ -106,6 +107,10 @@ class FrozenBase(L.LightningModule):
         """What a checkpoint holds: what is trained, and what else a resumed run needs."""
         return dict(self.trained())
 
+    def settings(self) -> dict[str, Any]:
+        """What decides what the values in a checkpoint mean."""
+        return {}
+
     def parameter_groups(self) -> list[dict[str, Any]]:
         return [{"params": list(self.trained().values())}]
 
@@ -125,16 +130,28 @@ class FrozenBase(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         names = self.kept()
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in names}
+        checkpoint["settings"] = self.settings()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """
         Raises:
             ValueError: the checkpoint is of another module or of other settings: what it holds is not trained here.
         """
-        differing = sorted(set(checkpoint["state_dict"]) ^ set(self.kept()))
+        settings, there = self.settings(), checkpoint.get("settings", {})  # older ones say nothing of them
+        differing = [
+            f"{name}, there {there[name]!r} and here {value!r}"
+            for name, value in settings.items()
+            if name in there and there[name] != value
+        ]
+        if not differing:
+            shapes = {name: tuple(value.shape) for name, value in self.kept().items()}
+            shapes_there = {name: tuple(value.shape) for name, value in checkpoint["state_dict"].items()}
+            names = {*shapes, *shapes_there}
+            differing = sorted(name for name in names if shapes.get(name) != shapes_there.get(name))
         if differing:
             raise ValueError(
-                f"the checkpoint was made with other settings: it and what is trained here differ in {differing}."
+                f"the checkpoint was made with other settings: it and what is trained here differ in "
+                f"{joined(differing)}. Resume with its settings, or begin anew without it."
             )
 
     def forward_hidden(self, batch: Batch) -> Tensor:

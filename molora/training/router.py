@@ -358,20 +358,10 @@ class RouterTraining(FrozenBase):
         means = {"means_GD": self.means_GD} if self.losses.newcomer else {}
         return super().kept() | means
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["router_layer"] = self.router_layer
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """
-        Raises:
-            ValueError: the checkpoint is of another module or of other settings.
-        """
-        super().on_load_checkpoint(checkpoint)
-        if checkpoint["router_layer"] != self.router_layer:
-            raise ValueError(
-                f"the checkpoint is of a router at layer {checkpoint['router_layer']}, not at {self.router_layer}."
-            )
+    def settings(self) -> dict[str, Any]:
+        names = ("hidden_dim", "key_dim", "lora_rank", "lora_alpha")
+        router = {f"router.{name}": getattr(self.router_config, name) for name in names}
+        return {"adapters": list(self.folders), "router_layer": self.router_layer, **router}
 
     def _newcomer_loss(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
         """`newcomer_loss` by the means that are known so far, which have the gradient of the batch's own."""

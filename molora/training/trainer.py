@@ -14,15 +14,16 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.tuner.tuning import Tuner
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from molora.adapter import check_whole
 from molora.checkpoint import resolve_base
+from molora.display import one_line
 from molora.files import replace
 from molora.injection import find_layers
 from molora.routing import RoutingLayer
@@ -150,6 +151,26 @@ def _draw(rate_S: Tensor, loss_S: Tensor, best: int, out: Path) -> None:
 
 class WholeCheckpoints(TorchCheckpointIO):
     """Checkpoints that are whole at any moment: a new one takes an old one's place once it is on the disk."""
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """As Lightning's, but a checkpoint runs no code unless `weights_only` is False.
+
+        Raises:
+            OSError: there is no such file.
+            ValueError: it is no checkpoint, or is damaged.
+        """
+        what = "it has no weights"
+        try:
+            checkpoint = super().load_checkpoint(path, map_location, weights_only is not False)
+        except (OSError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # an unpickler of arbitrary bytes raises anything
+            what, checkpoint = f"{type(error).__name__}: {one_line(error):.200}", {}
+        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+            raise ValueError(f"{path} is no checkpoint of this training, or is damaged ({what}); name another.")
+        return checkpoint
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """
