@@ -16,7 +16,7 @@ on the same data and answers the same items.
     uniform             all adapters at once, in equal shares (the average of their weight updates)
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
     arrow, xlora        PEFT's routers; X-LoRA's classifier is trained on the router's data
-    random              a router of random weights
+    random              a router of random weights, without a LoRA of its own
     auto                the learned router, by labels, one adapter a token
     token, lm           the same by each adapter's loss on the token, and by the language model loss alone
     own                 the same by labels, whose language model loss is under its own choice, not the labels'

@@ -13,6 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+import molora
+from molora import Bank, KeyRouter, RouterConfig
+from molora.routing import RouteRequest
 
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
@@ -98,6 +103,30 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert not held_out & learned
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
     assert [line.split()[0] for line in run("eval", work).stdout.splitlines()] == ["given"]
+
+
+def test_a_random_router_has_nothing_of_the_learned_one(
+    benchmark_module: Callable[[str], ModuleType],
+    make_bank: Callable[..., Bank],
+    key_router: Callable[..., KeyRouter],
+    tmp_path: Path,
+) -> None:
+    config = RouterConfig(hidden_dim=32, key_dim=16, lora_rank=2)
+    bank = make_bank(tmp_path, router=key_router(config))
+    learned, there = bank.load_router(), tmp_path / "random"
+    assert isinstance(learned, KeyRouter)
+    assert benchmark_module("quality.rows").with_random_router(tmp_path, seed=1) == there
+    assert Bank.open(there).adapters == bank.adapters
+    m = molora.load(there, device="cpu", dtype="float32")
+    assert isinstance(m.decoder.router, KeyRouter)
+    random = m.decoder.router.tensors()
+    assert {*random} == {*learned.state_dict()}  # no LoRA
+    assert not any(torch.equal(values, learned.tensors()[name]) for name, values in random.items())
+    ids_BT = torch.arange(3, 40)[None]
+    asked = RouteRequest(torch.zeros(1, 1, dtype=torch.long), auto=torch.ones(1, 1, dtype=torch.bool))
+    plain, routed = (m.decoder.router_input(request, input_ids=ids_BT, use_cache=False) for request in (None, asked))
+    assert torch.equal(plain, routed)
+    assert Bank.open(bank.path).config == bank.config
 
 
 def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:

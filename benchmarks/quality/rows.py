@@ -140,17 +140,16 @@ def answer_in(here: Measurement, ways: Sequence[str]) -> None:
 
 def of_merges(here: Measurement) -> None:
     """What else can be made of the adapters, and a router that has learned nothing."""
-    args, folder, merges = here.args, seed_folder(here.args), peft_ways.MERGES
-    if not here.missing([*merges, "random"]):
-        return
-    with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
-        for kind in here.missing(merges):
-            merged = folder / "merged" / kind
-            peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
-            m.engine.load_adapter(kind, merged, activation="turn")
-            here.add(m, kind, kind)
-        if here.missing(["random"]):
-            randomize(m, args.seed)
+    args, folder = here.args, seed_folder(here.args)
+    if merges := here.missing(peft_ways.MERGES):
+        with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
+            for kind in merges:
+                merged = folder / "merged" / kind
+                peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
+                m.engine.load_adapter(kind, merged, activation="turn")
+                here.add(m, kind, kind)
+    if here.missing(["random"]):
+        with here.loaded(with_random_router(folder, args.seed)) as m:
             here.add(m, "random", "auto")
 
 
@@ -328,13 +327,13 @@ def with_soft_gates(folder: Path, label: str, top_k: int) -> Path:
     return copy
 
 
-def randomize(m: MoLoRA, seed: int) -> None:
-    """Other weights at the same addresses; what the router's routes have cached is forgotten."""
-    router = m.decoder.router
-    assert isinstance(router, KeyRouter)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+def with_random_router(folder: Path, seed: int) -> Path:
+    """A copy of the bank whose router has random weights, and no LoRA of its own: nothing that was learned."""
+    copy = copied(folder / "bank", folder / "random")
+    bank = Bank.open(copy)
+    learned = bank.load_router()
+    assert isinstance(learned, KeyRouter)
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        other = KeyRouter(router.config, router.hidden_size, router.num_columns)
-        for own, values in zip(router.parameters(), other.parameters(), strict=True):
-            own.copy_(values)
-    m.engine.clear_cache()
+        bank.set_router(KeyRouter(replace(learned.config, lora_rank=0), learned.hidden_size, learned.num_columns))
+    return copy
