@@ -2,15 +2,19 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +22,11 @@ import torch
 import molora
 from molora import Bank, KeyRouter, RouterConfig
 from molora.routing import RouteRequest
+from molora.training.examples import read_records
+from molora.training.recipes import TASKS, Item, build
+from molora.training.recipes.build import RESERVED
+from molora.training.recipes.documents import Document
+from molora.training.recipes.surfaces import SURFACE_FORMS
 
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
@@ -95,14 +104,77 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     }
     assert result["routes"]["composites"]["steady"]["neighbours_in_words"] > 0
     assert "| xlora | 0.000 (1 items)" in out.with_suffix(".md").read_text()
-    held_out, learned = (
-        {str(json.loads(line)["messages"][-2]["content"]) for line in (work / "data" / name).read_text().splitlines()}
-        for name in ("singles.jsonl", "joint.jsonl")
-    )
-    assert held_out
-    assert not held_out & learned
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
     assert [line.split()[0] for line in run("eval", work).stdout.splitlines()] == ["given"]
+
+
+def items_of(folder: Path, names: Iterable[str]) -> set[tuple[str, str]]:
+    """What files ask, in earlier exchanges too: a domain, and what tells its items apart in whatever wording."""
+    found = set()
+    for name in names:
+        for record in read_records(folder / f"{name}.jsonl"):
+            messages, is_composite = record["messages"], record["kind"] == "composite"
+            for question, answer in zip(messages[::2], messages[1::2], strict=True):
+                is_last = answer is messages[-1]
+                marks = SURFACE_FORMS[record["wording"]].reply_marks if is_composite and is_last else ("",)
+                asked, answered = (
+                    [{"text": each["content"], "domain": record["domain"]}]
+                    if isinstance(each["content"], str)
+                    else each["content"]
+                    for each in (question, answer)
+                )
+                for part, reply, mark in zip(asked, answered, marks, strict=False):
+                    if reply["domain"] == "family":  # its replies are a word or two
+                        found.add(("family", " ".join(re.findall(r"\w+ is married to \w+\.", part["text"]))))
+                    elif reply["domain"] is not None:  # workings name their item
+                        found.add((reply["domain"], reply["text"].lstrip("\n").removeprefix(mark)))
+    return found
+
+
+def test_what_is_held_out_is_in_no_file_of_training(
+    benchmark_module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    data, own = benchmark_module("quality.data"), ["arithmetic", "family", "filtering"]
+    texts = [Document("module", f"Text number {i}.", f"It is number {i}.") for i in range(220)]
+    monkeypatch.setattr(sys.modules[build.__module__], "documents", lambda: list(texts))
+    held_out = ["singles", "composites", "histories", "turns", "newcomer", "newcomer_composites"]
+    sizes = {"num_train": 40, "singles": 20, "composites": 40, "histories": 20, "turns": 20}
+    shared = {}
+    for is_broken in (False, True):
+        if is_broken:
+            monkeypatch.setattr(data, "held_out_items", training_items)
+        work = tmp_path / str(is_broken)
+        data.make_data(Namespace(work=work, domains=own, newcomer="words", data_seed=0, **sizes))
+        names = sorted(path.stem for path in (work / "data").glob("*.jsonl"))
+        labelled = [name for name in names if name.startswith("train_") and name != "train_unknown"]
+        assert {*names} == {*held_out, *labelled, *(f"val_{name}" for name in own), "joint", "train_unknown"}
+        learned = items_of(work / "data", labelled)
+        shared[is_broken] = {name: items_of(work / "data", [name]) & learned for name in held_out}
+        joint, apart = (
+            {
+                _text(record["messages"][-1])
+                for name in files
+                for record in read_records(work / "data" / f"{name}.jsonl")
+            }
+            for files in (["joint"], [f"train_{name}" for name in own])
+        )
+        assert joint == apart  # their domains are not told, but they are the adapters' own
+    assert shared[False] == {name: set() for name in held_out}
+    for name, items in shared[True].items():  # what would be found
+        wanted = {"words", *own} if name == "newcomer_composites" else {"words"} if name == "newcomer" else {*own}
+        assert {domain for domain, _ in items} == wanted, name
+
+
+def training_items(args: Namespace, domains: Sequence[str]) -> dict[str, Iterator[Item]]:
+    """In place of those that are held out."""
+    known = {name: TASKS[name].items(args.data_seed, 2 * RESERVED + args.num_train, 2 * RESERVED) for name in domains}
+    return {name: cycle(items[2 * RESERVED :]) for name, items in known.items()}
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
 
 
 def test_a_random_router_has_nothing_of_the_learned_one(
