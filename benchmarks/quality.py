@@ -78,7 +78,9 @@ def main() -> None:
     parser.add_argument("--router-layer", type=int, default=8)
     parser.add_argument("--rows-of", nargs="+", choices=list(GROUPS), default=list(GROUPS), help="of eval and all")
     parser.add_argument("--labels", nargs="+", help="of eval: only these rows")
-    parser.add_argument("--limit", type=int, help="only the first so many held-out items of each kind")
+    parser.add_argument(
+        "--limit", type=int, help="of eval: only so many items of each kind; measures rows of others again"
+    )
     parser.add_argument("--limit-peft", type=int, help="the same for PEFT's routers")
     parser.add_argument("--max-new-tokens", type=int, default=MAX_NEW_TOKENS)
     parser.add_argument("--kv-cache-bytes", type=int, help="of eval's engine; several may share a device")

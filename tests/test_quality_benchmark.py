@@ -104,6 +104,10 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     }
     assert result["routes"]["composites"]["steady"]["neighbours_in_words"] > 0
     assert "| xlora | 0.000 (1 items)" in out.with_suffix(".md").read_text()
+    for file in (work / "rows" / "seed-0").iterdir():
+        files = json.loads(file.read_text())["of"]["files"]
+        assert None not in files.values()
+        assert {name.startswith("data/") for name in files} == {False, True}  # what was measured, and on what
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
     assert [line.split()[0] for line in run("eval", work).stdout.splitlines()] == ["given"]
 
@@ -199,6 +203,56 @@ def test_a_random_router_has_nothing_of_the_learned_one(
     plain, routed = (m.decoder.router_input(request, input_ids=ids_BT, use_cache=False) for request in (None, asked))
     assert torch.equal(plain, routed)
     assert Bank.open(bank.path).config == bank.config
+
+
+def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
+    benchmark_module: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    rows, table = benchmark_module("quality.rows"), benchmark_module("quality.table")
+    args = Namespace(work=tmp_path, seed=0, base="", device="cpu", dtype="auto", labels=None, steps=1)
+    args = Namespace(**vars(args), limit=None, max_new_tokens=9, domains=["words"], out=None)
+    bank, items, others = (
+        tmp_path / name for name in ("seed-0/bank/molora.json", "data/singles.jsonl", "data/turns.jsonl")
+    )
+    for file in (bank, items, others):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"domain": "words", "wording": 0}\n')
+    here, score = rows.Measurement(args), {"accuracy": 1.0, "by_domain": {"words": 1.0}, "by_item": "1"}
+
+    def write(label: str) -> None:
+        here.write(label, {"singles": score}, 1.0, [bank])
+
+    write("auto")
+    write("given")
+    others.write_text("of no concern")
+    assert here.missing(["auto", "given", "base"]) == ["base"]
+    table.make_table(args)
+    for file in (bank, items):
+        before = file.read_text()
+        file.write_text(2 * before)
+        assert here.missing(["auto", "given"]) == ["auto", "given"]
+        write("given")
+        assert here.missing(["auto", "given"]) == ["auto"]
+        with pytest.raises(SystemExit, match=f"differ in {file.relative_to(tmp_path)}"):
+            table.make_table(args)
+        file.write_text(before)
+        write("given")
+    for name, value in (("limit", 1), ("max_new_tokens", 8)):
+        before = getattr(args, name)
+        setattr(args, name, value)
+        assert here.missing(["auto"]) == ["auto"]
+        write("given")
+        with pytest.raises(SystemExit, match=f"differ in {name}"):
+            table.make_table(args)
+        setattr(args, name, before)
+        write("given")
+    for label in ("auto", "given"):  # as rows were written once
+        there = json.loads(here.file(label).read_text())
+        here.file(label).write_text(json.dumps({name: value for name, value in there.items() if name != "of"}))
+    items.write_text(2 * items.read_text())
+    args.limit = 1
+    assert here.missing(["auto", "given"]) == []
+    table.make_table(args)
 
 
 def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from serving.machine import describe_machine
 
 import molora
 from molora.activation import Activation
-from molora.bank import Bank
+from molora.adapter import WEIGHTS_FILE
+from molora.bank import BANK_FILE, Bank
 from molora.files import write_atomic
 from molora.model import MoLoRA
 from molora.router import KeyRouter
@@ -27,12 +28,15 @@ from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
+from quality.provenance import provenance
 from quality.training import STAGES, seed_folder, settings
 
 MAX_TOP_K = 8  # the most adapters that the kernels give a token
 STARTS = ("first", "system", "half", "turn", "response")
 SCORED = ("singles", "composites")
 NEWCOMER = ("newcomer", "newcomer_composites")
+ITEMS_OF = {"others": "singles"}  # where they have a file of another name
+OPTIONS = ("limit", "max_new_tokens")  # by which every row is measured
 
 
 class Measurement:
@@ -63,26 +67,55 @@ class Measurement:
 
     def missing(self, labels: Sequence[str]) -> list[str]:
         wanted = self.args.labels or labels
-        return [label for label in labels if label in wanted and not self.file(label).is_file()]
+        return [label for label in labels if label in wanted and not self.is_measured(label)]
+
+    def is_measured(self, label: str) -> bool:
+        """Whether its row is there, and of the files and options of today, as far as it says what they were."""
+        if not self.file(label).is_file():
+            return False
+        of = json.loads(self.file(label).read_text()).get("of")
+        return of is None or bool(of == provenance(self.args, of["files"], of["options"]))
 
     def write(
         self,
         label: str,
         rows: dict[str, dict[str, Any]],
         took_s: float,
+        sources: Sequence[Path],
         routes: dict[str, dict[str, Any]] | None = None,
+        options: Sequence[str] = OPTIONS,
     ) -> None:
+        """
+        Args:
+            sources: the files of what was measured: a bank's description has the digests of all that it holds.
+            options: those by which the row was measured.
+        """
         args = self.args
+        files = [f"data/{ITEMS_OF.get(kind, kind)}.jsonl" for kind in rows]
+        of = provenance(args, [*files, *(file.relative_to(args.work).as_posix() for file in sources)], options)
         head = describe_machine(self.device) | {"seed": args.seed, "steps": args.steps, "took_s": round(took_s)}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(
-            self.file(label), json.dumps({**head, "label": label, "rows": rows, "routes": routes or {}}) + "\n"
+            self.file(label),
+            json.dumps({**head, "label": label, "of": of, "rows": rows, "routes": routes or {}}) + "\n",
         )
         found = "  ".join(f"{kind} {row['accuracy']:.4f}" for kind, row in rows.items())
         print(f"{label:>24}  {found}  {took_s:.0f} s", flush=True)
 
-    def add(self, m: MoLoRA, label: str, way: str, kinds: Sequence[str] = SCORED) -> None:
-        """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does."""
+    def add(
+        self,
+        m: MoLoRA,
+        label: str,
+        way: str,
+        kinds: Sequence[str] = SCORED,
+        *,
+        sources: Sequence[Path] | None = None,
+    ) -> None:
+        """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does.
+
+        Args:
+            sources: what the bank was made of, if it was made to be measured.
+        """
         if not self.missing([label]):
             return
         begin_s = time.perf_counter()
@@ -92,7 +125,8 @@ class Measurement:
             for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=self.args.max_new_tokens)
         }
         routes = {kind: self.routes(m, kind) for kind in kinds} if way == "auto" else None
-        self.write(label, rows, time.perf_counter() - begin_s, routes)
+        sources = [m.bank.path / BANK_FILE] if sources is None else sources
+        self.write(label, rows, time.perf_counter() - begin_s, sources, routes)
 
     def routes(self, m: MoLoRA, kind: str) -> dict[str, Any]:
         """`RouterStatistics` on the items with their reference answers."""
@@ -150,15 +184,16 @@ def of_merges(here: Measurement) -> None:
                 here.add(m, kind, kind)
     if here.missing(["random"]):
         with here.loaded(with_random_router(folder, args.seed)) as m:
-            here.add(m, "random", "auto")
+            here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
 
 
 def of_gates(here: Measurement) -> None:
     """The same scores as soft gates, not renormalized: of two columns, and of all, or eight."""
+    folder = seed_folder(here.args)
     for label, top_k in (("top-2", 2), ("soft", min(MAX_TOP_K, len(here.args.domains) + 1))):
         if here.missing([label]):
-            with here.loaded(with_soft_gates(seed_folder(here.args), label, top_k)) as m:
-                here.add(m, label, "auto")
+            with here.loaded(with_soft_gates(folder, label, top_k)) as m:
+                here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
 
 
 def of_stage(stage: str) -> Callable[[Measurement], None]:
@@ -196,14 +231,15 @@ def of_key(here: Measurement) -> None:
     args, folder = here.args, seed_folder(here.args)
     if not here.missing(["key"]):
         return
-    copy = copied(folder / "open", folder / "key")
+    copy, data = copied(folder / "open", folder / "key"), args.work / "data" / f"train_{args.newcomer}.jsonl"
     with here.loaded(copy) as m:
-        key = key_from_data(m, args.work / "data" / f"train_{args.newcomer}.jsonl", args.newcomer)
+        key = key_from_data(m, data, args.newcomer)
     del m
     adapter = train_adapters(settings(args, "nine"))[args.newcomer]
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     with here.loaded(copy) as m:
-        here.add(m, "key", "auto", (*SCORED, *NEWCOMER))
+        sources = [folder / "open" / BANK_FILE, data, adapter / WEIGHTS_FILE]
+        here.add(m, "key", "auto", (*SCORED, *NEWCOMER), sources=sources)
 
 
 def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
@@ -232,7 +268,7 @@ def of_removed(here: Measurement) -> None:
         with here.loaded(banks[label]) as m:
             questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
             ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
-            here.write(label, {"others": found}, time.perf_counter() - begin_s)
+            here.write(label, {"others": found}, time.perf_counter() - begin_s, [folder / "bank" / BANK_FILE])
 
 
 def of_starts(stage: str) -> Callable[[Measurement], None]:
@@ -251,7 +287,8 @@ def of_starts(stage: str) -> Callable[[Measurement], None]:
                     ((_, found),) = evaluate(
                         m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
                     )
-                    here.write(label, {"histories": found}, time.perf_counter() - begin_s)
+                    took_s = time.perf_counter() - begin_s
+                    here.write(label, {"histories": found}, took_s, [m.bank.path / BANK_FILE])
 
     return run
 
@@ -286,7 +323,11 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         for kind, questions in asked.items():
             texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, args.max_new_tokens)
             rows[kind] = score(questions, [q.is_right(text) for q, text in zip(questions, texts, strict=True)])
-        here.write(way, rows, time.perf_counter() - begin_s)
+        sources, options = [folder / "bank" / BANK_FILE], [*OPTIONS, "limit_peft"]
+        if way == "xlora":
+            sources.append(args.work / "data" / "train_router.jsonl")
+            options.append("xlora_steps")
+        here.write(way, rows, time.perf_counter() - begin_s, sources, options=options)
 
     return run
 

@@ -12,6 +12,7 @@ from molora.files import write_atomic
 from molora.training.evaluate import best_single, mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.wordings import WORDINGS
+from quality.provenance import check_alike
 
 MEASURES = {
     "accuracy": "routed right",
@@ -42,6 +43,7 @@ def make_table(args: Namespace) -> None:
     if not files:
         raise SystemExit(f"{args.work / 'rows'} has no rows yet; run the stage eval first.")
     read = [json.loads(file.read_text()) for file in files]
+    check_alike(args, read)
     bits: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))  # kind, label, seed
     by_domain: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
