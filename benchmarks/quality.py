@@ -15,6 +15,8 @@ on the same data and answers the same items.
     sequence            one adapter for the whole sequence, by the router's scores over the user's turn
     uniform             all adapters at once, in equal shares (the average of their weight updates)
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
+    ties_svd, dare_svd, dare_ties_svd   PEFT's merges of their weight updates, cut to the adapters' total rank, at one
+                        weight for all: of 1/E (E adapters), 1/2 and 1 that of the lowest loss on validation records
     arrow, xlora        PEFT's routers; X-LoRA's classifier is trained on the router's data
     random              a router of random weights, without a LoRA of its own
     auto                the learned router, by labels, one adapter a token

@@ -20,9 +20,9 @@ import pytest
 import torch
 
 import molora
-from molora import Bank, KeyRouter, RouterConfig
+from molora import Adapter, Bank, KeyRouter, MoLoRA, RouterConfig
 from molora.routing import RouteRequest
-from molora.training.examples import read_records
+from molora.training.examples import encode, read_records
 from molora.training.recipes import TASKS, Item, build
 from molora.training.recipes.build import RESERVED
 from molora.training.recipes.documents import Document
@@ -32,6 +32,9 @@ REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
 SINGLES = {"base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"}
 SINGLES |= {
+    "ties_svd",
+    "dare_svd",
+    "dare_ties_svd",
     "lm",
     "token",
     "own",
@@ -84,6 +87,12 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
     assert set(rows["others"]) == {"removed", "not removed"}
     assert len(rows["others"]["removed"]["by_item"]["0"]) == 2
     assert rows["others"]["removed"]["minus not removed"]["num_items"] == 2
+    for label in ("ties_svd", "dare_svd", "dare_ties_svd"):
+        row = json.loads((work / "rows" / "seed-0" / f"{label}.json").read_text())
+        assert {*row["loss_by_weight"]} == {str(weight) for weight in (1 / 3, 0.5, 1.0)}
+        assert row["loss_by_weight"][str(row["weight"])] == min(row["loss_by_weight"].values())
+        assert rows["singles"][label]["weights"] == {"0": row["weight"]}
+        assert {f"data/val_{domain}.jsonl" for domain in DOMAINS} < {*row["of"]["files"]}
     for label, row in rows["singles"].items():
         assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
         assert row["minus auto"]["num_items"] == len(row["by_item"]["0"])
@@ -253,6 +262,50 @@ def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     args.limit = 1
     assert here.missing(["auto", "given"]) == []
     table.make_table(args)
+
+
+@pytest.mark.parametrize("kind", ["ties", "dare", "dare_ties"])
+def test_merged_updates_are_peft_s(
+    benchmark_module: Callable[[str], ModuleType], make_adapter: Callable[..., Adapter], kind: str
+) -> None:
+    """Where the SVD cuts nothing off; scalings differ, and so would A and B that are merged each by themselves."""
+    merge_utils, merges = pytest.importorskip("peft.utils.merge_utils"), benchmark_module("quality.merges")
+    adapters = [make_adapter(seed=seed, rank=32, alpha=16 * seed) for seed in (1, 2, 3)]
+    merged = merges.merge_updates(adapters, f"{kind}_svd", seed=5)
+    half = merges.weighted(merged, 0.5)
+    combine = getattr(merge_utils, {"dare": "dare_linear"}.get(kind, kind))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        for module in adapters[0].weights:
+            updates = [_update(adapter, module) for adapter in adapters]
+            expected = combine(updates, torch.full((3,), 0.5), 0.5)
+            assert expected.norm() > 0
+            torch.testing.assert_close(_update(half, module), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(_update(merged, module), 2 * expected, rtol=1e-4, atol=1e-4)
+
+
+def _update(adapter: Adapter, module: str) -> torch.Tensor:
+    weights = adapter.weights[module]
+    return weights.scaling * weights.b_OR @ weights.a_RI
+
+
+def test_the_weight_of_a_merge_is_chosen_by_the_loss_of_answers(
+    benchmark_module: Callable[[str], ModuleType], m: MoLoRA
+) -> None:
+    records: list[dict[str, Any]] = [
+        {"messages": [{"role": "user", "content": f"{i} and {7 * i}?"}, {"role": "assistant", "content": str(8 * i)}]}
+        for i in range(3)
+    ]
+    examples = [encode(record, m.tokenizer) for record in records]
+    total, num_tokens = 0.0, 0
+    for example in examples:
+        logits_TV = m.logits([example.token_ids], [example.turn], {"x": 0.5})[0][0].log_softmax(-1)
+        for at, (token, is_learned) in enumerate(zip(example.token_ids, example.learned, strict=True)):
+            total -= float(logits_TV[at - 1, token]) * is_learned
+            num_tokens += is_learned
+    loss_at = benchmark_module("quality.merges").loss_at
+    assert loss_at(m, "x", 0.5, examples) == pytest.approx(total / num_tokens, rel=1e-4)
+    assert loss_at(m, "x", 1.0, examples) != pytest.approx(total / num_tokens, rel=1e-2)
 
 
 def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:

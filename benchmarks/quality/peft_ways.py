@@ -1,4 +1,4 @@
-"""What PEFT makes of the same adapters: merges, Arrow, and X-LoRA with a classifier trained here."""
+"""What PEFT makes of the same adapters beside merges: Arrow, and X-LoRA with a classifier trained here."""
 
 from argparse import Namespace
 from collections.abc import Sequence
@@ -16,30 +16,7 @@ from molora.training.data import ActivationMix, PackedLoader
 from molora.training.examples import IGNORE, examples, read_records
 from molora.training.frozen import Schedule
 
-MERGES = ("ties", "dare", "dare_ties")
-DENSITY = 0.5
 BATCH = 256  # prompts that are answered at once
-
-
-def merge(adapters: list[Adapter], kind: str, seed: int) -> Adapter:
-    """As PEFT's `add_weighted_adapter` does: A and B each by themselves, weights 1, density 0.5."""
-    from peft.utils import merge_utils
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        weights = torch.ones(len(adapters))
-        tensors = {}
-        for key in adapters[0].tensors():
-            own = [adapter.tensors()[key].float() for adapter in adapters]
-            match kind:
-                case "ties":
-                    merged = merge_utils.ties(own, weights, DENSITY)
-                case "dare":
-                    merged = merge_utils.dare_linear(own, weights, DENSITY)
-                case _:
-                    merged = merge_utils.dare_ties(own, weights, DENSITY)
-            tensors[key] = merged.to(adapters[0].tensors()[key].dtype)
-    return Adapter.from_tensors(adapters[0].config, tensors)
 
 
 def write_plain(adapters: Sequence[Adapter], folder: Path, *, in_all_layers: bool) -> list[str]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from serving.machine import describe_machine
 
 import molora
 from molora.activation import Activation
-from molora.adapter import WEIGHTS_FILE
+from molora.adapter import WEIGHTS_FILE, Adapter
 from molora.bank import BANK_FILE, Bank
 from molora.files import write_atomic
 from molora.model import MoLoRA
@@ -28,6 +29,7 @@ from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
+from quality.merges import MERGES, UPDATE_MERGES, loss_at, merge, merge_updates, weighted
 from quality.provenance import provenance
 from quality.training import STAGES, seed_folder, settings
 
@@ -36,6 +38,7 @@ STARTS = ("first", "system", "half", "turn", "response")
 SCORED = ("singles", "composites")
 NEWCOMER = ("newcomer", "newcomer_composites")
 ITEMS_OF = {"others": "singles"}  # where they have a file of another name
+NUM_VAL = 32  # records of each domain, by which a merge's weight is chosen
 OPTIONS = ("limit", "max_new_tokens")  # by which every row is measured
 
 
@@ -84,11 +87,13 @@ class Measurement:
         sources: Sequence[Path],
         routes: dict[str, dict[str, Any]] | None = None,
         options: Sequence[str] = OPTIONS,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             sources: the files of what was measured: a bank's description has the digests of all that it holds.
             options: those by which the row was measured.
+            notes: what else the row says.
         """
         args = self.args
         files = [f"data/{ITEMS_OF.get(kind, kind)}.jsonl" for kind in rows]
@@ -97,7 +102,8 @@ class Measurement:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(
             self.file(label),
-            json.dumps({**head, "label": label, "of": of, "rows": rows, "routes": routes or {}}) + "\n",
+            json.dumps({**head, "label": label, "of": of, **(notes or {}), "rows": rows, "routes": routes or {}})
+            + "\n",
         )
         found = "  ".join(f"{kind} {row['accuracy']:.4f}" for kind, row in rows.items())
         print(f"{label:>24}  {found}  {took_s:.0f} s", flush=True)
@@ -110,11 +116,13 @@ class Measurement:
         kinds: Sequence[str] = SCORED,
         *,
         sources: Sequence[Path] | None = None,
+        notes: Mapping[str, Any] | None = None,
     ) -> None:
         """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does.
 
         Args:
-            sources: what the bank was made of, if it was made to be measured.
+            sources: the files of what was measured, or of what it was made of; None is the bank's own.
+            notes: what else the row says.
         """
         if not self.missing([label]):
             return
@@ -126,7 +134,7 @@ class Measurement:
         }
         routes = {kind: self.routes(m, kind) for kind in kinds} if way == "auto" else None
         sources = [m.bank.path / BANK_FILE] if sources is None else sources
-        self.write(label, rows, time.perf_counter() - begin_s, sources, routes)
+        self.write(label, rows, time.perf_counter() - begin_s, sources, routes, notes=notes)
 
     def routes(self, m: MoLoRA, kind: str) -> dict[str, Any]:
         """`RouterStatistics` on the items with their reference answers."""
@@ -175,16 +183,37 @@ def answer_in(here: Measurement, ways: Sequence[str]) -> None:
 def of_merges(here: Measurement) -> None:
     """What else can be made of the adapters, and a router that has learned nothing."""
     args, folder = here.args, seed_folder(here.args)
-    if merges := here.missing(peft_ways.MERGES):
-        with here.loaded(folder / "bank", num_extra_slots=len(merges)) as m:
-            for kind in merges:
+    if missing := here.missing([*MERGES, *UPDATE_MERGES]):
+        rank = args.rank * len(args.domains)
+        with here.loaded(folder / "bank", num_extra_slots=len(missing), max_rank=rank) as m:
+            adapters = [m.bank.load_adapter(name) for name in args.domains]
+            for kind in missing:
                 merged = folder / "merged" / kind
-                peft_ways.merge([m.bank.load_adapter(name) for name in args.domains], kind, args.seed).write(merged)
-                m.engine.load_adapter(kind, merged, activation="turn")
-                here.add(m, kind, kind)
+                if kind in MERGES:
+                    merge(adapters, kind, args.seed).write(merged)
+                    m.engine.load_adapter(kind, merged, activation="turn")
+                    here.add(m, kind, kind)
+                else:
+                    of_update_merge(here, m, merge_updates(adapters, kind, args.seed), kind, merged)
     if here.missing(["random"]):
         with here.loaded(with_random_router(folder, args.seed)) as m:
             here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
+
+
+def of_update_merge(here: Measurement, m: MoLoRA, whole: Adapter, kind: str, folder: Path) -> None:
+    """A merge of the weight updates, at the weight whose loss on some validation records is the lowest."""
+    args = here.args
+    files = [args.work / "data" / f"val_{domain}.jsonl" for domain in args.domains]
+    examples = [encode(record, m.tokenizer) for file in files for record in islice(read_records(file), NUM_VAL)]
+    whole.write(folder)
+    m.engine.load_adapter(kind, folder, activation="turn")
+    losses = {weight: loss_at(m, kind, weight, examples) for weight in (1 / len(args.domains), 0.5, 1.0)}
+    weight = min(losses, key=losses.__getitem__)
+    weighted(whole, weight).write(folder)
+    m.engine.unload_adapter(kind)
+    m.engine.load_adapter(kind, folder, activation="turn")
+    notes = {"weight": weight, "loss_by_weight": losses}
+    here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
 
 
 def of_gates(here: Measurement) -> None:

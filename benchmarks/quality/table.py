@@ -12,6 +12,7 @@ from molora.files import write_atomic
 from molora.training.evaluate import best_single, mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.wordings import WORDINGS
+from quality.merges import MERGES, UPDATE_MERGES
 from quality.provenance import check_alike
 
 MEASURES = {
@@ -32,7 +33,7 @@ OTHER_KINDS = {
     "others": "other tasks' single items, an adapter removed",
 }
 ORDER = (
-    *("base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"),
+    *("base", "best single", "sequence", "uniform", *MERGES, *UPDATE_MERGES, "arrow", "xlora", "random"),
     *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
     *("joint", "plain", "key", "nine", "nine given"),
 )
@@ -47,7 +48,10 @@ def make_table(args: Namespace) -> None:
     bits: dict[str, dict[str, dict[int, str]]] = defaultdict(lambda: defaultdict(dict))  # kind, label, seed
     by_domain: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
     routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    weights: dict[str, dict[str, float]] = defaultdict(dict)  # of a merge, by seed
     for each in read:
+        if "weight" in each:
+            weights[each["label"]][str(each["seed"])] = each["weight"]
         for kind, found in each.get("routes", {}).items():
             routes[kind][each["label"]].append(found)
         for kind, row in each["rows"].items():
@@ -62,6 +66,7 @@ def make_table(args: Namespace) -> None:
         kind: {
             label: summary(own)
             | {"by_domain": mean_by_domain(by_domain[kind][label])}
+            | ({"weights": weights[label]} if label in weights else {})
             | {f"minus {other}": difference(own, found[other]) for other in REFERENCES if other in found}
             for label, own in sorted(found.items(), key=lambda item: _place(item[0]))
         }
