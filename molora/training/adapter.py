@@ -26,6 +26,8 @@ from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.stack import LoraStack, linears_named
 
+USUAL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
 
 class AdapterTraining(FrozenBase):
     """Trains activated LoRAs in layers from the router layer on, and writes each as a PEFT folder.
@@ -43,7 +45,7 @@ class AdapterTraining(FrozenBase):
         output_dir: where each PEFT folder `<output_dir>/<name>` is written.
         base: local folder or hub name of the base model.
         rank, alpha: of the LoRA; its scaling is alpha / rank.
-        target_modules: last components of the linears to adapt.
+        target_modules: last components of the linears to adapt; of the usual seven, those that the base has.
         router_layer: the first layer that is adapted, and the one whose input a router will read.
         invocation: the text of the user message that invokes it, where it is a function that is called behind a
             conversation (see docs/functions.md); of several, by their names. None: any user message does.
@@ -64,7 +66,7 @@ class AdapterTraining(FrozenBase):
         base: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
         rank: int = 8,
         alpha: float = 16.0,
-        target_modules: Sequence[str] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        target_modules: Sequence[str] = USUAL_LINEARS,
         router_layer: int = 8,
         invocation: str | dict[str, str] | None = None,
         schedule: Schedule = Schedule(),
@@ -95,7 +97,10 @@ class AdapterTraining(FrozenBase):
             return
         self.load_base()
         above = [path for path in linears_of_layers(self.model) if layer_index(path) >= self.router_layer]
-        strange = sorted(set(self.target_modules) - set(target_suffixes(above)))
+        known = set(target_suffixes(above))
+        strange = sorted(set(self.target_modules) - known)
+        if set(self.target_modules) == set(USUAL_LINEARS) and not known.isdisjoint(USUAL_LINEARS):
+            strange = []
         if strange:
             raise ValueError(
                 f"target_modules names {joined(strange)}; no linear from layer {self.router_layer} on is so called; "

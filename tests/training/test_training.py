@@ -23,6 +23,7 @@ from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.checkpoint import resolve_base
 from molora.routing import RouteRequest
+from molora.training import adapter as adapter_module
 from molora.training.adapter import AdapterTraining
 from molora.training.data import ActivationMix, ChatData, PackedLoader
 from molora.training.examples import encode, examples, read_records
@@ -456,6 +457,17 @@ def test_a_routers_lora_is_kept_from_drifting() -> None:
         shutil.rmtree("runs")
     free, kept = drifts
     assert 0 < kept < 0.2 * free
+
+
+def test_of_the_usual_linears_a_base_need_not_have_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = ("q_proj", "qkv_proj", "down_proj")
+    monkeypatch.setattr(adapter_module, "USUAL_LINEARS", usual)
+    training = AdapterTraining("x", base="tiny-random/llama", router_layer=1, rank=2, target_modules=usual)
+    training.configure_model()
+    assert {path.rpartition(".")[2] for path in training.stack.linears} == {"q_proj", "down_proj"}
+    none = AdapterTraining("x", base="tiny-random/llama", router_layer=1, rank=2, target_modules=("qkv_proj",))
+    with pytest.raises(ValueError, match="target_modules names qkv_proj"):
+        none.configure_model()
 
 
 def test_a_routers_checkpoint_of_other_settings_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
