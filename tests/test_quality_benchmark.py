@@ -418,9 +418,10 @@ def test_the_page_is_that_of_its_figures_and_says_what_the_intervals_are_over(
     ("begins", "label"),
     [
         ("base", "base"),
+        ("PEFT's merge", "ties"),
         ("one adapter for the whole sequence", "sequence"),
         ("the router, an adapter", "auto"),
-        ("the router, soft gates", "soft"),
+        ("the router, soft gates of the two", "top-2"),
         ("the right adapter", "given"),
         ("one LoRA of eight times", "joint"),
     ],

@@ -17,6 +17,8 @@ from molora.demo import demo_bank_path
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text()
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+DESIGN = (REPOSITORY / "DESIGN.md").read_text()
+STARTS = ("first", "system", "half", "turn", "response")
 CARD = (REPOSITORY / "banks" / "smollm2-demo" / "README.md").read_text()
 
 
@@ -154,17 +156,49 @@ def interval(found: dict[str, float]) -> str:
 
 def test_the_figures_of_the_longer_recipe_are_what_was_measured() -> None:
     found = json.loads((REPOSITORY / "benchmarks/results/variants/recipe.json").read_text())["rows"]
-    values = {label: row["accuracy"] for label, row in found["composites"].items()}
-    words = " ".join(README.split())
-    learned = values["rank 32, composites, 3000 steps"]
-    assert f"({learned:.3f} and {values['given']:.3f}, adapters of the old steps)" in words
-    assert f"the right adapters of twice the steps have {values['2400: given']:.3f}" in words
-    assert f"of the old steps brings these to {values['2400: rank 32, composites']:.3f}" in words
-    design = (REPOSITORY / "DESIGN.md").read_text()
     for label in ("auto", "soft", "rank 32", "parts", "composites", "rank 32, composites, 3000 steps"):
         cells = [f"{found[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites")]
         cells.append(interval(found["composites"][label]["minus given"]))
-        assert f"| {' | '.join(cells)} |" in design, label
+        assert f"| {' | '.join(cells)} |" in DESIGN, label
+
+
+def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() -> None:
+    words, design = (" ".join(page.split()) for page in (README, DESIGN))
+    rows = json.loads((REPOSITORY / "benchmarks/results/quality-h100.json").read_text())["rows"]
+    single, composite = (rows[kind]["auto"]["minus joint"] for kind in ("singles", "composites"))
+    low, high = -100 * composite["high"], -100 * composite["low"]
+    assert f"are {-100 * single['difference']:.1f} points behind one LoRA" in words
+    assert f"and {-100 * composite['difference']:.1f} ({low:.1f} to {high:.1f}) on several in one answer" in words
+    removed, kept = (rows["others"][label]["accuracy"] for label in ("removed", "not removed"))
+    assert f"changes no other task ({kept:.3f} and {removed:.3f})" in words
+
+    def values(found: dict[str, dict[str, dict[str, float]]], label: str) -> str:
+        return " and ".join(f"{found[kind][label]['accuracy']:.3f}" for kind in ("singles", "composites"))
+
+    of_given = rows["composites"]["auto"]["minus given"]["ratio"], rows["composites"]["top-2"]["minus given"]["ratio"]
+    assert f"routes given {values(rows, 'given')}, the learned router {values(rows, 'auto')}" in design
+    assert f"and at {of_given[0]:.3f} on composites, top-2 at {of_given[1]:.3f}" in design
+    words_alone = [f"{rows['singles'][label]['by_domain']['words']:.3f}" for label in ("given", "joint")]
+    assert f"at {words_alone[0]} of single items where the joint LoRA is at {words_alone[1]}" in design
+    given, joint = (rows["composites"][label]["with"] for label in ("given", "joint"))
+    assert f"have {given['2 tasks']:.3f} right, of three {given['3 tasks']:.3f}" in design
+    assert f"the joint LoRA {joint['2 tasks']:.3f} and {joint['3 tasks']:.3f}" in design
+    plain = rows["singles"]["given"]["accuracy"] / rows["singles"]["plain"]["accuracy"]
+    assert f"which is {plain:.3f} of it" in design
+    bank, without = (
+        [
+            rows["histories"][f"{of} from {start}"]["accuracy"]
+            for start in ("first", "system", "half", "turn", "response")
+        ]
+        for of in ("bank", "plain")
+    )
+    assert f"has {bank[0]:.3f} from the first token, {bank[1]:.3f} from behind the system message" in design
+    assert f"and {bank[4]:.3f} where only the response is its own" in design
+    assert f"a plain one {', '.join(f'{value:.3f}' for value in without[:4])}, and there {without[4]:.3f}" in design
+    assert f"{bank[1]:.3f}" == f"{bank[2]:.3f}" == f"{bank[3]:.3f}"
+    half = json.loads((REPOSITORY / "benchmarks/results/variants/1200-steps.json").read_text())["rows"]
+    assert f"{values(half, 'auto')}, routes given {values(half, 'given')}" in design
+    assert f"the router had {values(half, 'auto')}" in words
 
 
 def test_the_perplexities_are_what_was_measured() -> None:

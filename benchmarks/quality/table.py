@@ -72,10 +72,11 @@ def make_table(args: Namespace) -> None:
         }
         for kind, found in bits.items()
     }
-    if "singles" in rows:
-        records = list(read_records(args.work / "data" / "singles.jsonl"))
-        for label, row in rows["singles"].items():
-            row["in wordings of"] = by_author(records, bits["singles"][label])
+    for kind, (name, groups_of) in GROUPS.items():
+        if kind in rows:
+            groups = [groups_of(record) for record in read_records(args.work / "data" / f"{kind}.jsonl")]
+            for label, row in rows[kind].items():
+                row[name] = by_group(groups, bits[kind][label])
     head = {name: read[0][name] for name in ("device", "versions", "steps")}
     for name, value in head.items():
         if any(each[name] != value for each in read):
@@ -102,15 +103,28 @@ def make_table(args: Namespace) -> None:
         write_atomic(args.out.with_suffix(".md"), text)
 
 
-def by_author(records: Sequence[Mapping[str, Any]], own: dict[int, str]) -> dict[str, float]:
-    """The accuracy of single items in the first held-out wordings, and in those by somebody who had seen no other."""
+def author_of(record: Mapping[str, Any]) -> list[str]:
+    """Whose held-out wording it is: the first ones', or those by somebody who had seen no other."""
+    choices = WORDINGS[record["domain"]]
+    return ["the first author" if record["wording"] < len(choices) - len(choices.more_held_out) else "another author"]
+
+
+def parts_of(record: Mapping[str, Any]) -> list[str]:
+    """How many tasks a composite has, and which."""
+    return [f"{len(record['domain'])} tasks", *record["domain"]]
+
+
+def by_group(groups: Sequence[Sequence[str]], own: dict[int, str]) -> dict[str, float]:
+    """The accuracy of the items of each group; an item may be in several, and all seeds count alike."""
     found: dict[str, list[int]] = defaultdict(list)
     for digits in own.values():
-        for record, digit in zip(records, digits, strict=False):
-            choices = WORDINGS[record["domain"]]
-            is_first = record["wording"] < len(choices) - len(choices.more_held_out)
-            found["the first author" if is_first else "another author"].append(int(digit))
-    return {author: statistics.fmean(each) for author, each in sorted(found.items(), reverse=True)}
+        for each, digit in zip(groups, digits, strict=False):
+            for group in each:
+                found[group].append(int(digit))
+    return {group: statistics.fmean(digits) for group, digits in found.items()}
+
+
+GROUPS = {"singles": ("in wordings of", author_of), "composites": ("with", parts_of)}
 
 
 def summary(own: dict[int, str]) -> dict[str, Any]:
@@ -174,11 +188,13 @@ def markdown(result: dict[str, Any]) -> str:
             row = rows.get(label)
             cells += ["", ""] if row is None else [f"{row['accuracy']:.3f}{_note(row, rows)}", _less(label, row)]
         lines.append(f"| {' | '.join(cells)} |")
-    authors = list(dict.fromkeys(author for row in singles.values() for author in row["in wordings of"]))
-    lines += ["", f"| singles in wordings of | {' | '.join(authors)} |", "| --- " * (len(authors) + 1) + "|"]
-    for label, row in singles.items():
-        each = [f"{row['in wordings of'][author]:.3f}" if author in row["in wordings of"] else "" for author in authors]
-        lines.append(f"| {label} | {' | '.join(each)} |")
+    for kind, (name, _) in GROUPS.items():
+        found = {label: row[name] for label, row in result["rows"].get(kind, {}).items()}
+        groups = sorted({group for each in found.values() for group in each}, key=_group_place)
+        lines += ["", f"| {kind} {name} | {' | '.join(groups)} |", "| --- " * (len(groups) + 1) + "|"]
+        for label, each in found.items():
+            cells = [f"{each[group]:.3f}" if group in each else "" for group in groups]
+            lines.append(f"| {label} | {' | '.join(cells)} |")
     for kind, found in result["routes"].items():
         lines += ["", f"| routes of {kind} | {' | '.join(MEASURES.values())} |", "| --- " * (len(MEASURES) + 1) + "|"]
         lines += [
@@ -208,6 +224,10 @@ def _less(label: str, row: dict[str, Any]) -> str:
     if not found or label == "auto":
         return ""
     return f"{-found['difference']:+.3f} ({-found['high']:+.3f} to {-found['low']:+.3f})"
+
+
+def _group_place(group: str) -> tuple[bool, str]:
+    return not group.endswith((" tasks", "first author")), group
 
 
 def _place(label: str) -> tuple[int, str]:
