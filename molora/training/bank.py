@@ -375,6 +375,8 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
     try:
         torch.load(checkpoint, weights_only=False, map_location="cpu")
+    except MemoryError:
+        raise  # it may well be whole
     except Exception:  # whatever unpickling makes of bytes that nobody has written
         aside = checkpoint.with_suffix(".broken")
         os.replace(checkpoint, aside)

@@ -293,6 +293,19 @@ def test_what_may_stop_an_adapter_is_part_of_its_name() -> None:
         assert one == stages._Work(settings(changes)).adapter("letters").name
 
 
+def test_a_checkpoint_for_which_memory_is_short_is_not_put_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Path("last.ckpt")
+    checkpoint.write_bytes(b"whole")
+
+    def short(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", short)
+    with pytest.raises(MemoryError):
+        stages._is_whole(checkpoint)
+    assert checkpoint.read_bytes() == b"whole"
+
+
 def test_adapters_that_a_kill_left_with_their_stage_are_found(
     trained: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
