@@ -8,7 +8,7 @@ cache, and a call computes the tokens of the invocation alone.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,10 +212,10 @@ def best_of_n(
 
 def vote(answers: Sequence[Hashable], weights: Sequence[float]) -> int:
     """The index of the first draft of the answer with most weight; of equal ones, of that which came first."""
-    total = Counter[Hashable]()
+    total: dict[Hashable, float] = defaultdict(float)
     for answer, weight in zip(answers, weights, strict=True):
-        total[answer] += weight  # type: ignore[assignment]  # it counts in fractions
-    return answers.index(max(total, key=lambda answer: total[answer]))
+        total[answer] += weight
+    return answers.index(max(total, key=total.__getitem__))
 
 
 def _first_ids(m: MoLoRA, function: Function) -> list[int]:

@@ -99,9 +99,8 @@ class AdapterTraining(FrozenBase):
         above = [path for path in linears_of_layers(self.model) if layer_index(path) >= self.router_layer]
         known = set(target_suffixes(above))
         strange = sorted(set(self.target_modules) - known)
-        if set(self.target_modules) == set(USUAL_LINEARS) and not known.isdisjoint(USUAL_LINEARS):
-            strange = []
-        if strange:
+        is_usual = set(self.target_modules) == set(USUAL_LINEARS) and not known.isdisjoint(USUAL_LINEARS)
+        if strange and not is_usual:
             raise ValueError(
                 f"target_modules names {joined(strange)}; no linear from layer {self.router_layer} on is so called; "
                 f"there are {joined(target_suffixes(above)) or 'none'}."
