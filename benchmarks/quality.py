@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--histories", type=int, default=100, help="held-out items of each domain")
     parser.add_argument("--turns", type=int, default=100, help="held-out items of each domain behind other tasks")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train and all")
-    parser.add_argument("--rank", type=int, default=16, help="of each adapter")
+    parser.add_argument("--rank", type=int, default=32, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
     parser.add_argument("--steps", type=int, default=2400, help="of the adapters, 16 rows of 512 tokens each")
     parser.add_argument("--router-steps", type=int, default=3000)

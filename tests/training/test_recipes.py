@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -35,6 +36,7 @@ from molora.training.recipes import (
 )
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import ALTERNATIVES, Choices, Split, settle
+from molora.training.recipes.conversations import Material
 from molora.training.recipes.documents import MAX_BODY_WORDS, Document, documents
 from molora.training.recipes.everyday import EVERYDAY
 from molora.training.recipes.passages import MAX_ANSWER_WORDS, MAX_WORDS, MIN_WORDS, passages
@@ -137,7 +139,7 @@ def test_counts(built: dict[str, Any], files: Files, domains: tuple[str, ...]) -
         assert len(files[f"val_{domain}.jsonl"]) == 200
         train = files[f"train_{domain}.jsonl"]
         assert len(train) == NUM_TRAIN
-        assert len(singles(train)) == round(0.5 * NUM_TRAIN)
+        assert len(singles(train)) == round(0.3 * NUM_TRAIN)
         assert {record["domain"] for record in singles(train)} == {domain}
         assert all(domain in (record["domain"] or ()) for record in train)
     held_out = files["heldout.jsonl"]
@@ -172,6 +174,20 @@ def test_the_demo_is_the_default() -> None:
     names = [name for name, _ in build(seed=0, num_train=NUM_TRAIN)]
     assert [name for name in names if name.startswith("val")] == [f"val_{domain}.jsonl" for domain in DEMO]
     assert len(names) == num_files()
+
+
+@pytest.mark.parametrize(("split", "three", "again"), [("train", 0.5, 0.35), ("held out", 0.2, 0.0)])
+def test_domains_of_composites(split: Split, three: float, again: float) -> None:
+    material = Material(Random(0), split, dict.fromkeys(DOMAINS, iter(())))
+    own = [material.domains("words" if split == "train" else None) for _ in range(4000)]
+    assert {len(chosen) for chosen in own} == {2, 3}
+    assert statistics.mean(len(chosen) == 3 for chosen in own) == pytest.approx(three, abs=0.03)
+    others = sum(len(chosen) - 1 for chosen in own)
+    repeated = sum(len(chosen) - len(set(chosen)) for chosen in own)
+    assert repeated / others == pytest.approx(again, abs=0.02)
+    assert split != "train" or all("words" in chosen for chosen in own)
+    firsts = Counter(chosen[0] for chosen in own)
+    assert set(firsts) == set(DOMAINS), "in any order"
 
 
 def test_another_seed_asks_other_things(files: Files, domains: tuple[str, ...]) -> None:

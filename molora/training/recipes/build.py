@@ -28,7 +28,7 @@ NUM_HELD_OUT_COMPOSITES = 500
 NUM_HELD_OUT_DOCUMENTS = 200
 NUM_HELD_OUT_PROSE = 40  # single items a domain, and questions about passages, in heldout_prose.jsonl
 
-COMPOSITE_SHARE = 0.5  # of an adapter's training records
+COMPOSITE_SHARE = 0.7  # of an adapter's training records
 ROUTER_COMPOSITES = 1.5  # for a single item: whose turn is next is what a router learns last
 NUM_HELD_OUT_TURNS = 40  # single items a domain behind one or two other tasks, in heldout_turns.jsonl
 HISTORY_SHARE = 0.4  # of all records in training and validation: one or two exchanges before the question

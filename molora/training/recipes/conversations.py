@@ -19,7 +19,8 @@ from molora.training.recipes.readings import DOCUMENT_WORDINGS, PASSAGE_WORDINGS
 from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
 from molora.training.recipes.wordings import WORDINGS
 
-THREE_TASKS_SHARE = 0.2  # of composites
+THREE_TASKS_SHARE = {"train": 0.5, "val": 0.2, "held out": 0.2}  # of composites
+OWN_AGAIN_SHARE = 0.35  # of the other tasks in an adapter's own composites: another one of its domain
 FRAMED_SHARE = 0.4  # of questions in training: an opener before them, a closer after them, or both
 PASSAGE_SHARE = 0.5  # of what is read in training: passages of the story; the others are documents
 MAX_HISTORY_WORDS = 50  # of a document in a history, so that conversations stay short
@@ -168,11 +169,13 @@ class Material:
         )
 
     def domains(self, include: str | None = None) -> list[str]:
-        """Two or three different domains in any order, `include` among them."""
-        num_domains = 3 if self.rng.random() < THREE_TASKS_SHARE else 2
+        """Two or three different domains in any order; `include` is among them, and may be more than once."""
+        num_domains = 3 if self.rng.random() < THREE_TASKS_SHARE[self.split] else 2
         chosen = [include] if include else []
         others = [domain for domain in self.items if domain != include]
         chosen += self.rng.sample(others, num_domains - len(chosen))
+        if include:
+            chosen[1:] = [include if self.rng.random() < OWN_AGAIN_SHARE else domain for domain in chosen[1:]]
         self.rng.shuffle(chosen)
         return chosen
 
