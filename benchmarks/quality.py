@@ -12,7 +12,9 @@ on the same data and answers the same items.
 
     base, <adapter>     for everything
     best single         the oracle's choice of one adapter for the whole sequence: right if any adapter alone is
-    sequence            one adapter for the whole sequence, by the router's scores over the user's turn
+    classifier          one adapter for the whole sequence, by logistic regression on base's mean state over the user's
+                        turn, fitted to the router's records
+    sequence            the same by the router's scores over the user's turn
     uniform             all adapters at once, in equal shares (the average of their weight updates)
     ties, dare, dare_ties   PEFT's merges of the adapters' A and B, density 0.5, weights 1
     ties_svd, dare_svd, dare_ties_svd   PEFT's merges of their weight updates, cut to the adapters' total rank, at one

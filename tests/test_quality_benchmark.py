@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -30,7 +31,19 @@ from molora.training.recipes.surfaces import SURFACE_FORMS
 
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
-SINGLES = {"base", "best single", "sequence", "uniform", "ties", "dare", "dare_ties", "arrow", "xlora", "random"}
+SINGLES = {
+    "base",
+    "best single",
+    "classifier",
+    "sequence",
+    "uniform",
+    "ties",
+    "dare",
+    "dare_ties",
+    "arrow",
+    "xlora",
+    "random",
+}
 SINGLES |= {
     "ties_svd",
     "dare_svd",
@@ -306,6 +319,36 @@ def test_the_weight_of_a_merge_is_chosen_by_the_loss_of_answers(
     loss_at = benchmark_module("quality.merges").loss_at
     assert loss_at(m, "x", 0.5, examples) == pytest.approx(total / num_tokens, rel=1e-4)
     assert loss_at(m, "x", 1.0, examples) != pytest.approx(total / num_tokens, rel=1e-2)
+
+
+def test_a_classifier_of_questions_learns_whose_they_are(
+    benchmark_module: Callable[[str], ModuleType], m: MoLoRA
+) -> None:
+    """Each domain has words of its own; what stands before the turn and who answers say nothing."""
+    names, rng = [entry.name for entry in m.bank.adapters][:2], Random(0)
+    own = {names[0]: "abcdefg", names[1]: "hijklmn", None: "opqrstu"}
+
+    def messages(domain: str | None) -> list[dict[str, Any]]:
+        said = "".join(rng.choices(own[domain], k=20))
+        earlier = "".join(rng.choices("abcdefghijklmnopqrstu", k=rng.randrange(40)))
+        parts = [
+            {"type": "text", "text": said[:9], "domain": domain},
+            {"type": "text", "text": said[9:], "domain": domain},
+        ]
+        return [
+            {"role": "user", "content": earlier},
+            {"role": "assistant", "content": "yes"},
+            {"role": "user", "content": parts if rng.random() < 0.5 else said},
+        ]
+
+    domains = [*own] * 60
+    answer = {"role": "assistant", "content": "yes"}
+    records = [{"messages": [*messages(domain), answer], "domain": domain} for domain in domains]
+    records += [{"messages": [*messages(names[0]), answer], "domain": names}] * 100  # of several: passed over
+    asked = [[*messages(None)[:2], {"role": "user", "content": "".join(rng.choices(own[d], k=20))}] for d in domains]
+    routes = benchmark_module("quality.classifier").routes_by_classifier(m, asked, records)
+    right = [route == (domain or "base") for route, domain in zip(routes, domains, strict=True)]
+    assert sum(right) > 0.9 * len(right)
 
 
 def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:

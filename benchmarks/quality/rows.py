@@ -24,11 +24,12 @@ from molora.files import write_atomic
 from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.bank import train_adapters
-from molora.training.evaluate import Question, evaluate, score
+from molora.training.evaluate import Question, answer, evaluate, score
 from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.router_report import column_names, router_statistics
 from quality import peft_ways
+from quality.classifier import routes_by_classifier
 from quality.merges import MERGES, UPDATE_MERGES, loss_at, merge, merge_updates, weighted
 from quality.provenance import provenance
 from quality.training import STAGES, seed_folder, settings
@@ -165,6 +166,25 @@ def measure(args: Namespace) -> None:
 def of_bank(here: Measurement) -> None:
     """The learned router, and what needs none."""
     answer_in(here, ["auto", "given", "base", "sequence", "uniform"])
+    of_classifier(here)
+
+
+def of_classifier(here: Measurement) -> None:
+    """One adapter for the whole sequence, chosen by a classifier that knows nothing of the router."""
+    if not here.missing(["classifier"]):
+        return
+    begin_s, data = time.perf_counter(), here.args.work / "data" / "train_router.jsonl"
+    with here.loaded(seed_folder(here.args) / "bank") as m:
+        questions = {kind: here.questions(m, kind) for kind in SCORED}
+        asked = [question.messages for kind in SCORED for question in questions[kind]]
+        routes = iter(routes_by_classifier(m, asked, read_records(data)))
+        rows = {}
+        for kind, own in questions.items():
+            chosen = [*islice(routes, len(own))]
+            texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
+            rows[kind] = score(own, [q.is_right(text) for q, text in zip(own, texts, strict=True)])
+        took_s = time.perf_counter() - begin_s
+        here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
 
 
 def of_alone(here: Measurement) -> None:

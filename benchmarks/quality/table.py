@@ -33,7 +33,7 @@ OTHER_KINDS = {
     "others": "other tasks' single items, an adapter removed",
 }
 ORDER = (
-    *("base", "best single", "sequence", "uniform", *MERGES, *UPDATE_MERGES, "arrow", "xlora", "random"),
+    *("base", "best single", "classifier", "sequence", "uniform", *MERGES, *UPDATE_MERGES, "arrow", "xlora", "random"),
     *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
     *("joint", "plain", "key", "nine", "nine given"),
 )
