@@ -21,19 +21,18 @@ DPI = 120
 
 
 def draw(statistics: RouterStatistics, names: Sequence[str]) -> dict[str, Figure]:
-    """A figure of each kind.
+    """A figure of each kind; without labels, of those that need none.
 
     Args:
         names: of the columns, base first.
     """
     statistics = statistics.map(lambda tensor: tensor.cpu())
-    return {
-        "confusion": confusion(statistics, names),
-        "load": load(statistics, names),
-        "calibration": calibration(statistics),
-        "entropy": entropy(statistics),
-        **({"switches": switches(statistics)} if statistics.switches_23[0, 0] else {}),
-    }
+    figures = {"load": load(statistics, names), "entropy": entropy(statistics)}
+    if statistics.num_labelled:
+        figures |= {"confusion": confusion(statistics, names), "calibration": calibration(statistics)}
+    if statistics.switches_23[0, 0]:
+        figures["switches"] = switches(statistics)
+    return figures
 
 
 def png(figure: Figure) -> bytes:
@@ -71,14 +70,14 @@ def confusion(statistics: RouterStatistics, names: Sequence[str]) -> Figure:
     axes.tick_params(which="both", length=0)
     axes.spines[:].set_visible(False)
     axes.set(xlabel="routed to", ylabel="label")
-    axes.set_title(f"{statistics.accuracy:.1%} of {statistics.num_tokens:,} tokens as labelled")
+    axes.set_title(f"{statistics.accuracy:.1%} of {statistics.num_labelled:,} tokens as labelled")
     return figure
 
 
 def load(statistics: RouterStatistics, names: Sequence[str]) -> Figure:
     """What share of the tokens base and each adapter take, beside what the labels would give them."""
     figure, axes = _figure(6.4, min(MAX_INCHES, 1.6 + 0.5 * len(names)))
-    _bars(axes, names, statistics.load, statistics.label_load)
+    _bars(axes, names, statistics.load, statistics.label_load if statistics.num_labelled else None)
     axes.set(xlabel="share of tokens", title=f"Load over {statistics.num_tokens:,} tokens")
     return figure
 
@@ -97,12 +96,12 @@ def calibration(statistics: RouterStatistics) -> Figure:
     upper.plot([0, 1], [0, 1], "--", color="0.35", label="perfectly calibrated")
     upper.plot(confidence_B, accuracy_B, "o-", color=ROUTER, markersize=4, label="router")
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy (share routed as labelled)")
-    upper.set_title(f"Calibration: ECE {statistics.ece:.3f} over {statistics.num_tokens:,} tokens")
+    upper.set_title(f"Calibration: ECE {statistics.ece:.3f} over {statistics.num_labelled:,} tokens")
     upper.legend(loc="upper left", frameon=False)
     lower.bar(edges, count_B / max(1, count_B.sum()), width, align="edge", color="0.6", edgecolor="0.45")
     lower.set(xlabel="confidence (probability of the route)", ylabel="share of tokens")
     upper.yaxis.set_major_formatter(_percent)
-    _log_shares(lower, statistics.num_tokens)
+    _log_shares(lower, statistics.num_labelled)
     for axes in (upper, lower):
         axes.spines[["top", "right"]].set_visible(False)
     return figure
@@ -132,7 +131,7 @@ def switches(statistics: RouterStatistics) -> Figure:
     names = [name for name, (pairs, _, _) in rows.items() if pairs]
     router, labels = ([rows[name][column] / rows[name][0] for name in names] for column in (1, 2))
     figure, axes = _figure(6.4, 1.7 + 0.7 * len(names))
-    _bars(axes, names, router, labels)
+    _bars(axes, names, router, labels if statistics.num_labelled else None)
     axes.set(xlabel="share of neighbouring tokens that switch", title="Switch rate")
     return figure
 
@@ -155,10 +154,11 @@ def _log_shares(axes: Axes, num_tokens: int) -> None:
     axes.yaxis.set_major_formatter(_percent)
 
 
-def _bars(axes: Axes, names: Sequence[str], router: Sequence[float], labels: Sequence[float]) -> None:
-    """Two shares for each name, the router's above the labels'."""
+def _bars(axes: Axes, names: Sequence[str], router: Sequence[float], labels: Sequence[float] | None) -> None:
+    """A share for each name, the router's, and below it that of the labels, if there are any."""
     places = np.arange(len(names))
-    for shares, offset, colour, label in ((router, -0.2, ROUTER, "router"), (labels, 0.2, LABELS, "labels")):
+    kinds = [(router, -0.2 if labels else 0.0, ROUTER, "router"), (labels or (), 0.2, LABELS, "labels")]
+    for shares, offset, colour, label in kinds if labels else kinds[:1]:
         bars = axes.barh(places + offset, shares, 0.38, color=colour, label=label)
         axes.bar_label(bars, fmt="{:.1%}", padding=3, fontsize=8)
     axes.set_yticks(places, names)
@@ -166,5 +166,5 @@ def _bars(axes: Axes, names: Sequence[str], router: Sequence[float], labels: Seq
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(_percent)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlim(0, 1.18 * max([*router, *labels, 1e-3]))
+    axes.set_xlim(0, 1.18 * max([*router, *(labels or ()), 1e-3]))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)

@@ -262,15 +262,19 @@ class RouterTraining(FrozenBase):
         _, metrics, logits_NC = self._loss(batch)
         values = {f"val/{name}": value for name, value in metrics.items()}
         self.log_dict(values, prog_bar=True, batch_size=1, sync_dist=True)
-        labels_N = torch.where(batch.position_ids >= batch.start, batch.domains, IGNORE).flatten()
+        active_N = (batch.position_ids >= batch.start).flatten()
+        labels_N = torch.where(active_N, batch.domains.flatten(), IGNORE)
         logits_NC = logits_NC / self.router_config.temperature
-        self._statistics += RouterStatistics.of(logits_NC, labels_N, batch.position_ids.flatten())
+        counted_N = None if self.losses.needs_labels else active_N
+        self._statistics += RouterStatistics.of(logits_NC, labels_N, batch.position_ids.flatten(), counted_N=counted_N)
 
     def on_validation_epoch_end(self) -> None:
         statistics = self._statistics.map(lambda sums: self.trainer.strategy.reduce(sums, reduce_op="sum"))
         if self.trainer.sanity_checking or not statistics.num_tokens:
             return
-        values = {"entropy": statistics.mean_entropy, "switch_rate": statistics.switch_rate, "ece": statistics.ece}
+        values = {"entropy": statistics.mean_entropy, "switch_rate": statistics.switch_rate}
+        if statistics.num_labelled:
+            values["ece"] = statistics.ece
         self.log_dict({f"val/{name}": value for name, value in values.items()}, sync_dist=True)
         loggers = [logger for logger in self.trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not loggers or not self.trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""What a router does on labelled tokens: whom it confuses, how sure and how calibrated it is, how often it switches.
+"""What a router does, token by token: whom it confuses, how sure and how calibrated it is, how often it switches.
 
 Legend: N tokens, C columns (base and adapters), B bins of confidence, H bins of entropy.
 """
@@ -19,13 +19,14 @@ NUM_ENTROPY_BINS = 30
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """Sums over labelled tokens, on their device. Those of two batches add up to those of both.
+    """Sums over the tokens that count, on their device. Those of two batches add up to those of both.
 
-    A neighbour is a pair of tokens that follow each other in one conversation, both with a label.
+    A neighbour is a pair of tokens that follow each other in one conversation and both count.
 
     Attributes:
-        confusion_CC: int64, tokens by the column of their label (row) and of their route.
-        count_B: int64, tokens by confidence, the probability of the route, in equal bins from 0 to 1.
+        confusion_CC: int64, labelled tokens by the column of their label (row) and of their route.
+        routes_C: int64, tokens by their route, labelled or not.
+        count_B: int64, labelled tokens by confidence, the probability of the route, in equal bins from 0 to 1.
         right_B: int64, those of them that are routed as labelled.
         confidence_B: float32, sums of their confidence.
         entropy_H: int64, tokens by the entropy of their probabilities, in equal bins from 0 to `max_entropy`.
@@ -35,6 +36,7 @@ class RouterStatistics:
     """
 
     confusion_CC: Tensor
+    routes_C: Tensor
     count_B: Tensor
     right_B: Tensor
     confidence_B: Tensor
@@ -49,33 +51,43 @@ class RouterStatistics:
 
     @classmethod
     def of(
-        cls, logits_NC: Tensor, labels_N: Tensor, positions_N: Tensor, goes_on_N: Tensor | None = None
+        cls,
+        logits_NC: Tensor,
+        labels_N: Tensor,
+        positions_N: Tensor,
+        goes_on_N: Tensor | None = None,
+        counted_N: Tensor | None = None,
     ) -> RouterStatistics:
         """
         Args:
             logits_NC: scores, whose softmax are the probabilities.
-            labels_N: the right column; tokens with one below 0 are left out.
+            labels_N: the right column, or below 0 where none is known.
             positions_N: count from 0 in each conversation.
             goes_on_N: bool, whether a token goes on with the word or number of the one before; None is nowhere.
+            counted_N: bool, whether a token counts; None is where it has a label.
         """
         num_columns = logits_NC.shape[-1]
-        counted_N = (labels_N >= 0).long()
+        counted_N = labels_N >= 0 if counted_N is None else counted_N
+        labelled_N = (counted_N & (labels_N >= 0)).long()
         probs_NC = logits_NC.float().softmax(-1)
         routes_N = logits_NC.argmax(-1)
         confidence_N = probs_NC.gather(-1, routes_N[:, None])[:, 0]
         entropy_N = torch.special.entr(probs_NC).sum(-1)
         bin_N = _bins(confidence_N, NUM_BINS)
-        right_N = counted_N * (routes_N == labels_N)
+        right_N = labelled_N * (routes_N == labels_N)
         return cls(
             confusion_CC=_sums(
-                labels_N.clamp(min=0) * num_columns + routes_N, counted_N, num_columns * num_columns
+                labels_N.clamp(min=0) * num_columns + routes_N, labelled_N, num_columns * num_columns
             ).view(num_columns, num_columns),
-            count_B=_sums(bin_N, counted_N, NUM_BINS),
+            routes_C=_sums(routes_N, counted_N.long(), num_columns),
+            count_B=_sums(bin_N, labelled_N, NUM_BINS),
             right_B=_sums(bin_N, right_N, NUM_BINS),
-            confidence_B=_sums(bin_N, counted_N * confidence_N, NUM_BINS),
-            entropy_H=_sums(_bins(entropy_N / max_entropy(num_columns), NUM_ENTROPY_BINS), counted_N, NUM_ENTROPY_BINS),
+            confidence_B=_sums(bin_N, labelled_N * confidence_N, NUM_BINS),
+            entropy_H=_sums(
+                _bins(entropy_N / max_entropy(num_columns), NUM_ENTROPY_BINS), counted_N.long(), NUM_ENTROPY_BINS
+            ),
             entropy=(counted_N * entropy_N).sum(),
-            switches_23=_switches(routes_N, labels_N, positions_N, goes_on_N),
+            switches_23=_switches(routes_N, labels_N, positions_N, counted_N, goes_on_N),
         )
 
     def __add__(self, other: RouterStatistics) -> RouterStatistics:
@@ -91,27 +103,31 @@ class RouterStatistics:
 
     @property
     def num_tokens(self) -> int:
+        return int(self.routes_C.sum())
+
+    @property
+    def num_labelled(self) -> int:
         return int(self.confusion_CC.sum())
 
     @property
     def accuracy(self) -> float:
-        """The share of tokens that are routed as labelled."""
-        return int(self.confusion_CC.diagonal().sum()) / max(1, self.num_tokens)
+        """The share of labelled tokens that are routed so."""
+        return int(self.confusion_CC.diagonal().sum()) / max(1, self.num_labelled)
 
     @property
     def load(self) -> list[float]:
         """The share of tokens that each column takes."""
-        return [count / max(1, self.num_tokens) for count in self.confusion_CC.sum(0).tolist()]
+        return [count / max(1, self.num_tokens) for count in self.routes_C.tolist()]
 
     @property
     def label_load(self) -> list[float]:
-        """The share of tokens that each column should take."""
-        return [count / max(1, self.num_tokens) for count in self.confusion_CC.sum(1).tolist()]
+        """The share of labelled tokens that each column should take."""
+        return [count / max(1, self.num_labelled) for count in self.confusion_CC.sum(1).tolist()]
 
     @property
     def ece(self) -> float:
         """Expected calibration error, the mean distance of confidence and accuracy (arXiv 1706.04599, eq. 3)."""
-        return float((self.right_B - self.confidence_B).abs().sum()) / max(1, self.num_tokens)
+        return float((self.right_B - self.confidence_B).abs().sum()) / max(1, self.num_labelled)
 
     @property
     def mean_entropy(self) -> float:
@@ -163,9 +179,12 @@ def _sums(index_N: Tensor, values_N: Tensor, size: int) -> Tensor:
     return values_N.new_zeros(size).index_add(0, index_N, values_N)
 
 
-def _switches(routes_N: Tensor, labels_N: Tensor, positions_N: Tensor, goes_on_N: Tensor | None) -> Tensor:
-    counted_N = labels_N >= 0
+def _switches(
+    routes_N: Tensor, labels_N: Tensor, positions_N: Tensor, counted_N: Tensor, goes_on_N: Tensor | None
+) -> Tensor:
     pairs_N = counted_N[1:] & counted_N[:-1] & (positions_N[1:] > 0)
-    changed_N3 = torch.stack([pairs_N, *(pairs_N & (each[1:] != each[:-1]) for each in (routes_N, labels_N))], -1)
+    labelled_N = (labels_N[1:] >= 0) & (labels_N[:-1] >= 0)
+    switched_N, relabelled_N = (each[1:] != each[:-1] for each in (routes_N, labels_N))
+    changed_N3 = torch.stack([pairs_N, pairs_N & switched_N, pairs_N & relabelled_N & labelled_N], -1)
     inside_N = torch.zeros_like(pairs_N) if goes_on_N is None else goes_on_N[1:]
     return torch.stack([changed_N3.sum(0), (changed_N3 & inside_N[:, None]).sum(0)])

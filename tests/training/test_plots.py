@@ -30,6 +30,17 @@ def test_every_plot_is_a_picture(num_columns: int) -> None:
         assert np.asarray(image.convert("L")).std() > 5, name  # something is drawn
 
 
+def test_without_labels_what_needs_none_is_drawn() -> None:
+    logits, nobody = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), torch.full((50,), -100)
+    found = RouterStatistics.of(logits, nobody, torch.arange(50), counted_N=torch.ones(50, dtype=torch.bool))
+    plots = draw(found, ["base", "words", "legs"])
+    assert set(plots) == {"load", "entropy", "switches"}
+    for name, shares in {"load": found.load, "switches": [found.switch_rate]}.items():
+        (axes,) = plots[name].axes
+        assert [bar.get_width() for bar in axes.patches] == pytest.approx(shares)
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["router"]
+
+
 def test_the_confusion_matrix_prints_counts_and_shares() -> None:
     found = statistics(3)
     (axes, _) = draw(found, ["base", "words", "legs"])["confusion"].axes

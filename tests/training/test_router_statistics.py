@@ -72,6 +72,31 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
     assert got.label_switch_rate == switches[0][2] / num_neighbours
 
 
+def test_tokens_without_a_label_count_where_they_are_asked_to(batch: tuple[torch.Tensor, ...]) -> None:
+    logits, labels, positions, inside = batch
+    counted = torch.rand(len(labels), generator=torch.Generator().manual_seed(1)) < 0.7
+    assert 0 < int(((labels < 0) & counted).sum()) < int(counted.sum())
+    got = RouterStatistics.of(logits, labels, positions, inside, counted)
+    routes = logits.argmax(-1)
+    assert got.routes_C.tolist() == [int((counted & (routes == column)).sum()) for column in range(NUM_COLUMNS)]
+    assert got.num_tokens == int(counted.sum()) == int(got.entropy_H.sum())
+    of_labels = RouterStatistics.of(logits, torch.where(counted, labels, IGNORE), positions, inside)
+    for name in ("confusion_CC", "count_B", "right_B", "confidence_B"):
+        torch.testing.assert_close(vars(got)[name], vars(of_labels)[name])
+    assert got.num_labelled == of_labels.num_labelled
+    assert (got.ece, got.accuracy, got.label_load) == (of_labels.ece, of_labels.accuracy, of_labels.label_load)
+    pairs = [t for t in range(1, len(labels)) if positions[t] > 0 and counted[t] and counted[t - 1]]
+    known = [t for t in pairs if labels[t] >= 0 and labels[t - 1] >= 0]
+    assert got.switches_23[0].tolist() == [
+        len(pairs),
+        sum(int(routes[t] != routes[t - 1]) for t in pairs),
+        sum(int(labels[t] != labels[t - 1]) for t in known),
+    ]
+    nobody = RouterStatistics.of(logits, torch.full_like(labels, IGNORE), positions, inside, counted)
+    assert (nobody.num_labelled, nobody.ece, nobody.accuracy) == (0, 0, 0)
+    assert nobody.load == got.load
+
+
 def test_conversations_apart_add_up_to_all_of_them(batch: tuple[torch.Tensor, ...]) -> None:
     whole, parts = RouterStatistics.of(*batch), RouterStatistics.zeros(NUM_COLUMNS)
     for each in zip(*(tensor.split(LENGTHS) for tensor in batch), strict=True):

@@ -273,6 +273,23 @@ def test_validation_of_a_router_is_logged_as_scalars_and_plots() -> None:
     assert all(0 < entropy < math.log(3) for entropy in column(metrics, "val/entropy"))
 
 
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_a_router_that_learns_without_labels_is_logged_by_all_that_it_routes(is_labelled: bool) -> None:
+    records = [*read_records("configs/tiny.jsonl")]
+    if not is_labelled:
+        plain = [each for each in records if all(isinstance(said["content"], str) for said in each["messages"])]
+        records = [{"messages": record["messages"]} for record in plain]
+    Path("val.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = router_config(losses={"label": 0.0, "lm": 1.0})
+    fit("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--data.val", "val.jsonl", config=config)
+    (metrics,) = Path("runs/tiny").rglob("metrics.csv")
+    (folder,) = [path.parent for path in Path("runs/tiny").rglob("events.out.tfevents*")]
+    log, of_labels = events(folder), {"router/confusion", "router/calibration"}
+    assert set(log.Tags()["images"]) == (PLOTS if is_labelled else PLOTS - of_labels)
+    assert ("val/ece" in log.Tags()["scalars"]) == is_labelled
+    assert 0 < column(metrics, "val/entropy")[0] < math.log(3)
+
+
 def test_what_is_logged_of_a_validation_is_what_the_router_does() -> None:
     config = router_config(schedule={"lr": 0.0}, router={"hidden_dim": 32, "key_dim": 16, "temperature": 0.5})
     fit("--trainer.max_steps", "2", "--trainer.val_check_interval", "2", config=config)
