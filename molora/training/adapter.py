@@ -24,7 +24,7 @@ from molora.injection import linears_of_layers
 from molora.training.data import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
-from molora.training.stack import LoraStack, linears_named
+from molora.training.stack import LoraStack, enable_gradient_checkpointing, linears_named
 
 USUAL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -110,7 +110,7 @@ class AdapterTraining(FrozenBase):
         self.stack = LoraStack(self.model, paths, num_adapters=len(self.names), rank=self.rank, alpha=self.alpha)
         self.stack.reset(self.seed)
         if self.gradient_checkpointing:
-            self.stack.enable_gradient_checkpointing(self.model)
+            enable_gradient_checkpointing(self.model, self.stack)
 
     def setup(self, stage: str) -> None:
         self.configure_model()

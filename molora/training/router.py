@@ -33,7 +33,7 @@ from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router_statistics import RouterStatistics
-from molora.training.stack import LoraStack
+from molora.training.stack import LoraStack, enable_gradient_checkpointing
 
 MAX_GROUPS = 256  # of tokens that a router may practise on as newcomers
 MEAN_SHARE = 0.1  # of a batch, in the mean of a group's queries
@@ -130,6 +130,7 @@ class RouterTraining(FrozenBase):
             leaves them as they are.
         dtype: of the frozen base; the router itself runs in float32.
         compile: run the decoder layers through torch.compile, which takes a minute at first; None does on a GPU.
+        gradient_checkpointing: recompute activations in the backward pass, for less memory.
         keep_rows: keep the router's inputs of the training rows in host memory (H values a token), so that only the
             first epoch runs the base. Only without the language model loss, which needs the whole model each time.
         seed: of the router's initial weights.
@@ -152,6 +153,7 @@ class RouterTraining(FrozenBase):
         adapter_lr: float | None = None,
         dtype: str = "auto",
         compile: bool | None = None,
+        gradient_checkpointing: bool = False,
         keep_rows: bool = False,
         seed: int = 0,
     ) -> None:
@@ -187,7 +189,7 @@ class RouterTraining(FrozenBase):
         self.bank_name = check_name(bank_name or self.output.name)
         self.router_config, self.router_layer = router, router_layer
         self.max_rank, self.activation, self.losses, self.seed = max_rank, activation, losses, seed
-        self.adapter_lr = adapter_lr
+        self.adapter_lr, self.gradient_checkpointing = adapter_lr, gradient_checkpointing
 
     def configure_model(self) -> None:
         if hasattr(self, "decoder"):
@@ -225,6 +227,8 @@ class RouterTraining(FrozenBase):
             column_slots=range(len(adapters)),
             routes=StackRoutes(self.stack),
         )
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(self.model, self.stack, *([self.lora] if self.lora is not None else []))
 
     def _check_layers(self, adapters: Mapping[str, Adapter]) -> None:
         for name, adapter in adapters.items():

@@ -11,7 +11,8 @@ K ranks of all adapters together, I in-features, O out-features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 
 from molora.adapter import LoraWeights
 from molora.injection import find_layers, recompute_layers
+from molora.routing import RoutingLayer
 from molora.training.data import NUM_SIGNS
+
+Lora = tuple[Tensor, Tensor, Tensor]
+"""A [E, R, I], B [E, O, R] and gates [E, N, 1 or R], the scaling included."""
 
 
 class LoraStack(nn.Module):
@@ -83,12 +88,6 @@ class LoraStack(nn.Module):
         for linear in self.linears.values():
             linear.lora = None
 
-    def enable_gradient_checkpointing(self, model: Any) -> None:
-        """Recompute layers in the backward pass, which must come before the next `act`."""
-        for layer in find_layers(model):
-            layer.training = True  # only then it recomputes; what is inside stays frozen, dropout included
-        recompute_layers(model)
-
     def pairs(self) -> list[tuple[Tensor, Tensor]]:
         """A [E, R, I] and B [E, O, R] of each linear, as views of what is trained."""
         return self._pairs(self.values.detach())
@@ -144,14 +143,14 @@ class StackedLinear(nn.Module):
     """Stands where an `nn.Linear` stood.
 
     Attributes:
-        lora: A [E, R, I], B [E, O, R] and gates [E, N, 1 or R], the scaling included; None is the base linear.
+        lora: what acts; None is the base linear.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.lora: tuple[Tensor, Tensor, Tensor] | None = None
+        self.lora: Lora | None = None
         self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -202,6 +201,31 @@ def _add_product(y: Tensor, left_EMK: Tensor, right_EKN: Tensor) -> Tensor:
         return y + torch.bmm(left_EMK, right_EKN).view_as(y)
     y.view(*left_EMK.shape[:2], y.shape[-1]).baddbmm_(left_EMK, right_EKN)
     return y
+
+
+def enable_gradient_checkpointing(model: Any, *stacks: LoraStack) -> None:
+    """Recompute layers in the backward pass, each with what acted on it in its own forward."""
+    for layer in find_layers(model):
+        inner = layer.layer if isinstance(layer, RoutingLayer) else layer
+        inner.training = True  # only then it recomputes; what is inside stays frozen, dropout included
+
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        then = [(linear, linear.lora) for stack in stacks for linear in stack.linears.values()]
+        return nullcontext(), _restored(then)
+
+    recompute_layers(model, context_fn=contexts)
+
+
+@contextmanager
+def _restored(then: Sequence[tuple[StackedLinear, Lora | None]]) -> Iterator[None]:
+    now = [(linear, linear.lora) for linear, _ in then]
+    try:
+        for linear, lora in then:
+            linear.lora = lora
+        yield
+    finally:
+        for linear, lora in now:
+            linear.lora = lora
 
 
 def linears_named(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -159,12 +159,13 @@ class WholeCheckpoints(TorchCheckpointIO):
 
         Raises:
             OSError: there is no such file.
+            MemoryError: it does not fit; so does torch.OutOfMemoryError.
             ValueError: it is no checkpoint, or is damaged.
         """
         what = "it has no weights"
         try:
             checkpoint = super().load_checkpoint(path, map_location, weights_only is not False)
-        except (OSError, torch.OutOfMemoryError):
+        except (OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # an unpickler of arbitrary bytes raises anything
             what, checkpoint = f"{type(error).__name__}: {one_line(error):.200}", {}

@@ -460,6 +460,19 @@ def test_a_loss_that_is_no_number_takes_no_good_checkpoints_place(
     assert not Path("runs/tiny/adapters").exists()
 
 
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_checkpoint_for_which_memory_is_short_is_not_called_damaged(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def short(*_: Any, **__: Any) -> None:
+        raise error
+
+    (tmp_path / "last.ckpt").write_bytes(b"whole")
+    monkeypatch.setattr(torch, "load", short)
+    with pytest.raises(error):
+        WholeCheckpoints().load_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_checkpoints_elsewhere_are_lightnings_own(tmp_path: Path) -> None:
     WholeCheckpoints().save_checkpoint({"global_step": 3}, f"file://{tmp_path}/x.ckpt")
     assert torch.load("x.ckpt", weights_only=False) == {"global_step": 3}

@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import molora
@@ -31,6 +32,7 @@ from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
 from molora.training.router import RouterLosses, RouterTraining, _begin_parts, _neighbours
 from molora.training.router_report import router_statistics
+from molora.training.stack import StackedLinear
 from molora.training.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -201,6 +203,35 @@ def test_gradient_checkpointing_changes_nothing() -> None:
     )
     for key, tensor in weights(Path("plain/letters")).items():
         torch.testing.assert_close(tensor, weights(Path("less/letters"))[key])
+
+
+@pytest.mark.parametrize(
+    ("losses", "adapter_lr"),
+    [({"given": 1.0, "drift": 0.1}, None), ({"label": 0.0, "lm": 1.0}, 0.01), ({"label": 1.0, "drift": 0.1}, None)],
+)
+def test_gradient_checkpointing_changes_nothing_of_a_router(
+    losses: dict[str, float], adapter_lr: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though by then other tokens have been routed through the same linears, or none."""
+    forward, calls, num_calls = StackedLinear.forward, [0], []
+
+    def counted(self: StackedLinear, x: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return forward(self, x)
+
+    monkeypatch.setattr(StackedLinear, "forward", counted)
+    router = {"hidden_dim": 32, "key_dim": 16, "lora_rank": 2}
+    found = []
+    for output, less in (("plain", False), ("less", True)):
+        calls[0] = 0
+        changes = {"router": router, "losses": losses, "adapter_lr": adapter_lr, "gradient_checkpointing": less}
+        fit("--trainer.max_steps", "5", config=router_config(output=output, **changes))
+        num_calls.append(calls[0])
+        found.append([load_file(file) for file in sorted(Path(output).rglob("*.safetensors"))])
+    assert num_calls[1] > num_calls[0]
+    assert len(found[0]) == len(found[1]) == 3
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 @pytest.mark.parametrize("by_name", [False, True])
