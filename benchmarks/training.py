@@ -5,7 +5,8 @@
 
 Both sides train LoRA on all linears from the router layer on, in a model of random weights made on the device: the
 same packed rows of 512 tokens from a loader, bfloat16 base and float32 adapters, AdamW, clipping, no checkpointing.
-Each side runs as it does by default: ours compiles its layers on a GPU, PEFT's does not. A run is one `fit` or `train`;
+Each side runs as it does by default: ours compiles its layers on a GPU, PEFT's does not; with `--alike` also both
+compiled (PEFT's by the Trainer's torch_compile), and neither. A run is one `fit` or `train`;
 a step's time is the median between ends of steps, with the device waited for.
 
     one      one adapter, against one PEFT run
@@ -214,8 +215,8 @@ class TrainerLaps(TrainerCallback):
         self.watch.lap()
 
 
-def ours(setting: Setting, num_adapters: int) -> tuple[float, float]:
-    """Seconds a step, and the most memory in bytes, of `num_adapters` side by side."""
+def ours(setting: Setting, num_adapters: int, compiled: bool | None = None) -> tuple[float, float]:
+    """Seconds a step, and the most memory in bytes, of `num_adapters` side by side; None is compiled on a GPU."""
     names = [f"adapter-{index}" for index in range(num_adapters)]
     watch = Stopwatch(setting.device)
     with TemporaryDirectory() as folder:
@@ -231,11 +232,12 @@ def ours(setting: Setting, num_adapters: int) -> tuple[float, float]:
             enable_model_summary=False,
             default_root_dir=folder,
         )
-        memory = measured(setting, lambda: trainer.fit(setting.training(names, folder), setting.data(names)))
+        training = setting.training(names, folder, compile=compiled)
+        memory = measured(setting, lambda: trainer.fit(training, setting.data(names)))
     return watch.step_s, memory
 
 
-def peft(setting: Setting) -> tuple[float, float]:
+def peft(setting: Setting, compiled: bool = False) -> tuple[float, float]:
     """The same of one adapter, by PEFT and transformers' Trainer."""
     watch = Stopwatch(setting.device)
     with TemporaryDirectory() as folder:
@@ -252,6 +254,7 @@ def peft(setting: Setting) -> tuple[float, float]:
             use_cpu=setting.device.type == "cpu",
             disable_tqdm=True,
             remove_unused_columns=False,
+            torch_compile=compiled,
         )
         model = peft_model(setting)
         trainer = Trainer(model, arguments, train_dataset=Rows(setting), callbacks=[TrainerLaps(watch)])
@@ -403,6 +406,38 @@ def check_gradients(setting: Setting, report: Report) -> None:
     report.checked("gradients are PEFT's", difference=difference, loss=loss.item(), peft_loss=other_loss.item())
 
 
+def compare(
+    setting: Setting, report: Report, how: str, is_compiled: bool | None, is_peft_compiled: bool, num_turns: int
+) -> None:
+    """Time and memory of one adapter, and of eight, beside PEFT's; the targets are those of the defaults."""
+    sides: dict[str, Callable[[], tuple[float, float]]] = {
+        "peft": lambda: peft(setting, is_peft_compiled),
+        "one": lambda: ours(setting, 1, is_compiled),
+        "eight": lambda: ours(setting, 8, is_compiled),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for _ in range(num_turns):
+        for name, side in sides.items():
+            found[name].append(side())
+    step_s = {name: min(seconds for seconds, _ in turns) for name, turns in found.items()}
+    memory = {name: turns[0][1] for name, turns in found.items()}
+    tokens = setting.shape.rows * setting.shape.row_length
+    for name, num_adapters, least in (("one", 1, LEAST_ONE), ("eight", 8, LEAST_EIGHT)):
+        report.add(
+            f"{name}{how}: PEFT's time over ours",
+            num_adapters * step_s["peft"] / step_s[name],
+            "x",
+            at_least=None if how else least,
+            step_ms=1e3 * step_s[name],
+            peft_step_ms=1e3 * step_s["peft"],
+            tokens_per_s=num_adapters * tokens / step_s[name],
+            memory_gb=memory[name] / 1e9,
+            peft_memory_gb=memory["peft"] / 1e9,
+        )
+        if memory["peft"]:
+            report.add(f"{name}{how}: memory over one PEFT run's", memory[name] / memory["peft"], "x")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     on_gpu = torch.cuda.is_available()
@@ -411,6 +446,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16" if on_gpu else "float32")
     parser.add_argument("--steps", type=int, default=20, help="that are clocked")
     parser.add_argument("--turns", type=int, default=2, help="of both sides, of which the faster one counts")
+    parser.add_argument("--alike", action="store_true", help="also with both sides compiled, and neither")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file to write; a table in Markdown comes beside it")
     args = parser.parse_args()
@@ -422,32 +458,10 @@ def main() -> None:
         report.suite, report.has_targets = shape.name, shape.has_targets
         setting = Setting(shape, device, dtype, args.steps, args.seed)
         check_gradients(setting, report)
-        sides: dict[str, Callable[[], tuple[float, float]]] = {
-            "peft": lambda setting=setting: peft(setting),
-            "one": lambda setting=setting: ours(setting, 1),
-            "eight": lambda setting=setting: ours(setting, 8),
-        }
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-        for _ in range(args.turns):
-            for name, side in sides.items():
-                found[name].append(side())
-        step_s = {name: min(seconds for seconds, _ in turns) for name, turns in found.items()}
-        memory = {name: turns[0][1] for name, turns in found.items()}
-        tokens = shape.rows * shape.row_length
-        for name, num_adapters, least in (("one", 1, LEAST_ONE), ("eight", 8, LEAST_EIGHT)):
-            report.add(
-                f"{name}: PEFT's time over ours",
-                num_adapters * step_s["peft"] / step_s[name],
-                "x",
-                at_least=least,
-                step_ms=1e3 * step_s[name],
-                peft_step_ms=1e3 * step_s["peft"],
-                tokens_per_s=num_adapters * tokens / step_s[name],
-                memory_gb=memory[name] / 1e9,
-                peft_memory_gb=memory["peft"] / 1e9,
-            )
-            if memory["peft"]:
-                report.add(f"{name}: memory over one PEFT run's", memory[name] / memory["peft"], "x")
+        compare(setting, report, "", None, False, args.turns)
+        if args.alike:
+            compare(setting, report, ", both compiled", True, True, args.turns)
+            compare(setting, report, ", neither compiled", False, False, args.turns)
         whole_s, frozen_s = (min(side(setting) for _ in range(args.turns)) for side in (router, frozen))
         report.add(
             "router: by the language model loss, over the frozen passes",
