@@ -128,8 +128,8 @@ def test_steps_that_are_launched_ahead_change_no_answer(make_small_bank, key_rou
         replace(greedy, grammar=Grammar("regex", "[a-c]{4}")),
     ]
     launches: list[bool] = []
-    launch = engine._launch
-    engine._launch = lambda *, is_alone: (launches.append(is_alone), launch(is_alone=is_alone))[1]
+    launch = engine._steps._launch
+    engine._steps._launch = lambda *, is_alone: (launches.append(is_alone), launch(is_alone=is_alone))[1]
     for ways in (ahead, [greedy, *known]):
         launches.clear()
         requests = [Request(prompt=prompt, route="auto", activation=4, sampling=sampling) for sampling in ways]

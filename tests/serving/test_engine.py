@@ -135,7 +135,7 @@ class TestEqualsFullForward:
         engine = engine_of(m, kv_cache_bytes=block_bytes * 12)
         requests = [ask(random_ids(14, seed=s), "auto", num_new=18) for s in range(2)]
         routes: dict[int, list[Any]] = {}
-        seen = engine._note
+        seen = engine._steps._note
 
         def note(work, answer, out, index):
             seen(work, answer, out, index)
@@ -143,7 +143,7 @@ class TestEqualsFullForward:
                 routes.setdefault((id(answer), position), []).append(route)
             m.decoder.router.keys_CD.data.neg_()
 
-        monkeypatch.setattr(engine, "_note", note)
+        monkeypatch.setattr(engine._steps, "_note", note)
         keys = m.decoder.router.keys_CD.data.clone()
         try:
             engine.generate(requests)
@@ -446,7 +446,7 @@ class TestFaults:
         request = ask(random_ids(12), "auto")
         expected = engine.generate(request)[0].token_ids
         with monkeypatch.context() as patch:
-            patch.setattr(engine._scheduler, "plan", lambda: 1 / 0)
+            patch.setattr(engine._steps.scheduler, "plan", lambda: 1 / 0)
             with pytest.raises(EngineError, match="the engine failed: division by zero"):
                 engine.generate(request)
         assert engine.generate(request)[0].token_ids == expected
