@@ -42,7 +42,8 @@ from molora.injection import find_layers
 from molora.routing import Routes, RoutingLayer
 from molora.tiny import byte_tokenizer
 from molora.training import AdapterTraining, RouterTraining
-from molora.training.data import ActivationMix, Batch, ChatData
+from molora.training.batches import ActivationMix, Batch
+from molora.training.data import ChatData
 from molora.training.examples import IGNORE, Encoder, Example
 from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router import RouterLosses

@@ -13,11 +13,11 @@ import pytest
 from molora.adapter import Adapter
 from molora.bank import Bank
 from molora.tiny import make_tiny_base
-from molora.training.evaluate import mean_difference
 from molora.training.recipes.drafts import MAX_NEW_TOKENS
 from molora.training.recipes.functions import NUM_DRAFTS, write_questions
 from molora.training.recipes.tasks import DEMO
 from molora.training.recipes.verdicts import corrupted
+from molora.training.scores import mean_difference
 
 REPOSITORY = Path(__file__).parents[1]
 NUM = 10

@@ -12,9 +12,9 @@ from torchmetrics.functional.classification import binary_auroc, binary_calibrat
 from functions.training import WAYS
 from molora.model import MoLoRA
 from molora.serving.functions import Function, Verdict, call_each
-from molora.training.evaluate import paired_difference
 from molora.training.examples import read_records
 from molora.training.recipes.verdicts import INVOCATIONS, LABELS
+from molora.training.scores import paired_difference
 
 AT_ONCE = 64  # conversations that are read, asked about and forgotten, so that what is reused is of the same call
 NUM_BINS = 15  # of the calibration error

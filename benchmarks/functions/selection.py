@@ -10,10 +10,10 @@ from typing import Any
 from functions.calls import ALL_WAYS, functions_of
 from molora.model import MoLoRA
 from molora.serving.functions import best_of_n, call_each, vote
-from molora.training.evaluate import mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.drafts import MAX_NEW_TOKENS, Drafts
 from molora.training.recipes.tasks import TASKS, answers_in
+from molora.training.scores import mean_difference
 
 NUMS_DRAFTS = (1, 2, 4, 8)
 QUESTIONS_AT_ONCE = 8

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from molora.adapter import Adapter
-from molora.training.data import ActivationMix, PackedLoader
+from molora.training.batches import ActivationMix, PackedLoader
 from molora.training.examples import IGNORE, examples, read_records
 from molora.training.frozen import Schedule
 

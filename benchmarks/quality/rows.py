@@ -24,10 +24,12 @@ from molora.files import write_atomic
 from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.bank import train_adapters
-from molora.training.evaluate import Question, answer, evaluate, score
+from molora.training.evaluate import answer, evaluate
 from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
+from molora.training.question import Question
 from molora.training.router_report import column_names, router_statistics
+from molora.training.scores import score
 from quality import peft_ways
 from quality.classifier import routes_by_classifier
 from quality.merges import MERGES, UPDATE_MERGES, loss_at, merge, merge_updates, weighted

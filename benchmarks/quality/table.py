@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from molora.files import write_atomic
-from molora.training.evaluate import best_single, mean_difference
 from molora.training.examples import read_records
 from molora.training.recipes.wordings import WORDINGS
+from molora.training.scores import best_single, mean_difference
 from quality.merges import MERGES, UPDATE_MERGES
 from quality.provenance import check_alike
 

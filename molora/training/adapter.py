@@ -21,7 +21,7 @@ from molora.bank import check_name
 from molora.display import joined
 from molora.files import atomic_directory
 from molora.injection import linears_of_layers
-from molora.training.data import OTHER, Batch
+from molora.training.batches import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.stack import LoraStack, enable_gradient_checkpointing, linears_named

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from molora.training.data import Batch
+from molora.training.batches import Batch
 from molora.training.frozen import FrozenBase
 
 CHECK_EVERY = 50  # steps: to look at the loss waits for the device

@@ -8,93 +8,34 @@ show what the router does token by token.
 from __future__ import annotations
 
 import json
-import math
-import re
-import statistics
 import sys
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 import molora
-from molora.activation import Activation, check_message
+from molora.activation import Activation
 from molora.benchmark import source_commit
 from molora.files import write_atomic
 from molora.generation import Generation
-from molora.injection import cache_argument
 from molora.model import MoLoRA, Route
 from molora.router import KeyRouter
-from molora.routing import NO_ADAPTER, RouteRequest
 from molora.training.examples import encode, read_records
+from molora.training.given import answer_as_given
 from molora.training.plots import draw, png
-from molora.training.recipes import verify, verify_composite
+from molora.training.question import Question
 from molora.training.recipes.tasks import TASKS
 from molora.training.route_page import RoutedExample, route_page
 from molora.training.router_report import column_names, routed_tokens, router_scores, router_statistics
+from molora.training.scores import best_single, paired_difference, score
 
 MAX_NEW_TOKENS = 192  # of an answer; those of three tasks take up to 171
 AT_ONCE = 256  # questions that the engine has; it refuses more
 NUM_EXAMPLES = 6  # of each kind that are shown with their routes
-_ENDED = re.compile(r"Answer:.*\n")
-
-
-@dataclass(frozen=True)
-class Question:
-    """One held-out item: the messages to answer, its domains and reference answers in order.
-
-    Attributes:
-        labels: the domain of each token of the prompt, as training has them; None where nothing is known.
-    """
-
-    messages: list[dict[str, str]]
-    domains: tuple[str, ...]
-    answers: tuple[str, ...]
-    labels: tuple[str | None, ...] = ()
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any], tokenizer: Any = None) -> Question:
-        """
-        Raises:
-            ValueError: its domain and its answer are not texts, or lists of as many, or it cannot be encoded.
-            KeyError: one of them is not there.
-        """
-        domains, answers = _texts(record, "domain"), _texts(record, "answer")
-        if isinstance(record["domain"], str) != isinstance(record["answer"], str) or len(domains) != len(answers):
-            raise ValueError(
-                f"domain is {record['domain']!r} and answer {record['answer']!r}; expected an answer for each domain."
-            )
-        if not isinstance(record["messages"], list):
-            raise ValueError(f"messages must be a list, not {record['messages']!r}.")
-        messages = [check_message(message, index) for index, message in enumerate(record["messages"][:-1])]
-        labels: tuple[str | None, ...] = ()
-        if tokenizer is not None:
-            example = encode({**record, "labels_only": False}, tokenizer)
-            labels = example.domains[: example.learned.index(True)]
-        return cls(messages, domains, answers, labels)
-
-    def is_right(self, text: str) -> bool:
-        return all(self.parts_right(text))
-
-    def parts_right(self, text: str) -> tuple[bool, ...]:
-        """For each of its domains, whether its part of the answer is right."""
-        if len(self.domains) == 1:
-            return (verify(self.domains[0], self.answers[0], text),)
-        return tuple(verify_composite(self.domains, self.answers, text))
-
-
-def _texts(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = record[key]
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{key} is {value!r}; expected a text, or a list of one for each part.")
-    return tuple(texts)
 
 
 def answer(
@@ -139,98 +80,6 @@ def generate(
     while running:
         finish()
     return outs
-
-
-@torch.inference_mode()
-def answer_as_given(
-    m: MoLoRA, questions: Sequence[Question], *, max_new_tokens: int, batch_size: int = 500
-) -> list[str]:
-    """Greedy answers with the right adapter on every token, as the oracle has it.
-
-    The tokens of the user's turn get the adapters of their labels, template tokens between two parts that of the one
-    which follows. An answer begins with its first part's adapter; a line break behind "Answer: ..." already belongs to
-    the next part, as in training.
-    """
-    texts = [""] * len(questions)
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].labels))
-    with m.lock, ExitStack() as stack:
-        for routes in (
-            m.decoder.early_routes,
-            m.decoder.routes,
-        ):  # here the host bounds a step, and launches less by torch
-            stack.callback(setattr, routes, "impl", routes.impl)
-            routes.impl = "torch"
-        holds = {}
-        for name in m.slots.current.adapters:
-            holds[name] = m.slots.acquire(m.resolve_route(name))
-            stack.callback(m.slots.release, holds[name])
-        slots = {name: hold.slots[0] for name, hold in holds.items()}
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            for i, text in zip(
-                batch, _decode_as_given(m, [questions[i] for i in batch], slots, max_new_tokens), strict=True
-            ):
-                texts[i] = text
-    return texts
-
-
-def _decode_as_given(
-    m: MoLoRA, questions: Sequence[Question], slots: Mapping[str, int], max_new_tokens: int
-) -> list[str]:
-    device, tokenizer = m.decoder.device, m.tokenizer
-    rendered = [m.render(question.messages) for question in questions]
-    prompts = [prompt.token_ids for prompt in rendered]
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id or 0)
-    mask = torch.zeros(len(prompts), width, dtype=torch.long)
-    chosen = torch.full((len(prompts), width, 1), NO_ADAPTER, dtype=torch.int32)
-    for row, (question, prompt) in enumerate(zip(questions, prompts, strict=True)):
-        ids[row, width - len(prompt) :], mask[row, width - len(prompt) :] = torch.tensor(prompt), 1
-        start = m.activation_start(rendered[row], question.domains[0])
-        for index, label in enumerate(question.labels[start:], width - len(prompt) + start):
-            chosen[row, index] = slots.get(label or "", NO_ADAPTER)
-    place = [0] * len(questions)  # the part that each answer is in
-    written: list[list[int]] = [[] for _ in questions]
-    since = [0] * len(questions)  # where its text begins
-    is_open = [True] * len(questions)
-    rows = list(range(len(questions)))  # whose answers are in the batch
-    ids, mask, chosen = ids.to(device), mask.to(device), chosen.to(device)
-    cache, positions = DynamicCache(config=m.model.config), (mask.cumsum(1) - 1).clamp(min=0)
-    can_shrink = all(hasattr(layer, "batch_select_indices") for layer in cache.layers)
-    for _ in range(max_new_tokens):
-        request = RouteRequest(
-            torch.zeros_like(mask[:, :1]), slots=chosen, gates=torch.ones_like(chosen, dtype=torch.float32)
-        )
-        with m.decoder.requested(request):
-            logits = m.model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                use_cache=True,
-                logits_to_keep=1,
-                **{cache_argument(m.model): cache},
-            ).logits[:, -1]
-        ids = logits.argmax(-1, keepdim=True)
-        for row, token in zip(rows, ids[:, 0].tolist(), strict=True):
-            if is_open[row]:
-                written[row].append(token)
-                is_open[row] = token not in m.eos_ids
-                part = tokenizer.decode(written[row][since[row] :])
-                if place[row] + 1 < len(questions[row].domains) and _ENDED.search(part):
-                    place[row] += 1
-                    since[row] = len(written[row])
-        if not any(is_open):
-            break
-        if can_shrink and sum(is_open) <= len(rows) / 2:
-            kept = torch.tensor([index for index, row in enumerate(rows) if is_open[row]], device=device)
-            cache.batch_select_indices(kept)
-            ids, mask, positions = ids[kept], mask[kept], positions[kept]
-            rows = [row for row in rows if is_open[row]]
-        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-        positions = positions[:, -1:] + 1
-        nexts = [slots.get(questions[row].domains[place[row]], NO_ADAPTER) for row in rows]
-        chosen = torch.tensor(nexts, dtype=torch.int32, device=device)[:, None, None]
-    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
 
 
 def routes_by_sequence(m: MoLoRA, questions: Sequence[Question], *, batch_size: int = 256) -> list[Route]:
@@ -287,38 +136,6 @@ def _answers(
         case _:
             routes = [way] * len(questions)
     return answer(m, questions, routes, max_new_tokens=max_new_tokens, activations=activations)
-
-
-def score(questions: Sequence[Question], is_right: Sequence[bool]) -> dict[str, Any]:
-    """Accuracy over all and by domain, and who is right, item by item."""
-    right, total = Counter[str](), Counter[str]()
-    for question, yes in zip(questions, is_right, strict=True):
-        domain = question.domains[0] if len(question.domains) == 1 else "composite"
-        total[domain] += 1
-        right[domain] += yes
-    return {
-        "accuracy": right.total() / total.total(),
-        "by_domain": {domain: right[domain] / total[domain] for domain in sorted(total)},
-        "by_item": "".join(str(int(yes)) for yes in is_right),
-    }
-
-
-def best_single(figures: Sequence[str]) -> str:
-    """Where at least one of several adapters, each alone for the whole sequence, is right: an oracle's choice."""
-    return "".join(max(digits) for digits in zip(*figures, strict=True))
-
-
-def paired_difference(ours: str, theirs: str) -> dict[str, float]:
-    """`mean_difference` of two ways' `by_item`."""
-    return mean_difference([*map(int, ours)], [*map(int, theirs)])
-
-
-def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
-    """Mean difference of two ways on the same items, and its 95% interval (normal, over items)."""
-    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(differences)
-    half = 1.96 * statistics.pstdev(differences) / math.sqrt(len(differences))
-    return {"difference": mean, "low": mean - half, "high": mean + half}
 
 
 def measure_bank(

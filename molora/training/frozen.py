@@ -17,7 +17,8 @@ from molora.checkpoint import load_base, resolve_base
 from molora.display import joined
 from molora.injection import find_layers, text_config
 from molora.routing import RoutingLayer
-from molora.training.data import Batch, ChatData
+from molora.training.batches import Batch
+from molora.training.data import ChatData
 from molora.training.examples import IGNORE
 from molora.training.loss import Head, check_head, frozen_cross_entropy
 from molora.training.stack import LoraStack

@@ -28,7 +28,7 @@ from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, t
 from molora.losses import label_loss, load_balance_loss, newcomer_loss, switch_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
 from molora.routing import NO_ADAPTER, RouteRecord, RouteRequest, Routes, RoutingLayer
-from molora.training.data import Batch
+from molora.training.batches import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy

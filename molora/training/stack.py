@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from molora.adapter import LoraWeights
 from molora.injection import find_layers, recompute_layers
 from molora.routing import RoutingLayer
-from molora.training.data import NUM_SIGNS
+from molora.training.batches import NUM_SIGNS
 
 Lora = tuple[Tensor, Tensor, Tensor]
 """A [E, R, I], B [E, O, R] and gates [E, N, 1 or R], the scaling included."""

@@ -12,7 +12,8 @@ import torch
 
 from molora.checkpoint import load_base
 from molora.tiny import byte_tokenizer, make_tiny_base
-from molora.training.data import NEVER, OTHER, ActivationMix, ChatData, PackedLoader
+from molora.training.batches import NEVER, OTHER, ActivationMix, PackedLoader
+from molora.training.data import ChatData
 from molora.training.examples import IGNORE, Encoder, Example, encode
 
 TOKENIZER = byte_tokenizer()

@@ -17,18 +17,13 @@ from molora import Bank, MoLoRA
 from molora.cli import app
 from molora.routing import RouteRequest
 from molora.training import evaluate as evaluation
-from molora.training.evaluate import (
-    Question,
-    answer,
-    answer_as_given,
-    best_single,
-    evaluate,
-    measure_bank,
-    paired_difference,
-    routes_by_sequence,
-)
+from molora.training import given as oracle
+from molora.training.evaluate import answer, evaluate, measure_bank, routes_by_sequence
 from molora.training.examples import encode
+from molora.training.given import answer_as_given
+from molora.training.question import Question
 from molora.training.router_report import routed_tokens
+from molora.training.scores import best_single, paired_difference
 
 QUESTIONS = [
     Question([{"role": "user", "content": "abc" * (1 + i)}], (domain,), (reference,))
@@ -96,7 +91,7 @@ def test_given_routes_follow_the_labels_and_then_the_answers_parts(m: MoLoRA, mo
     assert {"words", "legs"} <= set(question.labels)
     assert len(question.labels) == len(m.render(question.messages).token_ids)
     assert Question.from_record({**record, "labels_only": True}, m.tokenizer) == question
-    monkeypatch.setattr(evaluation, "_ENDED", re.compile(r"(?s)..."))  # a part is three characters
+    monkeypatch.setattr(oracle, "_ENDED", re.compile(r"(?s)..."))  # a part is three characters
     (given,) = answer_as_given(m, [question], max_new_tokens=8)
     ids, slots = list(m.render(question.messages).token_ids), {"words": 0, "legs": 1}
     start = m.render(question.messages).starts["turn"]

@@ -18,7 +18,8 @@ from molora.generation import Sampling
 from molora.serving.engine import Request
 from molora.tiny import byte_tokenizer
 from molora.training.adapter import AdapterTraining
-from molora.training.data import ActivationMix, ChatData
+from molora.training.batches import ActivationMix
+from molora.training.data import ChatData
 from molora.training.examples import encode, read_records
 from molora.training.recipes import answerability as answerability_module
 from molora.training.recipes.answerability import answerability, context

@@ -26,7 +26,8 @@ from molora.checkpoint import resolve_base
 from molora.routing import RouteRequest
 from molora.training import adapter as adapter_module
 from molora.training.adapter import AdapterTraining
-from molora.training.data import ActivationMix, ChatData, PackedLoader
+from molora.training.batches import ActivationMix, PackedLoader
+from molora.training.data import ChatData
 from molora.training.examples import encode, examples, read_records
 from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
