@@ -6,10 +6,9 @@ Legend: B rows, L tokens a row, H hidden size, E adapters, R rank, I in-features
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +25,8 @@ from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.stack import LoraStack, enable_gradient_checkpointing, linears_named
 
+T = TypeVar("T")
+RANK, ALPHA = 8, 16.0
 USUAL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -44,7 +45,7 @@ class AdapterTraining(FrozenBase):
         name: the adapter's name, and the domain of the data that it learns; or a list, to train several.
         output_dir: where each PEFT folder `<output_dir>/<name>` is written.
         base: local folder or hub name of the base model.
-        rank, alpha: of the LoRA; its scaling is alpha / rank.
+        rank, alpha: of the LoRA, whose scaling is alpha / rank; of several, one for all, or by their names.
         target_modules: last components of the linears to adapt; of the usual seven, those that the base has.
         router_layer: the first layer that is adapted, and the one whose input a router will read.
         invocation: the text of the user message that invokes it, where it is a function that is called behind a
@@ -64,8 +65,8 @@ class AdapterTraining(FrozenBase):
         name: str | list[str],
         output_dir: str = "runs/adapters",
         base: str = "HuggingFaceTB/SmolLM2-135M-Instruct",
-        rank: int = 8,
-        alpha: float = 16.0,
+        rank: int | dict[str, int] = RANK,
+        alpha: float | dict[str, float] = ALPHA,
         target_modules: Sequence[str] = USUAL_LINEARS,
         router_layer: int = 8,
         invocation: str | dict[str, str] | None = None,
@@ -79,16 +80,17 @@ class AdapterTraining(FrozenBase):
         self.names = [check_name(each) for each in ([name] if isinstance(name, str) else name)]
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"name is {name!r}; expected one name, or several different ones.")
-        if isinstance(invocation, dict) and (missing := sorted(set(self.names) - set(invocation))):
-            raise ValueError(f"invocation has texts for {sorted(invocation)}; expected one for {missing[0]!r} as well.")
-        check_whole("rank", rank)
+        self.invocations: dict[str, str | None] = _of_each(self.names, "invocation", invocation)
+        self.ranks, self.alphas = _of_each(self.names, "rank", rank), _of_each(self.names, "alpha", alpha)
+        for own_rank, own_alpha in zip(self.ranks.values(), self.alphas.values(), strict=True):
+            check_whole("rank", own_rank)
+            if not is_number(own_alpha) or own_alpha <= 0:
+                raise ValueError(f"alpha is {own_alpha!r}; expected a number above 0.")
         check_whole("router_layer", router_layer, 0)
-        if not is_number(alpha) or alpha <= 0:
-            raise ValueError(f"alpha is {alpha!r}; expected a number above 0.")
         if isinstance(target_modules, str) or not target_modules:
             raise ValueError(f"target_modules is {target_modules!r}; expected a list of linears' names.")
-        self.output_dir, self.invocation = Path(output_dir), invocation
-        self.rank, self.alpha, self.target_modules = rank, alpha, tuple(target_modules)
+        self.output_dir, self.target_modules = Path(output_dir), tuple(target_modules)
+        self.rank, self.alpha, self.invocation = rank, alpha, invocation  # as they were given
         self.router_layer = router_layer
         self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
 
@@ -107,7 +109,7 @@ class AdapterTraining(FrozenBase):
             )
         paths = linears_named(self.model, self.target_modules)
         paths = [path for path in paths if layer_index(path) >= self.router_layer]
-        self.stack = LoraStack(self.model, paths, num_adapters=len(self.names), rank=self.rank, alpha=self.alpha)
+        self.stack = LoraStack(self.model, paths, ranks=[*self.ranks.values()], alphas=[*self.alphas.values()])
         self.stack.reset(self.seed)
         if self.gradient_checkpointing:
             enable_gradient_checkpointing(self.model, self.stack)
@@ -162,22 +164,21 @@ class AdapterTraining(FrozenBase):
     def adapters(self) -> dict[str, Adapter]:
         """The adapters as they stand, in PEFT's terms, with weights in bfloat16 to halve the files."""
         paths = self.stack.linears
-        config = AdapterConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=target_suffixes(paths),
-            base_model_name_or_path=self.base,
-            layers_to_transform=sorted({layer_index(path) for path in paths}),
-        )
         adapters = {}
         for index, name in enumerate(self.names):
-            own = self.invocation[name] if isinstance(self.invocation, dict) else self.invocation
+            config = AdapterConfig(
+                r=self.ranks[name],
+                lora_alpha=self.alphas[name],
+                target_modules=target_suffixes(paths),
+                base_model_name_or_path=self.base,
+                layers_to_transform=sorted({layer_index(path) for path in paths}),
+                alora_invocation_tokens=self._invocation_tokens(self.invocations[name]),
+            )
             tensors = {}
             for path, weights in self.stack.weights(index).items():
                 tensors[f"base_model.model.{path}.lora_A.weight"] = weights.a_RI.bfloat16()
                 tensors[f"base_model.model.{path}.lora_B.weight"] = weights.b_OR.bfloat16()
-            invoked = replace(config, alora_invocation_tokens=self._invocation_tokens(own))
-            adapters[name] = Adapter.from_tensors(invoked, tensors)
+            adapters[name] = Adapter.from_tensors(config, tensors)
         return adapters
 
     def _invocation_tokens(self, invocation: str | None) -> list[int] | None:
@@ -208,3 +209,15 @@ class AdapterTraining(FrozenBase):
         if len(self.names) > 1:
             values = {f"{split}/{name}/loss": loss for name, loss in zip(self.names, loss_E, strict=True)}
             self.log_dict(values, batch_size=1, sync_dist=split == "val")
+
+
+def _of_each(names: Sequence[str], setting: str, value: T | Mapping[str, T]) -> dict[str, T]:
+    """
+    Raises:
+        ValueError: it is given by name, and not for all.
+    """
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    if missing := sorted(set(names) - set(value)):
+        raise ValueError(f"{setting} is given for {joined(map(repr, sorted(value)))}; add one for {missing[0]!r}.")
+    return {name: value[name] for name in names}

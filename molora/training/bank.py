@@ -26,12 +26,14 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
+from molora.adapter import check_whole, is_number
 from molora.bank import BANK_FILE
 from molora.checkpoint import resolve_base
 from molora.digest import base_digest, json_digest
 from molora.display import joined, one_line
 from molora.files import write_atomic
 from molora.progress import say
+from molora.training.adapter import ALPHA, RANK
 from molora.training.callbacks import LastCheckpoint, Watch
 from molora.training.data import ChatData, as_list
 from molora.training.trainer import Trainer
@@ -45,10 +47,28 @@ DECIDES_NOTHING = frozenset(
 
 @dataclass(frozen=True)
 class Domain:
-    """Where an adapter's data is: what `ChatData` takes as `train` and `val`."""
+    """An adapter's own settings.
+
+    Attributes:
+        train, val: where its data is, as `ChatData` takes them.
+        rank, alpha: None is what `model` of the stage says.
+    """
 
     train: str | list[str]
     val: str | list[str] | None = None
+    rank: int | None = None
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank is not None:
+            check_whole("rank", self.rank)
+        if self.alpha is not None and (not is_number(self.alpha) or self.alpha <= 0):
+            raise ValueError(f"alpha is {self.alpha!r}; expected a number above 0.")
+
+    @property
+    def shape(self) -> dict[str, float]:
+        """What it has of its own."""
+        return {name: value for name in ("rank", "alpha") if (value := getattr(self, name)) is not None}
 
 
 @dataclass(frozen=True)
@@ -237,6 +257,7 @@ class _Work:
             self._data(stage.data),
             _of_trainer(stage.trainer),
             _contents(domain.train),
+            *([domain.shape] if domain.shape else []),
         ]
         if stage.trainer.get("callbacks"):  # which may look at validation's losses
             decides.append(_contents(domain.val))
@@ -260,6 +281,10 @@ class _Work:
                 splits[split] = sources
         folder = self.root / f"adapters-{self._digest([self.adapter(name).name for name in names])}"
         init_args = {"base": self.settings.base, **self.common, **stage.model, "output_dir": str(folder / "adapters")}
+        for setting, usual in (("rank", RANK), ("alpha", ALPHA)):
+            if any(setting in stage.domains[name].shape for name in names):
+                others = stage.model.get(setting, usual)
+                init_args[setting] = {name: stage.domains[name].shape.get(setting, others) for name in names}
         config = self._config(
             "AdapterTraining", {"name": list(names), **init_args}, self._data(stage.data) | splits, stage.trainer
         )

@@ -213,7 +213,7 @@ class RouterTraining(FrozenBase):
         if self.losses.newcomer:
             self.register_buffer("means_GD", torch.zeros(MAX_GROUPS, self.router_config.key_dim))
         self.lora = self._own_lora()
-        self.stack = LoraStack(self.model, modules, num_adapters=len(adapters), rank=rank, alpha=rank)
+        self.stack = LoraStack(self.model, modules, ranks=[rank] * len(adapters), alphas=[rank] * len(adapters))
         for index, adapter in enumerate(adapters.values()):
             self.stack.load(index, adapter.weights)
         self.stack.requires_grad_(self.adapter_lr is not None)
@@ -244,7 +244,7 @@ class RouterTraining(FrozenBase):
         if not config.lora_rank:
             return None
         paths = [path for path in linears_of_layers(self.model) if layer_index(path) < self.router_layer]
-        lora = LoraStack(self.model, paths, num_adapters=1, rank=config.lora_rank, alpha=config.lora_alpha)
+        lora = LoraStack(self.model, paths, ranks=[config.lora_rank], alphas=[config.lora_alpha])
         lora.reset(self.seed)
         return lora
 

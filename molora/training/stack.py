@@ -32,14 +32,25 @@ class LoraStack(nn.Module):
     """The adapters' weights, and the linears of a model that they act on.
 
     Attributes:
+        rank: the largest of the adapters'; what a smaller one has beyond its own is 0, and stays so: where A and B are
+            0, neither has a gradient.
         values: float32 [E, P], for each linear by path A and then B, flattened.
         linears: by module path.
     """
 
-    def __init__(self, model: nn.Module, paths: Collection[str], *, num_adapters: int, rank: int, alpha: float) -> None:
-        """Put `StackedLinear`s into the model; no adapter acts until `act`."""
+    scalings_E: Tensor
+
+    def __init__(
+        self, model: nn.Module, paths: Collection[str], *, ranks: Sequence[int], alphas: Sequence[float]
+    ) -> None:
+        """Put `StackedLinear`s into the model; no adapter acts until `act`.
+
+        Args:
+            ranks, alphas: of each adapter; its scaling is alpha / rank.
+        """
         super().__init__()
-        self.rank, self.scaling = rank, alpha / rank
+        self.ranks, self.rank = tuple(ranks), max(ranks)
+        self.scalings = [alpha / rank for alpha, rank in zip(alphas, ranks, strict=True)]
         self.linears: dict[str, StackedLinear] = {}
         for path in sorted(paths):
             linear = model.get_submodule(path)
@@ -49,17 +60,21 @@ class LoraStack(nn.Module):
         self._sizes = [size for linear in self.linears.values() for size in self._shapes(linear)]
         device = next(iter(self.linears.values())).weight.device
         num_values = sum(map(math.prod, self._sizes))
-        self.values = nn.Parameter(torch.zeros(num_adapters, num_values, dtype=torch.float32, device=device))
+        self.values = nn.Parameter(torch.zeros(len(ranks), num_values, dtype=torch.float32, device=device))
+        self.register_buffer("scalings_E", torch.tensor(self.scalings, device=device), persistent=False)
         self._blended: tuple[object, list[tuple[Tensor, Tensor]]] = None, []  # of frozen values, and which these were
 
     @torch.no_grad()
     def reset(self, seed: int) -> None:
-        """As PEFT begins: A uniform (Kaiming, a = sqrt(5)), B zero; the same values in each adapter."""
-        generator = torch.Generator().manual_seed(seed)
-        for linear, (a_ERI, b_EOR) in zip(self.linears.values(), self.pairs(), strict=True):
-            bound = 1 / math.sqrt(linear.in_features)
-            a_ERI.copy_(torch.empty(a_ERI.shape[1:]).uniform_(-bound, bound, generator=generator))
-            b_EOR.zero_()
+        """As PEFT begins: A uniform (Kaiming, a = sqrt(5)), B zero; the same values in each adapter of a rank."""
+        self.values.zero_()
+        for rank in sorted(set(self.ranks)):
+            generator = torch.Generator().manual_seed(seed)
+            own = [index for index, each in enumerate(self.ranks) if each == rank]
+            for linear, (a_ERI, _) in zip(self.linears.values(), self.pairs(), strict=True):
+                bound = 1 / math.sqrt(linear.in_features)
+                a_RI = torch.empty(rank, linear.in_features).uniform_(-bound, bound, generator=generator)
+                a_ERI[own, :rank] = a_RI.to(a_ERI)
 
     def act(self, active_BL: Tensor, signs_BL: Tensor | None = None) -> None:
         """In the forwards from now on, the adapters act on these tokens, the first one on the first B / E rows.
@@ -68,7 +83,7 @@ class LoraStack(nn.Module):
             signs_BL: int64, `Batch.signs`.
         """
         dtype = next(iter(self.linears.values())).weight.dtype
-        gates = (active_BL.to(dtype) * self.scaling).reshape(len(self.values), -1, 1)
+        gates = active_BL.to(dtype).reshape(len(self.values), -1, 1) * self.scalings_E.to(dtype)[:, None, None]
         if signs_BL is not None:
             bits_R = torch.arange(self.rank, device=signs_BL.device) % NUM_SIGNS
             is_opposite_ENR = (signs_BL.reshape(len(self.values), -1, 1) >> bits_R) & 1
@@ -79,7 +94,7 @@ class LoraStack(nn.Module):
     def blend(self, gates_NE: Tensor) -> None:
         """In the forwards from now on, every adapter acts on every token by its gate; gradients reach the gates."""
         dtype = next(iter(self.linears.values())).weight.dtype
-        gates_1NK = (gates_NE * self.scaling).to(dtype).repeat_interleave(self.rank, dim=1)[None]
+        gates_1NK = (gates_NE * self.scalings_E).to(dtype).repeat_interleave(self.rank, dim=1)[None]
         for linear, (a_1KI, b_1OK) in zip(self.linears.values(), self._one_adapter(dtype), strict=True):
             linear.lora = a_1KI, b_1OK, gates_1NK
 
@@ -100,13 +115,13 @@ class LoraStack(nn.Module):
             b_EOR[adapter].zero_()
             if (own := weights.get(path)) is not None:
                 a_ERI[adapter, : own.rank].copy_(own.a_RI)
-                b_EOR[adapter, :, : own.rank].copy_(own.b_OR.float() * (own.scaling / self.scaling))
+                b_EOR[adapter, :, : own.rank].copy_(own.b_OR.float() * (own.scaling / self.scalings[adapter]))
 
     def weights(self, adapter: int) -> dict[str, LoraWeights]:
         """An adapter's pairs by module path, on the CPU."""
-        pairs = self._pairs(self.values.detach()[adapter : adapter + 1].cpu())
+        pairs, rank = self._pairs(self.values.detach()[adapter : adapter + 1].cpu()), self.ranks[adapter]
         return {
-            path: LoraWeights(a_ERI[0].clone(), b_EOR[0].clone(), self.scaling)
+            path: LoraWeights(a_ERI[0, :rank].clone(), b_EOR[0, :, :rank].clone(), self.scalings[adapter])
             for path, (a_ERI, b_EOR) in zip(self.linears, pairs, strict=True)
         }
 

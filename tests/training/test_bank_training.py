@@ -279,6 +279,22 @@ def test_each_adapter_stops_by_its_own_loss() -> None:
     assert len({*found[0].values()}) == 2
 
 
+def test_a_domain_may_have_a_rank_and_an_alpha_of_its_own() -> None:
+    work = stages._Work(settings())
+    usual = {name: work.adapter(name) for name in ("letters", "digits")}
+    made = settings({("adapters", "domains", "digits", "rank"): 6, ("adapters", "domains", "digits", "alpha"): 3})
+    folders = train_adapters(made)
+    configs = {name: Adapter.read(folder).config for name, folder in folders.items()}
+    assert {name: (config.r, config.lora_alpha) for name, config in configs.items()} == {
+        "letters": (4, 8),
+        "digits": (6, 3),
+    }
+    assert folders["letters"] == usual["letters"]
+    assert folders["digits"] != usual["digits"]
+    train_bank(made)
+    assert Bank.open("bank").config.max_rank == 6
+
+
 def test_what_may_stop_an_adapter_is_part_of_its_name() -> None:
     shutil.copy("tiny.jsonl", "other.jsonl")
     with open("other.jsonl", "a") as file:
@@ -459,6 +475,8 @@ def test_a_loss_that_is_no_number_ends_the_run_and_writes_nothing() -> None:
         ({("outputs",): "x"}, "outputs"),
         ({("router_layer",): "one"}, "router_layer"),
         ({("adapters", "domains", "letters"): {"val": "tiny.jsonl"}}, "train"),
+        ({("adapters", "domains", "letters", "rank"): 0}, "rank is 0"),
+        ({("adapters", "domains", "letters", "alpha"): -1}, "alpha is -1"),
         ({("adapters", "trainers"): {"max_steps": 3}}, "trainers"),
         ({("router",): None}, "router"),
     ],

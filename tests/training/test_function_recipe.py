@@ -278,7 +278,7 @@ def test_functions_are_trained_side_by_side_and_answer_behind_their_invocations(
 
 
 def test_every_function_needs_an_invocation():
-    with pytest.raises(ValueError, match="one for 'guard' as well"):
+    with pytest.raises(ValueError, match="invocation is given for 'check'; add one for 'guard'"):
         AdapterTraining(["check", "guard"], invocation={"check": "Right?"})
 
 

@@ -21,7 +21,7 @@ class Model(nn.Module):
 def stack() -> tuple[Model, LoraStack]:
     torch.manual_seed(0)
     model = Model()
-    stack = LoraStack(model, ["proj"], num_adapters=NUM_ADAPTERS, rank=RANK, alpha=ALPHA)
+    stack = LoraStack(model, ["proj"], ranks=[RANK] * NUM_ADAPTERS, alphas=[ALPHA] * NUM_ADAPTERS)
     stack.values = nn.Parameter(torch.randn_like(stack.values, dtype=torch.float64))
     return model, stack
 
@@ -109,3 +109,39 @@ def test_a_blend_is_of_what_the_adapters_are_now(stack: tuple[Model, LoraStack],
     for _, b_EOR in adapters.pairs():
         b_EOR.mul_(2)
     assert torch.allclose(updates()[0, 0], 2 * before[0, 0])
+
+
+def test_adapters_of_different_ranks_and_scalings_stand_side_by_side() -> None:
+    torch.manual_seed(0)
+    ranks, alphas = (2, 4, 1), (6.0, 2.0, 5.0)
+    model = Model()
+    adapters = LoraStack(model, ["proj"], ranks=ranks, alphas=alphas)
+    adapters.reset(seed=7)
+    for index, (rank, alpha) in enumerate(zip(ranks, alphas, strict=True)):  # as each would begin alone
+        alone = LoraStack(Model(), ["proj"], ranks=[rank], alphas=[alpha])
+        alone.reset(seed=7)
+        ours, theirs = adapters.weights(index)["proj"], alone.weights(0)["proj"]
+        assert ours.a_RI.shape == (rank, NUM_IN)
+        assert torch.equal(ours.a_RI, theirs.a_RI)
+        assert torch.equal(ours.b_OR, torch.zeros(NUM_OUT, rank))
+        assert ours.scaling == theirs.scaling == alpha / rank
+    adapters.values = nn.Parameter(adapters.values.detach().double())
+    ((_, b_EOR),) = adapters.pairs()
+    for index, rank in enumerate(ranks):
+        b_EOR[index, :, :rank].normal_()
+    x = torch.randn(3, NUM_TOKENS, NUM_IN, dtype=torch.float64)
+    adapters.act(torch.ones(3, NUM_TOKENS, dtype=torch.bool))
+    y = model.proj(x)
+    for index in range(3):
+        own = adapters.weights(index)["proj"]
+        wanted = x[index] @ model.proj.weight.T + model.proj.bias + own.scaling * x[index] @ own.a_RI.T @ own.b_OR.T
+        assert torch.allclose(y[index], wanted)
+    y.square().sum().backward()
+    gradients = adapters._pairs(adapters.values.grad)[0]
+    for index, rank in enumerate(ranks):  # what is beyond a rank stays 0
+        for gradient_RX in (gradients[0][index], gradients[1][index].T):
+            assert gradient_RX[:rank].abs().min() > 0
+            assert not gradient_RX[rank:].any()
+    adapters.blend(torch.eye(3, dtype=torch.float64))
+    blended = model.proj(x[:, 0])
+    assert torch.allclose(blended, y[:, 0])

@@ -237,10 +237,11 @@ def test_gradient_checkpointing_changes_nothing_of_a_router(
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_adapters_that_are_trained_side_by_side_become_what_each_becomes_alone(by_name: bool) -> None:
-    names = ("letters", "digits")
+    names, ranks = ("letters", "digits"), {"letters": 4, "digits": 2} if by_name else {"letters": 4, "digits": 4}
     short = ("--trainer.max_steps", "8", "--trainer.gradient_clip_val", "0.1", "--trainer.val_check_interval", "4")
     for name in names:
-        fit(*short, "--model.init_args.output_dir", "alone", "--model.init_args.name", name)
+        rank = ("--model.init_args.rank", str(ranks[name]))
+        fit(*short, *rank, "--model.init_args.output_dir", "alone", "--model.init_args.name", name)
     source = "configs/tiny.jsonl"
     sources = json.dumps({name: source for name in names}) if by_name else source
     fit(
@@ -249,6 +250,8 @@ def test_adapters_that_are_trained_side_by_side_become_what_each_becomes_alone(b
         "together",
         "--model.init_args.name",
         json.dumps(names),
+        "--model.init_args.rank",
+        json.dumps(ranks) if by_name else "4",
         "--data.train",
         sources,
         "--data.val",
@@ -257,10 +260,11 @@ def test_adapters_that_are_trained_side_by_side_become_what_each_becomes_alone(b
     for name in names:
         alone, together = weights(Path("alone") / name), weights(Path("together") / name)
         assert any(tensor.any() for key, tensor in alone.items() if "lora_B" in key)
+        assert Adapter.read(Path("together") / name).config.r == ranks[name]
         for key, tensor in alone.items():
             torch.testing.assert_close(together[key], tensor, rtol=1e-2, atol=1e-4)
-    digits, letters = (weights(Path("together") / name) for name in names)
-    assert any((digits[key] - letters[key]).abs().max() > 1e-2 for key in digits)
+    letters, digits = (weights(Path("together") / name) for name in names)
+    assert any((digits[key][:2, :2] - letters[key][:2, :2]).abs().max() > 1e-2 for key in digits)
     (metrics,) = [path for path in Path("runs/tiny").rglob("metrics.csv") if "digits" in path.read_text()]
     assert column(metrics, "val/digits/loss")
 
@@ -767,6 +771,9 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
         (lambda: AdapterTraining("base"), "no legal name"),
         (lambda: AdapterTraining("a", rank=0), r"^rank is 0; expected a whole number of 1 or more\.$"),
         (lambda: AdapterTraining("a", rank=-2), "^rank is -2"),
+        (lambda: AdapterTraining(["a", "b"], rank={"a": 4, "b": 0}), "^rank is 0"),
+        (lambda: AdapterTraining(["a", "b"], rank={"a": 4}), "^rank is given for 'a'; add one for 'b'"),
+        (lambda: AdapterTraining(["a", "b"], alpha={"a": 4.0, "b": -1.0}), "^alpha is -1.0"),
         (lambda: AdapterTraining("a", alpha=0.0), "^alpha is 0.0; expected a number above 0"),
         (lambda: AdapterTraining("a", alpha=float("nan")), "^alpha is nan"),
         (lambda: AdapterTraining("a", router_layer=-1), "^router_layer is -1; expected a whole number of 0 or more"),
