@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 
+from ray import serve
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from molora.serving.cluster.http_call import HttpCall
 from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, PrefixMap, choose
 
 PREFIX_KEYS = "prefix_keys"  # of a replica's routing statistics: of the prompts that it has answered last
+STOPPED_S = 1.0  # how often it is asked, where there are no replicas, whether there are to be any
 
 
 class PrefixRouter(RequestRouter):
@@ -26,6 +30,7 @@ class PrefixRouter(RequestRouter):
         """
         self._max_imbalance = kwargs["max_imbalance"]
         self._prefixes: PrefixMap[ReplicaID] = PrefixMap(kwargs["max_prefix_keys"])
+        self._refusing: asyncio.Task[None] | None = None
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -49,12 +54,31 @@ class PrefixRouter(RequestRouter):
         self._prefixes.keep(replica.replica_id for replica in replicas)
         for replica in replicas:
             self._prefixes.record(replica.routing_stats.get(PREFIX_KEYS, ()), replica.replica_id)
+        if not replicas and (self._refusing is None or self._refusing.done()):
+            self._refusing = asyncio.create_task(self._refuse_when_stopped())
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
         self._prefixes.keep(self.curr_replicas)
 
+    async def _refuse_when_stopped(self) -> None:
+        """Until there are replicas: requests wait for them, and Ray ends them unanswered where none will come."""
+        while not self.curr_replicas:
+            if await asyncio.to_thread(_is_stopped, self.app_name):
+                for request in self._pending_requests_to_fulfill:
+                    if not request.future.done():
+                        request.future.set_exception(DeploymentUnavailableError(self._deployment_id))
+            await asyncio.sleep(STOPPED_S)
+
 
 def _prefix(request: PendingRequest) -> Prefix:
     call = request.args[0] if request.args else None
     return call.prefix if isinstance(call, HttpCall) else NO_PREFIX
+
+
+def _is_stopped(app: str) -> bool:
+    try:
+        found = serve.status().applications.get(app)
+    except Exception:  # Ray's controller is being started again, say
+        return False
+    return found is not None and found.status == "DELETING"

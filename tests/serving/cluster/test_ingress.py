@@ -1,13 +1,14 @@
 """What an ingress does by itself, in front of replicas that are made up."""
 
 import json
-import warnings
 
 import pytest
 
 from molora.serving.cluster.http_call import VERSION_HEADER, HttpHead, answer
 from molora.serving.cluster.prefixes import NO_PREFIX, prefix_of
 from molora.serving.config import Limits, ServeConfig
+
+pytestmark = pytest.mark.usefixtures("ray_is_imported")
 
 URL = "/v1/chat/completions"
 BODY = {"messages": [{"role": "user", "content": "hello there"}], "cache_salt": "mine"}
@@ -72,14 +73,6 @@ class Handle:
         if isinstance(self.metrics, Exception):
             raise self.metrics
         return self.metrics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quiet_import():
-    """Ray's own modules warn when they are imported, which takes seconds and so is left to those who run a test."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import ray.serve  # noqa: F401
 
 
 @pytest.fixture(scope="module")

@@ -199,7 +199,7 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
         async with client.http:
             await growing(client)
             await shrinking(client)
-        process.send_signal(signal.SIGTERM)
+            await refusing(client, process)
 
     with collector() as (endpoint, spans):
         told = {"log_format": "json", "otlp_endpoint": endpoint}
@@ -503,3 +503,18 @@ async def draining(client: Client, process: subprocess.Popen[bytes]) -> None:
     for each in await asyncio.gather(*asking):
         assert each.status == 200
         assert each.text.endswith("data: [DONE]\n\n")
+
+
+async def refusing(client: Client, process: subprocess.Popen[bytes]) -> None:
+    """Told to stop, it says so to those that still wait for a place."""
+    asking = [asyncio.create_task(client.chat(f"Refuse {i}!", stream=bool(i % 2), **ENDLESS)) for i in range(28)]
+    await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)  # one for which there is no room: others wait
+    await asyncio.sleep(0.5)  # and all have come
+    process.send_signal(signal.SIGTERM)
+    answered = await asyncio.gather(*asking)
+    assert 429 in {each.status for each in answered}
+    refused = [each for each in answered if "the server is stopping" in each.text]
+    assert refused
+    assert {(each.status, each.headers["retry-after"]) for each in refused} == {(503, "1")}
+    others = [each for each in answered if each not in refused and each.status != 429]
+    assert all(each.status == 200 or "replica_lost" in each.text for each in others)
