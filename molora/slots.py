@@ -155,6 +155,11 @@ class AdapterSlots:
         with self._lock:
             return self.current[name].digest in self._slot_of
 
+    def residents(self) -> list[str]:
+        """All adapters that are in slots now."""
+        with self._lock:
+            return [name for name, info in self.current.adapters.items() if info.digest in self._slot_of]
+
     def acquire(self, route: ResolvedRoute) -> Hold:
         """Keep what a route needs; an explicit adapter that was dropped from its slot is read again.
 

@@ -1,4 +1,6 @@
-"""The gateway that this project has: the choice is made by the Ray router's own code (molora/serving/cluster)."""
+"""The gateway that this project has, without what it knows of slots: the Ray router's own code (molora/serving/cluster)
+makes the choice.
+"""
 
 from collections import deque
 
@@ -29,10 +31,10 @@ class PrefixGateway:
             self._loads[self._running.popleft()[1]] -= 1
         prefix = prefix_of({"messages": self._messages(conversation, turn)})
         held = self._held.num_held(prefix)
-        gpu = choose(held, prefix.num_bytes, self._loads, RayConfig().max_imbalance)
-        if gpu is None:
-            two = self._draw.choice(len(self._loads), size=min(2, len(self._loads)), replace=False)
-            gpu = min(two.tolist(), key=self._loads.__getitem__)
+        chosen = choose(held, prefix.num_bytes, self._loads, RayConfig().max_imbalance)
+        if not chosen:
+            chosen = self._draw.choice(len(self._loads), size=min(2, len(self._loads)), replace=False).tolist()
+        gpu = min(chosen, key=self._loads.__getitem__)
         self._held.record(prefix.keys, gpu)
         self._loads[gpu] += 1
         self._running.append((time_s + self._answer_s, gpu))

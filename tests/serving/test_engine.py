@@ -307,6 +307,7 @@ class TestAdaptersAtRunTime:
         assert [served.m.slots.resident(name) for name in ("x", "y", "one", "two", "three")] == [
             *[True, True, False, True, True]
         ]
+        assert served.m.slots.residents() == ["x", "y", "two", "three"]
         running = [served.submit(ask(random_ids(20), name, num_new=900)) for name in ("two", "three")]
         with pytest.raises(NoFreeSlotError, match="all 4 adapter slots are in use"):
             served.submit(ask(random_ids(9), "one"))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from starlette.types import ASGIApp, Message
 
-from molora.serving.cluster.prefixes import NO_PREFIX, Prefix
+from molora.serving.cluster.prefixes import NO_ADAPTERS, NO_PREFIX, Prefix
 from molora.serving.request_log import UNKNOWN_PATH, served
 
 VERSION_HEADER = b"x-molora-adapters-version"  # that the replica had when the request came
@@ -27,7 +27,7 @@ class HttpCall:
     Attributes:
         path: unescaped.
         raw_path, query: as they came.
-        prefix: of its prompt, for the router.
+        prefix, adapters: of its prompt, and that it names; for the router.
         adapters_version: the newest that the ingress has seen; a replica that has an older one catches up first.
     """
 
@@ -38,6 +38,7 @@ class HttpCall:
     headers: tuple[Header, ...]
     body: bytes
     prefix: Prefix = NO_PREFIX
+    adapters: frozenset[str] = NO_ADAPTERS
     adapters_version: int = 0
 
 

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from molora.serving.cluster.http_call import VERSION_HEADER, HttpCall, HttpHead
 from molora.serving.cluster.merged_metrics import merge
-from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, prefix_of
+from molora.serving.cluster.prefixes import NO_ADAPTERS, NO_PREFIX, Prefix, adapters_of, prefix_of
 from molora.serving.cluster.telemetry import start_telemetry
 from molora.serving.config import ServeConfig
 from molora.serving.errors import SERVER_ERROR, STOPPING, error_response
@@ -148,6 +148,9 @@ class Forward:
 
     async def _call(self, scope: Scope, receive: Receive) -> HttpCall:
         body = await Request(scope, receive).body()
+        prefix, adapters = NO_PREFIX, NO_ADAPTERS
+        if scope["path"] in GENERATING:
+            prefix, adapters = await asyncio.to_thread(_read, body)
         return HttpCall(
             method=scope["method"],
             path=scope["path"],
@@ -155,7 +158,8 @@ class Forward:
             query=scope["query_string"],
             headers=tuple(scope["headers"]),
             body=body,
-            prefix=await asyncio.to_thread(_prefix, body) if scope["path"] in GENERATING else NO_PREFIX,
+            prefix=prefix,
+            adapters=adapters,
             adapters_version=self._adapters_version,
         )
 
@@ -225,8 +229,9 @@ async def _relay(parts: AsyncGenerator[HttpHead | bytes], scope: Scope, receive:
     await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def _prefix(body: bytes) -> Prefix:
+def _read(body: bytes) -> tuple[Prefix, frozenset[str]]:
     try:
-        return prefix_of(json.loads(body))
+        read = json.loads(body)
+        return prefix_of(read), adapters_of(read)
     except (ValueError, RecursionError):  # the replica says what is wrong with it
-        return NO_PREFIX
+        return NO_PREFIX, NO_ADAPTERS

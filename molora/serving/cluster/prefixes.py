@@ -1,4 +1,5 @@
-"""Which replica has read which beginning of a conversation, and which one a request is sent to for it.
+"""Which replica has read which beginning of a conversation, and which one a request is sent to: for it, or else for the
+adapters that it names.
 
 A prompt is cut into pieces, and the key of a piece is a hash of the key before it and of its own bytes:
 
@@ -12,7 +13,7 @@ nothing about tokens: a prompt is never rendered here.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice, pairwise
@@ -21,7 +22,8 @@ from typing import Any, Generic, TypeVar
 PIECE_BYTES = 512
 MAX_PIECES = 1024  # so that no request makes others' beginnings be forgotten, or keeps them waiting
 KEY_BYTES = 8
-MIN_SHARE = 0.5  # of a prompt that a replica must hold; below it little is saved, and load decides
+MIN_SHARE = 0.5  # of a prompt that a replica must hold; below it little is saved
+OTHER_ROUTES = frozenset({"", "auto", "base"})  # that name no adapter; the first is of a model that names none
 
 R = TypeVar("R", bound=Hashable)
 
@@ -43,6 +45,7 @@ class Prefix:
 
 
 NO_PREFIX = Prefix()
+NO_ADAPTERS: frozenset[str] = frozenset()
 
 
 def prefix_of(body: object) -> Prefix:
@@ -66,6 +69,17 @@ def prefix_of(body: object) -> Prefix:
         if next_role == "assistant":
             num_held[-1] += len(next_data)
     return Prefix(tuple(keys), tuple(num_held), num_bytes)
+
+
+def adapters_of(body: object) -> frozenset[str]:
+    """Those that a request's JSON, which nobody has checked yet, names as its route or else in its model's name."""
+    if not isinstance(body, dict):
+        return NO_ADAPTERS
+    route, model = body.get("route"), body.get("model")
+    if route is None and isinstance(model, str):
+        route = model.partition(":")[2]
+    names = route if isinstance(route, dict) else [route]
+    return frozenset(name for name in names if isinstance(name, str) and name not in OTHER_ROUTES)
 
 
 class PrefixMap(Generic[R]):
@@ -106,21 +120,33 @@ class PrefixMap(Generic[R]):
         return held
 
 
-def choose(held: Mapping[R, int], num_bytes: int, loads: Mapping[R, int], max_imbalance: int) -> R | None:
-    """The replica that holds most of a prompt, or None where load should decide.
+def choose(
+    held: Mapping[R, int],
+    num_bytes: int,
+    loads: Mapping[R, int],
+    max_imbalance: int,
+    ready: Collection[R] = (),
+) -> list[R]:
+    """The replica that holds most of a prompt; where none holds enough, those that are ready, of which any will do.
+
+    None are where load alone should decide.
 
     Args:
         held: bytes of the prompt that each replica holds.
         num_bytes: of the prompt.
         loads: requests that each replica works on; only these replicas may be chosen.
         max_imbalance: requests that a replica may have more than the one that has fewest.
+        ready: the replicas that have the request's adapters in slots.
     """
     if not loads:
-        return None
+        return []
     most = min(loads.values()) + max_imbalance
-    able = [replica for replica, load in loads.items() if load <= most and held.get(replica, 0)]
-    best = max(able, key=lambda replica: (held[replica], -loads[replica]), default=None)
-    return best if best is not None and held[best] >= MIN_SHARE * num_bytes else None
+    able = [replica for replica, load in loads.items() if load <= most]
+    holders = [replica for replica in able if held.get(replica, 0)]
+    best = max(holders, key=lambda replica: (held[replica], replica in ready, -loads[replica]), default=None)
+    if best is not None and held[best] >= MIN_SHARE * num_bytes:
+        return [best]
+    return [replica for replica in able if replica in ready]
 
 
 def _parts(body: dict[str, Any]) -> Iterator[tuple[object, bytes]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -15,7 +16,7 @@ from molora.serving.cluster.health import Health
 from molora.serving.cluster.http_call import REPLICA_HEADER, VERSION_HEADER, HttpCall, HttpHead, answer
 from molora.serving.cluster.prefixes import PrefixMap
 from molora.serving.cluster.rollout import Failure, Rollout
-from molora.serving.cluster.router import PREFIX_KEYS
+from molora.serving.cluster.router import PREFIX_KEYS, RESIDENTS
 from molora.serving.cluster.telemetry import start_telemetry
 from molora.serving.config import ServeConfig
 from molora.serving.errors import UnavailableError, error_response
@@ -68,7 +69,8 @@ class Replica:
         self._health.check()
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        return {PREFIX_KEYS: list(self._prefixes)}
+        residents = await asyncio.to_thread(self._engine.m.slots.residents)  # which waits while one is being loaded
+        return {PREFIX_KEYS: list(self._prefixes), RESIDENTS: residents}
 
     def __del__(self) -> None:
         if hasattr(self, "_follower"):  # Ray Serve calls it, too, where the constructor has failed

@@ -10,17 +10,19 @@ from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from molora.serving.cluster.http_call import HttpCall
-from molora.serving.cluster.prefixes import NO_PREFIX, Prefix, PrefixMap, choose
+from molora.serving.cluster.prefixes import PrefixMap, choose
 
 PREFIX_KEYS = "prefix_keys"  # of a replica's routing statistics: of the prompts that it has answered last
+RESIDENTS = "residents"  # the adapters in its slots
 STOPPED_S = 1.0  # how often it is asked, where there are no replicas, whether there are to be any
 
 
 class PrefixRouter(RequestRouter):
-    """To the replica that holds most of a prompt, else to the less loaded one of two.
+    """To the replica that holds most of a prompt, else to the less loaded of two, which have the request's adapters in
+    slots if any replicas do.
 
     What a replica holds is known from the requests that this router has sent to it, and from what the replica says of
-    those that other ingresses have sent.
+    those that other ingresses have sent; what is in its slots, from what it says.
     """
 
     def initialize_state(self, **kwargs: int) -> None:
@@ -30,6 +32,7 @@ class PrefixRouter(RequestRouter):
         """
         self._max_imbalance = kwargs["max_imbalance"]
         self._prefixes: PrefixMap[ReplicaID] = PrefixMap(kwargs["max_prefix_keys"])
+        self._residents: dict[ReplicaID, frozenset[str]] = {}
         self._refusing: asyncio.Task[None] | None = None
 
     async def choose_replicas(
@@ -42,18 +45,25 @@ class PrefixRouter(RequestRouter):
         pending_request.routing_context.should_backoff = True  # Ray would ask again at once while all are full
         replicas = {replica.replica_id: replica for replica in candidate_replicas}
         loads = {replica_id: self.replica_queue_len_cache.get(replica_id) or 0 for replica_id in replicas}
-        prefix = _prefix(pending_request)
-        best = choose(self._prefixes.num_held(prefix), prefix.num_bytes, loads, self._max_imbalance)
-        return [two] if best is None else [[replicas[best]], two]
+        call = _call(pending_request)
+        if call is None:
+            return [two]
+        ready = {each for each, names in self._residents.items() if call.adapters and call.adapters <= names}
+        held = self._prefixes.num_held(call.prefix)
+        chosen = choose(held, call.prefix.num_bytes, loads, self._max_imbalance, ready)
+        first = [replicas[each] for each in random.sample(chosen, min(2, len(chosen)))]
+        return [first, two] if first else [two]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: object) -> None:
-        self._prefixes.record(_prefix(pending_request).keys, replica_id)
+        if (call := _call(pending_request)) is not None:
+            self._prefixes.record(call.prefix.keys, replica_id)
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         super().update_replicas(replicas)
         self._prefixes.keep(replica.replica_id for replica in replicas)
         for replica in replicas:
             self._prefixes.record(replica.routing_stats.get(PREFIX_KEYS, ()), replica.replica_id)
+        self._residents = {each.replica_id: frozenset(each.routing_stats.get(RESIDENTS, ())) for each in replicas}
         if not replicas and (self._refusing is None or self._refusing.done()):
             self._refusing = asyncio.create_task(self._refuse_when_stopped())
 
@@ -71,9 +81,9 @@ class PrefixRouter(RequestRouter):
             await asyncio.sleep(STOPPED_S)
 
 
-def _prefix(request: PendingRequest) -> Prefix:
+def _call(request: PendingRequest) -> HttpCall | None:
     call = request.args[0] if request.args else None
-    return call.prefix if isinstance(call, HttpCall) else NO_PREFIX
+    return call if isinstance(call, HttpCall) else None
 
 
 def _is_stopped(app: str) -> bool:

@@ -117,10 +117,16 @@ def test_a_request_is_passed_on_with_its_prefix(post, handle):
     assert response.headers["x-frame-options"] == "DENY"
     sent = handle.calls[0]
     assert (sent.method, sent.path, sent.query, json.loads(sent.body)) == ("POST", URL, b"", BODY)
-    assert sent.prefix == prefix_of(BODY)
+    assert (sent.prefix, sent.adapters) == (prefix_of(BODY), set())
     assert sent.adapters_version == 0
-    post({"messages": 3}, path="/tokenize")
-    assert handle.calls[1].prefix == NO_PREFIX
+    post({"messages": 3, "model": "demo:x"}, path="/tokenize")
+    assert (handle.calls[1].prefix, handle.calls[1].adapters) == (NO_PREFIX, set())
+
+
+def test_a_request_is_passed_on_with_the_adapters_that_it_names(post, handle):
+    post(BODY | {"model": "demo:x"})
+    post(BODY | {"model": "demo", "route": {"x": 0.5, "y": 0.5}})
+    assert [call.adapters for call in handle.calls] == [{"x"}, {"x", "y"}]
 
 
 def test_the_id_is_left_to_the_proxy_which_adds_it_to_every_answer(ingress, call, handle):

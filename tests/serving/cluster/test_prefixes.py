@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from molora.serving.cluster.prefixes import MAX_PIECES, NO_PREFIX, PIECE_BYTES, PrefixMap, choose, prefix_of
+from molora.serving.cluster.prefixes import (
+    MAX_PIECES,
+    NO_PREFIX,
+    PIECE_BYTES,
+    PrefixMap,
+    adapters_of,
+    choose,
+    prefix_of,
+)
 
 
 def chat(*contents: str, salt: str | None = None, **more: Any) -> dict[str, Any]:
@@ -45,7 +53,7 @@ def test_no_prompt_takes_all_the_room_for_keys(body):
     prefixes.record(prefix.keys, "second")
     assert len(prefix.keys) == MAX_PIECES
     assert prefixes.num_held(other) == {"first": 1}
-    assert choose(prefixes.num_held(prefix), prefix.num_bytes, {"first": 0, "second": 0}, 0) == "second"
+    assert choose(prefixes.num_held(prefix), prefix.num_bytes, {"first": 0, "second": 0}, 0) == ["second"]
 
 
 def test_no_key_is_shared_between_salts():
@@ -125,20 +133,67 @@ def test_a_map_that_is_told_of_another_forgets_the_same_first():
 
 
 @pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        ({"model": "demo:x"}, {"x"}),
+        ({"model": "demo"}, set()),
+        ({"model": "org/base"}, set()),
+        ({"model": "demo:x", "route": "y"}, {"y"}),
+        ({"model": "demo:x", "route": "auto"}, set()),
+        ({"model": "demo:x", "route": "base"}, set()),
+        ({"model": "demo", "route": {"x": 0.5, "y": 0.5}}, {"x", "y"}),
+        *[(body, set()) for body in (None, 3, [], "x", {}, {"model": 3}, {"route": 3}, {"route": [3]}, {"route": {}})],
+    ],
+)
+def test_the_adapters_that_a_request_names(body, names):
+    assert adapters_of(body) == names
+
+
+def test_whose_request_it_is_says_nothing_of_its_adapters_and_no_adapter_is_in_a_key():
+    one, other = (chat("a" * 2000, salt=salt, model="demo:x") for salt in ("one", "two"))
+    assert adapters_of(one) == adapters_of(other)
+    assert prefix_of(one) == prefix_of(one | {"model": "demo:y"}) == prefix_of(one | {"route": "y"})
+    prefixes: PrefixMap[str] = PrefixMap(100)
+    prefixes.record(prefix_of(one).keys, "first")
+    held = prefixes.num_held(prefix_of(other))
+    assert choose(held, 2000, {"first": 0, "second": 0}, 0) == []
+    assert choose(held, 2000, {"first": 0, "second": 0}, 0, {"second"}) == ["second"]
+
+
+@pytest.mark.parametrize(
     ("held", "loads", "expected"),
     [
-        ({}, {"a": 0, "b": 0}, None),
-        ({"a": 80}, {"a": 0, "b": 0}, "a"),
-        ({"a": 80}, {"a": 3, "b": 0}, "a"),
-        ({"a": 80}, {"a": 4, "b": 0}, None),  # over the bound
-        ({"a": 80}, {"a": 9, "b": 6}, "a"),
-        ({"a": 80, "b": 60}, {"a": 4, "b": 0}, "b"),
-        ({"a": 80, "b": 60}, {"a": 0, "b": 0}, "a"),
-        ({"a": 80, "b": 80}, {"a": 2, "b": 1}, "b"),
-        ({"a": 49}, {"a": 0, "b": 0}, None),  # little to save
-        ({"gone": 80}, {"a": 0, "b": 0}, None),
-        ({"a": 80}, {}, None),
+        ({}, {"a": 0, "b": 0}, []),
+        ({"a": 80}, {"a": 0, "b": 0}, ["a"]),
+        ({"a": 80}, {"a": 3, "b": 0}, ["a"]),
+        ({"a": 80}, {"a": 4, "b": 0}, []),  # over the bound
+        ({"a": 80}, {"a": 9, "b": 6}, ["a"]),
+        ({"a": 80, "b": 60}, {"a": 4, "b": 0}, ["b"]),
+        ({"a": 80, "b": 60}, {"a": 0, "b": 0}, ["a"]),
+        ({"a": 80, "b": 80}, {"a": 2, "b": 1}, ["b"]),
+        ({"a": 49}, {"a": 0, "b": 0}, []),  # little to save
+        ({"gone": 80}, {"a": 0, "b": 0}, []),
+        ({"a": 80}, {}, []),
     ],
 )
 def test_the_choice(held, loads, expected):
     assert choose(held, 100, loads, max_imbalance=3) == expected
+
+
+@pytest.mark.parametrize(
+    ("held", "loads", "ready", "expected"),
+    [
+        ({}, {"a": 0, "b": 3}, "b", ["b"]),
+        ({}, {"a": 0, "b": 4}, "b", []),  # over the bound
+        ({}, {"a": 1, "b": 0, "c": 2}, "ac", ["a", "c"]),
+        ({}, {"a": 0, "b": 0}, ["gone"], []),
+        ({"a": 49}, {"a": 0, "b": 0}, "b", ["b"]),
+        ({"a": 80}, {"a": 0, "b": 0}, "b", ["a"]),  # a prompt's beginning counts for more
+        ({"a": 80, "b": 60}, {"a": 0, "b": 0}, "b", ["a"]),
+        ({"a": 80, "b": 80}, {"a": 0, "b": 2}, "b", ["b"]),
+        ({"a": 80, "b": 80}, {"a": 0, "b": 4}, "b", ["a"]),
+        ({"a": 80, "b": 80}, {"a": 0, "b": 2}, "ab", ["a"]),
+    ],
+)
+def test_the_choice_among_replicas_that_have_the_adapters(held, loads, ready, expected):
+    assert choose(held, 100, loads, max_imbalance=3, ready=set(ready)) == expected

@@ -36,6 +36,7 @@ START_S = 180
 ENGINE = {"kv_cache_bytes": 1 << 24, "block_size": 16}
 KEY = {"Authorization": "Bearer secret"}
 CHAT = "/v1/chat/completions"
+STATISTICS_PERIOD_S = 2.0  # as of `deploy.py`, which imports Ray
 LOADED = {"lora_name": "z", "lora_path": "z", "activation": 0}
 ENDLESS = {"max_tokens": 600, "ignore_eos": True}
 NUM_TENANTS, NUM_CONVERSATIONS, NUM_TURNS = 3, 4, 4
@@ -157,7 +158,8 @@ def collector():
 def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
     bank = make_bank(tmp_path, router=key_router())
     loadable = tmp_path / "loadable"
-    make_adapter(seed=3).write(loadable / "z")
+    for seed, name in enumerate("zvw", 3):
+        make_adapter(seed=seed).write(loadable / name)
     common = {"bank": str(bank.path), "device": "cpu", "dtype": "float32", "api_keys": ["secret"]}
     one = hit_rate_of_one(common, listening)
     settings = {
@@ -191,6 +193,7 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
             await versions_survive(client, process.pid)
             await a_loss(client, process.pid, signal.SIGKILL)
             await a_loss(client, process.pid, signal.SIGSTOP)
+            await affinity(client)
             await draining(client, process)
         return answered
 
@@ -475,6 +478,18 @@ async def a_loss(client: Client, server: int, number: signal.Signals) -> None:
     assert victim not in processes(server, "ray::ServeReplica:molora:Replica")
     everyone = await client.of_both("/v1/models/tiny:z")  # which the new one was never told of
     assert {response.status_code for response in everyone} == {200}
+
+
+async def affinity(client: Client) -> None:
+    """Of three adapters there is room for two, so one has to be read again; whoever has done so is asked for it."""
+    for name in "vw":
+        body = {"lora_name": name, "lora_path": name, "activation": 0}
+        assert (await client.http.post("/v1/load_lora_adapter", json=body)).status_code == 200
+    reader = (await client.chat("Who has z?", model="tiny:z")).replica
+    await asyncio.sleep(3 * STATISTICS_PERIOD_S)  # until it has said so
+    for name, has_it in (("z", True), ("v", False)):
+        answered = [await client.chat(f"{name} {index}?", model=f"tiny:{name}") for index in range(8)]
+        assert [each.replica == reader for each in answered] == [has_it] * 8
 
 
 def processes(server: int, title: str) -> list[int]:
