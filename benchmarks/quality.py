@@ -28,6 +28,7 @@ on the same data and answers the same items.
     open                the same by labels; it also practises to know a newcomer by the mean of its queries
     top-2, soft         auto's scores as soft gates, not renormalized: of the two likeliest columns, and of all, or the
                         eight likeliest
+    sparse              top-2, where a second gate below 0.1 is left out
     given               the right adapter on every token: of the user's turn by its labels, of the answer part by part
     tuned, tuned given  a router that was trained while the adapters went on learning
     joint               one LoRA of the adapters' total rank, trained on all tasks at once, on as many tokens

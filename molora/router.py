@@ -32,6 +32,8 @@ class RouterConfig:
         gate: "hard" is top-1 at gate 1; "soft" gives each chosen column its softmax probability, not renormalized.
         top_k: columns chosen for each token, out of all C; more than 1 needs soft gates.
         temperature: divides the scores before the softmax; it changes soft gates, never the order.
+        min_gate: a soft gate below it is left out, but for a token's largest one. Where the router is sure one adapter
+            acts then, and only elsewhere several.
         hidden_dim: width of the query network (keys only).
         key_dim: size of a key (keys only).
         ranges: (first id, last id + 1, adapter name) of token ids (token_ranges only).
@@ -44,6 +46,7 @@ class RouterConfig:
     gate: Gate = "hard"
     top_k: int = 1
     temperature: float = 1.0
+    min_gate: float = 0.0
     hidden_dim: int = 256
     key_dim: int = 64
     ranges: tuple[tuple[int, int, str], ...] = ()
@@ -63,6 +66,10 @@ class RouterConfig:
             raise ValueError(f"top_k={self.top_k} with gate={self.gate!r}: hard gates are top-1; use gate='soft'.")
         if not (is_number(self.temperature) and self.temperature > 0):
             raise ValueError(f"router temperature is {self.temperature!r:.100}; expected a number above 0.")
+        if not (is_number(self.min_gate) and 0 <= self.min_gate <= 1):
+            raise ValueError(f"router min_gate is {self.min_gate!r:.100}; expected a number from 0 to 1.")
+        if self.min_gate and self.gate == "hard":
+            raise ValueError(f"min_gate={self.min_gate} with gate='hard', which has no gate but 1; use gate='soft'.")
         if not is_number(self.lora_alpha):
             raise ValueError(f"router lora_alpha is {self.lora_alpha!r:.100}; expected a number.")
         if self.lora_rank and self.kind != "keys":
@@ -84,10 +91,12 @@ class RouterConfig:
         return cls(**raw)
 
     def to_json(self) -> dict[str, Any]:
-        """A LoRA of rank 0 is left out, so that digests of routers without one stay what they were."""
+        """What came later is left out where it does nothing, so that digests of older routers stay what they were."""
         raw = asdict(self)
         if not self.lora_rank:
             del raw["lora_rank"], raw["lora_alpha"]
+        if not self.min_gate:
+            del raw["min_gate"]
         return raw
 
 
@@ -272,7 +281,7 @@ def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = 
 
     Hard gates take the largest score (ties: the lowest column) at gate 1; with `straight_through` that gate carries
     the softmax probability's gradient (Bengio et al., arXiv 1308.3432). Soft gates are the top-k probabilities of
-    all C columns, not renormalized, so that base's share adds nothing.
+    all C columns, not renormalized, so that base's share adds nothing; one below `min_gate` is 0, on column 0.
     """
     if config.gate == "hard" and not straight_through:
         columns_TK = logits_TC.argmax(-1, keepdim=True)
@@ -285,7 +294,12 @@ def choose(logits_TC: Tensor, config: RouterConfig, *, straight_through: bool = 
     top_k = min(config.top_k, logits_TC.shape[-1])
     # A stable sort, since topk leaves the order of ties open.
     columns_TK = logits_TC.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    return Decision(columns_TK, probs_TC.gather(-1, columns_TK), logits_TC)
+    gates_TK = probs_TC.gather(-1, columns_TK)
+    if config.min_gate:
+        too_small_TK = gates_TK < config.min_gate
+        too_small_TK[:, 0] = False
+        columns_TK, gates_TK = columns_TK.masked_fill(too_small_TK, 0), gates_TK.masked_fill(too_small_TK, 0.0)
+    return Decision(columns_TK, gates_TK, logits_TC)
 
 
 def _check_ranges(ranges: Sequence[tuple[int, int, str]]) -> None:

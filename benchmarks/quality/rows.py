@@ -36,6 +36,7 @@ from quality.merges import MERGES, UPDATE_MERGES, loss_at, merge, merge_updates,
 from quality.provenance import provenance
 from quality.training import STAGES, seed_folder, settings
 
+MIN_GATE = 0.1  # of the sparse ones
 MAX_TOP_K = 8  # the most adapters that the kernels give a token
 STARTS = ("first", "system", "half", "turn", "response")
 SCORED = ("singles", "composites")
@@ -239,11 +240,11 @@ def of_update_merge(here: Measurement, m: MoLoRA, whole: Adapter, kind: str, fol
 
 
 def of_gates(here: Measurement) -> None:
-    """The same scores as soft gates, not renormalized: of two columns, and of all, or eight."""
-    folder = seed_folder(here.args)
-    for label, top_k in (("top-2", 2), ("soft", min(MAX_TOP_K, len(here.args.domains) + 1))):
+    """The same scores as soft gates, not renormalized: of two columns, of two without small ones, of all or eight."""
+    folder, most = seed_folder(here.args), min(MAX_TOP_K, len(here.args.domains) + 1)
+    for label, top_k, min_gate in (("top-2", 2, 0.0), ("sparse", 2, MIN_GATE), ("soft", most, 0.0)):
         if here.missing([label]):
-            with here.loaded(with_soft_gates(folder, label, top_k)) as m:
+            with here.loaded(with_soft_gates(folder, label, top_k, min_gate)) as m:
                 here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
 
 
@@ -408,13 +409,13 @@ def copied(bank: Path, copy: Path) -> Path:
     return copy
 
 
-def with_soft_gates(folder: Path, label: str, top_k: int) -> Path:
+def with_soft_gates(folder: Path, label: str, top_k: int, min_gate: float) -> Path:
     """A copy of the bank whose router blends."""
     copy = copied(folder / "bank", folder / "gates" / label)
     bank = Bank.open(copy)
     router = bank.load_router()
     assert isinstance(router, KeyRouter)
-    router.config = replace(router.config, gate="soft", top_k=top_k)
+    router.config = replace(router.config, gate="soft", top_k=top_k, min_gate=min_gate)
     bank.set_router(router)
     return copy
 

@@ -34,8 +34,8 @@ OTHER_KINDS = {
 }
 ORDER = (
     *("base", "best single", "classifier", "sequence", "uniform", *MERGES, *UPDATE_MERGES, "arrow", "xlora", "random"),
-    *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "soft", "given", "tuned", "tuned given"),
-    *("joint", "plain", "key", "nine", "nine given"),
+    *("lm", "token", "own", "steady", "steadier", "open", "auto", "top-2", "sparse", "soft"),
+    *("given", "tuned", "tuned given", "joint", "plain", "key", "nine", "nine given"),
 )
 
 

@@ -19,6 +19,7 @@ from molora.serving.block_manager import BlockManager
 
 ARCHITECTURES = ("llama", "qwen3", "mistral")
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+SPARSE = RouterConfig(gate="soft", top_k=3, min_gate=0.3, hidden_dim=32, key_dim=16)
 LORA = RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4, lora_alpha=32.0)
 RANGES = RouterConfig(kind="token_ranges", ranges=((3, 90, "x"), (90, 170, "y")))
 BLEND = {"x": 0.5, "y": 0.25}
@@ -117,7 +118,9 @@ class TestPurity:
         assert {tuple(names) for names in names(routes[0])[10:]} == {(), ("x",), ("y",)}
 
     @pytest.mark.parametrize(
-        "router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES, LORA], ids=["hard", "soft", "ranges", "lora"]
+        "router",
+        [RouterConfig(hidden_dim=32, key_dim=16), SOFT, SPARSE, RANGES, LORA],
+        ids=["hard", "soft", "sparse", "ranges", "lora"],
     )
     def test_batch_neighbours_and_padding_do_not_change_a_route(self, load_model, random_ids, router):
         m = load_model(router=router)

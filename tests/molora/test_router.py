@@ -60,6 +60,17 @@ class TestSoft:
         assert warm.gates_TK[0].tolist() == pytest.approx((LOGITS_TC[0] / 10).softmax(-1)[[1, 2, 0]].tolist())
         assert cold.gates_TK[0, 0] > 0.99
 
+    def test_small_gates_are_left_out_but_for_the_largest(self):
+        plain = choose(LOGITS_TC, RouterConfig(gate="soft", top_k=3))
+        for least in (0.1, 0.3, 0.5, 1.0):
+            decision = choose(LOGITS_TC, RouterConfig(gate="soft", top_k=3, min_gate=least))
+            kept_TK = plain.gates_TK >= least
+            kept_TK[:, 0] = True
+            assert torch.equal(decision.gates_TK, plain.gates_TK * kept_TK)
+            assert torch.equal(decision.columns_TK, plain.columns_TK * kept_TK)
+            assert torch.equal(decision.logits_TC, plain.logits_TC)
+        assert (decision.gates_TK > 0).sum(-1).tolist() == [1, 1, 1, 1]
+
     def test_more_than_all_columns_is_all_columns(self):
         decision = choose(LOGITS_TC, RouterConfig(gate="soft", top_k=8))
         assert decision.columns_TK.shape == (4, 3)
@@ -95,8 +106,11 @@ class TestKeyRouter:
     def test_the_digest_is_of_weights_and_configuration(self, key_router):
         configs = [RouterConfig(hidden_dim=32, key_dim=16, **change) for change in ({}, {"temperature": 2.0})]
         soft = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
-        routers = [*(key_router(config) for config in configs), key_router(soft), key_router(seed=1)]
-        assert len({router.digest for router in routers}) == 4
+        sparse = RouterConfig(gate="soft", top_k=2, min_gate=0.1, hidden_dim=32, key_dim=16)
+        routers = [*map(key_router, configs), key_router(soft), key_router(sparse), key_router(seed=1)]
+        assert len({router.digest for router in routers}) == 5
+        assert "min_gate" not in soft.to_json()
+        assert RouterConfig.from_json(sparse.to_json()) == sparse
         assert key_router().digest == routers[0].digest
 
 
@@ -131,6 +145,9 @@ class TestTokenRanges:
         ({"top_k": 0, "gate": "soft"}, "top_k is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"min_gate": 0.1}, "min_gate=0.1 with gate='hard'"),
+        ({"min_gate": 1.5, "gate": "soft"}, "min_gate is 1.5; expected a number from 0 to 1"),
+        ({"min_gate": float("nan"), "gate": "soft"}, "min_gate is nan"),
         ({"key_dim": 0}, "key_dim is 0; expected a whole number from 1 on"),
         ({"ranges": RANGES}, "'ranges' belongs to kind='token_ranges'"),
         ({"kind": "token_ranges"}, "needs at least one range"),

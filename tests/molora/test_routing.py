@@ -31,8 +31,9 @@ class TestGates:
             RouterConfig(gate="soft", top_k=1, hidden_dim=32, key_dim=16),
             RouterConfig(gate="soft", top_k=2, temperature=0.5, hidden_dim=32, key_dim=16),
             RouterConfig(gate="soft", top_k=3, hidden_dim=32, key_dim=16),
+            RouterConfig(gate="soft", top_k=3, min_gate=0.3, hidden_dim=32, key_dim=16),
         ],
-        ids=["hard", "soft-1", "soft-2", "soft-3"],
+        ids=["hard", "soft-1", "soft-2", "soft-3", "sparse"],
     )
     def test_one_layer_against_float64(self, load_model, random_ids, router):
         m, ids, start = load_model(router=router), [random_ids(40)], 12
@@ -52,6 +53,7 @@ class TestGates:
         for t in range(start, 40):
             chosen = logits_TC[t].argsort(descending=True)[: router.top_k].tolist()
             columns_used.update(chosen)
+            chosen = [c for c in chosen if c == chosen[0] or probs_TC[t, c] >= router.min_gate]
             gates = {c: 1.0 if router.gate == "hard" else float(probs_TC[t, c]) for c in chosen}
             for column, gate in gates.items():
                 if column > 0:  # base's share adds nothing

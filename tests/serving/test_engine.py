@@ -23,6 +23,7 @@ from molora.serving.stream import Stream
 BLEND = {"x": 0.5, "y": 0.25}
 ROUTES = ["base", "x", "y", "auto", BLEND]
 SOFT = RouterConfig(gate="soft", top_k=2, hidden_dim=32, key_dim=16)
+SPARSE = RouterConfig(gate="soft", top_k=3, min_gate=0.3, hidden_dim=32, key_dim=16)
 LORA = RouterConfig(hidden_dim=32, key_dim=16, lora_rank=4, lora_alpha=32.0)
 RANGES = RouterConfig(kind="token_ranges", ranges=((3, 90, "x"), (90, 170, "y")))
 ARCHITECTURES = ["llama", "qwen3", "mistral", "granite", "gemma2", "gemma3_text"]
@@ -69,7 +70,7 @@ def idle(engine: Engine) -> None:
 
 
 class TestEqualsFullForward:
-    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, RANGES, LORA], ids=str)
+    @pytest.mark.parametrize("router", [RouterConfig(hidden_dim=32, key_dim=16), SOFT, SPARSE, RANGES, LORA], ids=str)
     @pytest.mark.parametrize("config", [{}, {"max_step_tokens": 7, "max_sequences": 3}], ids=["whole", "chunked"])
     def test_mixed_neighbours(self, load_model, engine_of, random_ids, router, config):
         m = load_model(router=router)
