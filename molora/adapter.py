@@ -18,12 +18,13 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from molora.digest import combine_digests, json_digest, tensor_digest
 from molora.files import write_atomic
 from molora.patterns import first_match, is_pattern
+from molora.safetensors_files import read_safetensors
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -367,7 +368,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         hint = " (pickled weights are not read: convert them to safetensors)" if list(folder.glob("*.bin")) else ""
         raise FileNotFoundError(f"{path} does not exist{hint}.")
     try:
-        return load_file(path)
+        return read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy or write the adapter again.") from error
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from molora.activation import Activation, check_activation
@@ -28,6 +28,7 @@ from molora.adapter import Adapter, is_whole
 from molora.digest import json_digest
 from molora.files import atomic_directory, write_atomic
 from molora.router import KeyRouter, Router, RouterConfig, TokenRangeRouter
+from molora.safetensors_files import read_safetensors
 
 FORMAT_VERSION = 1
 BANK_FILE = "molora.json"
@@ -468,7 +469,7 @@ def _read_key_router(path: Path, config: RouterConfig) -> KeyRouter:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist, but {BANK_FILE} names a router; train it again.")
     try:
-        tensors = load_file(path)
+        tensors = read_safetensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or damaged ({error}); copy it or train the router again.") from error
     try:

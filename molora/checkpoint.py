@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from molora.digest import missing_safetensors, open_safetensors, safetensors_files
 from molora.display import one_line
 from molora.progress import quiet_transformers, say, step
+from molora.safetensors_files import missing_safetensors, open_safetensors, safetensors_files
 from molora.wheel import WHEELS, from_wheel
 
 HUB_TIMEOUT_S = 8.0

@@ -6,15 +6,16 @@ equal digests must mean equal contents, and each part is hashed with its length 
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+
+from molora.safetensors_files import open_safetensors, safetensors_files
 
 
 def tensor_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -80,54 +81,6 @@ def combine_digests(*digests: str) -> str:
         if algorithm != "sha256" or len(digits) != 64:
             raise ValueError(f"{digest!r} is not a digest: expected sha256: and 64 hex digits")
     return json_digest(digests)
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The `*.safetensors` of a model folder, sorted.
-
-    Raises:
-        ValueError: there are none, or a shard that the folder's index names is missing.
-    """
-    if missing := missing_safetensors(folder):
-        raise ValueError(f"{folder} lacks {', '.join(missing)}: download the model, or save it as safetensors, again")
-    return sorted(folder.glob("*.safetensors"))
-
-
-def missing_safetensors(folder: Path) -> list[str]:
-    """What a model folder lacks of its weights: the shards its index names, or any "*.safetensors" at all.
-
-    Raises:
-        ValueError: the index is damaged.
-    """
-    found = {path.name for path in folder.glob("*.safetensors")}
-    named: set[str] = set()
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            named.update(map(os.fspath, files))  # a TypeError if one is no text
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index} is no index of safetensors ({error!r:.200}): download it again") from error
-    return sorted(named - found) if found or named else ["*.safetensors"]
-
-
-@contextmanager
-def open_safetensors(path: Path) -> Iterator[Any]:
-    """`safetensors.safe_open` on the CPU, after a check that the file has the length its header states.
-
-    Raises:
-        ValueError: the file is missing, truncated or corrupt.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: download or save it again")
-    try:
-        opened = safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or corrupt ({error}): "
-            "delete it and download or save it again"
-        ) from error
-    with opened as file:
-        yield file
 
 
 def _digest_tensors(names: Iterable[str], get: Callable[[str], Tensor]) -> str:
