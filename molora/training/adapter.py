@@ -23,7 +23,7 @@ from molora.injection import linears_of_layers
 from molora.training.batches import OTHER, Batch
 from molora.training.examples import IGNORE
 from molora.training.frozen import FrozenBase, Schedule
-from molora.training.stack import LoraStack, enable_gradient_checkpointing, linears_named
+from molora.training.stack import LoraStack, linears_named
 
 T = TypeVar("T")
 RANK, ALPHA = 8, 16.0
@@ -76,7 +76,7 @@ class AdapterTraining(FrozenBase):
         compile: bool | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, dtype, schedule, compile)
+        super().__init__(base, dtype, schedule, compile, gradient_checkpointing)
         self.names = [check_name(each) for each in ([name] if isinstance(name, str) else name)]
         if not self.names or len(set(self.names)) < len(self.names):
             raise ValueError(f"name is {name!r}; expected one name, or several different ones.")
@@ -91,8 +91,7 @@ class AdapterTraining(FrozenBase):
             raise ValueError(f"target_modules is {target_modules!r}; expected a list of linears' names.")
         self.output_dir, self.target_modules = Path(output_dir), tuple(target_modules)
         self.rank, self.alpha, self.invocation = rank, alpha, invocation  # as they were given
-        self.router_layer = router_layer
-        self.gradient_checkpointing, self.seed = gradient_checkpointing, seed
+        self.router_layer, self.seed = router_layer, seed
 
     def configure_model(self) -> None:
         if hasattr(self, "stack"):
@@ -111,8 +110,6 @@ class AdapterTraining(FrozenBase):
         paths = [path for path in paths if layer_index(path) >= self.router_layer]
         self.stack = LoraStack(self.model, paths, ranks=[*self.ranks.values()], alphas=[*self.alphas.values()])
         self.stack.reset(self.seed)
-        if self.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model, self.stack)
 
     def setup(self, stage: str) -> None:
         self.configure_model()

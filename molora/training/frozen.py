@@ -21,7 +21,7 @@ from molora.training.batches import Batch
 from molora.training.data import ChatData
 from molora.training.examples import IGNORE
 from molora.training.loss import Head, check_head, frozen_cross_entropy
-from molora.training.stack import LoraStack
+from molora.training.stack import LoraStack, recompute
 
 NUM_GRAPHS = 32  # of a decoder layer, at most
 
@@ -56,9 +56,12 @@ class Schedule:
 class FrozenBase(L.LightningModule):
     """What both modules share: a frozen base, packed batches, a schedule, and small checkpoints."""
 
-    def __init__(self, base: str, dtype: str, schedule: Schedule, compile: bool | None) -> None:
+    def __init__(
+        self, base: str, dtype: str, schedule: Schedule, compile: bool | None, gradient_checkpointing: bool
+    ) -> None:
         super().__init__()
         self.base, self.dtype_name, self.schedule, self.compile_layers = base, dtype, schedule, compile
+        self.gradient_checkpointing = gradient_checkpointing
         self.strict_loading = False
         self.model: Any = None
         self.tokenizer: Any = None
@@ -73,13 +76,18 @@ class FrozenBase(L.LightningModule):
         check_head(model)
 
     def on_fit_start(self) -> None:
-        if self.compile_layers or (self.compile_layers is None and self.device.type == "cuda"):
+        compiled = self.device.type == "cuda" if self.compile_layers is None else self.compile_layers
+        if compiled:
             # With and without adapters, gradients, and something below that learns: each is a graph of its own.
             from torch._dynamo import config as dynamo
 
             dynamo.recompile_limit = max(dynamo.recompile_limit, NUM_GRAPHS)
-            for layer in find_layers(self.model):
-                (layer.layer if isinstance(layer, RoutingLayer) else layer).compile(dynamic=False)
+        for layer in find_layers(self.model):
+            inner = layer.layer if isinstance(layer, RoutingLayer) else layer
+            if self.gradient_checkpointing:
+                recompute(inner, compiled=compiled)
+            elif compiled:
+                inner.compile(dynamic=False)
 
     def on_fit_end(self) -> None:
         """Also where a run is resumed from its last step, after an end that came before this."""

@@ -33,7 +33,7 @@ from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router_statistics import RouterStatistics
-from molora.training.stack import LoraStack, enable_gradient_checkpointing
+from molora.training.stack import LoraStack
 
 MAX_GROUPS = 256  # of tokens that a router may practise on as newcomers
 MEAN_SHARE = 0.1  # of a batch, in the mean of a group's queries
@@ -157,7 +157,7 @@ class RouterTraining(FrozenBase):
         keep_rows: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(base, dtype, schedule, compile)
+        super().__init__(base, dtype, schedule, compile, gradient_checkpointing)
         if router.kind != "keys":
             raise ValueError(f"router.kind is {router.kind!r}, which learns nothing; expected 'keys'.")
         if adapter_lr is not None and not adapter_lr > 0:
@@ -189,7 +189,7 @@ class RouterTraining(FrozenBase):
         self.bank_name = check_name(bank_name or self.output.name)
         self.router_config, self.router_layer = router, router_layer
         self.max_rank, self.activation, self.losses, self.seed = max_rank, activation, losses, seed
-        self.adapter_lr, self.gradient_checkpointing = adapter_lr, gradient_checkpointing
+        self.adapter_lr = adapter_lr
 
     def configure_model(self) -> None:
         if hasattr(self, "decoder"):
@@ -227,8 +227,6 @@ class RouterTraining(FrozenBase):
             column_slots=range(len(adapters)),
             routes=StackRoutes(self.stack),
         )
-        if self.gradient_checkpointing:
-            enable_gradient_checkpointing(self.model, self.stack, *([self.lora] if self.lora is not None else []))
 
     def _check_layers(self, adapters: Mapping[str, Adapter]) -> None:
         for name, adapter in adapters.items():

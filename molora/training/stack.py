@@ -11,17 +11,18 @@ K ranks of all adapters together, I in-features, O out-features.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from molora.adapter import LoraWeights
-from molora.injection import find_layers, recompute_layers
-from molora.routing import RoutingLayer
 from molora.training.batches import NUM_SIGNS
 
 Lora = tuple[Tensor, Tensor, Tensor]
@@ -218,17 +219,20 @@ def _add_product(y: Tensor, left_EMK: Tensor, right_EKN: Tensor) -> Tensor:
     return y
 
 
-def enable_gradient_checkpointing(model: Any, *stacks: LoraStack) -> None:
-    """Recompute layers in the backward pass, each with what acted on it in its own forward."""
-    for layer in find_layers(model):
-        inner = layer.layer if isinstance(layer, RoutingLayer) else layer
-        inner.training = True  # only then it recomputes; what is inside stays frozen, dropout included
+def recompute(layer: Any, *, compiled: bool) -> None:
+    """Have a decoder layer computed again in the backward pass, with what acted on it in its own forward.
+
+    transformers' own way, inside of the layer's forward, would be inside of what is compiled, too.
+    """
+    linears = [module for module in layer.modules() if isinstance(module, StackedLinear)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        then = [(linear, linear.lora) for stack in stacks for linear in stack.linears.values()]
-        return nullcontext(), _restored(then)
+        return nullcontext(), _restored([(linear, linear.lora) for linear in linears])
 
-    recompute_layers(model, context_fn=contexts)
+    forward: Callable[..., Any] = MethodType(type(layer).forward, layer)  # not what an earlier call has put there
+    if compiled:
+        forward = torch.compile(forward, dynamic=False)
+    layer.forward = partial(checkpoint, forward, use_reentrant=False, context_fn=contexts)
 
 
 @contextmanager
