@@ -257,6 +257,7 @@ COUNT = ("--trainer.max_steps=2", "--trainer.val_check_interval=2", "--model.ini
 SHORT = ("--trainer.max_steps=6", "--trainer.val_check_interval=6", "--trainer.callbacks.every_n_train_steps=3")
 DDP = ("--trainer.devices=2", "--trainer.strategy=ddp")
 PARTS = ("--trainer.devices=2", "--trainer.strategy=fsdp2", "--trainer.callbacks+=note.Note")
+RECOMPUTED = "--model.init_args.gradient_checkpointing=true"
 OUTPUTS = {"adapter": "--model.init_args.output_dir", "router": "--model.init_args.output"}
 RATES = ("val/entropy", "val/switch_rate", "val/ece")
 
@@ -270,7 +271,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     for kind, output in OUTPUTS.items():
         middle = "--ckpt_path=runs/tiny/checkpoints/epoch=0-step=3.ckpt"
         runs.append((kind, kind, (*SHORT, *PARTS, f"{output}=whole")))
-        runs.append((kind, kind, (*SHORT, *PARTS, f"{output}=resumed", middle)))
+        runs.append((kind, kind, (*SHORT, *PARTS, f"{output}=resumed", middle, RECOMPUTED)))
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         for folder in {folder for folder, *_ in runs}:
