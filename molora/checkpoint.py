@@ -169,9 +169,9 @@ def load_base(
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         try:
             model, info = _AutoModel.from_pretrained(folder, dtype=torch_dtype, output_loading_info=True)
-        except torch.OutOfMemoryError:
-            raise
         except (RuntimeError, SafetensorError) as error:
+            if is_short_of_memory(error):
+                raise
             raise ValueError(
                 f"{folder} does not hold the weights that its config.json describes ({one_line(error):.300}): "
                 "download it again"
@@ -179,6 +179,11 @@ def load_base(
     if info["missing_keys"]:
         raise ValueError(f"{folder} lacks the weights {', '.join(sorted(info['missing_keys']))}: download it again")
     return model.to(device).eval().requires_grad_(False), tokenizer
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether no more is wrong than that memory is short; for the host's, torch has no error of its own."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator: " in str(error)
 
 
 def default_cache_dir() -> Path:

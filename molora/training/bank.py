@@ -28,7 +28,7 @@ from rich.console import Console
 
 from molora.adapter import check_whole, is_number
 from molora.bank import BANK_FILE
-from molora.checkpoint import resolve_base
+from molora.checkpoint import is_short_of_memory, resolve_base
 from molora.digest import base_digest, json_digest
 from molora.display import joined, one_line
 from molora.files import write_atomic
@@ -400,9 +400,9 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
     try:
         torch.load(checkpoint, weights_only=False, map_location="cpu")
-    except MemoryError:
-        raise  # it may well be whole
-    except Exception:  # whatever unpickling makes of bytes that nobody has written
+    except Exception as error:  # whatever unpickling makes of bytes that nobody has written
+        if is_short_of_memory(error):
+            raise  # it may well be whole
         aside = checkpoint.with_suffix(".broken")
         os.replace(checkpoint, aside)
         _say("[yellow]•[/]", f"{checkpoint} is broken; it is now {aside.name}, and the stage begins anew")

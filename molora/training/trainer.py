@@ -22,7 +22,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from torch import Tensor
 
 from molora.adapter import check_whole
-from molora.checkpoint import resolve_base
+from molora.checkpoint import is_short_of_memory, resolve_base
 from molora.display import one_line
 from molora.files import replace
 from molora.injection import find_layers
@@ -159,15 +159,17 @@ class WholeCheckpoints(TorchCheckpointIO):
 
         Raises:
             OSError: there is no such file.
-            MemoryError: it does not fit; so does torch.OutOfMemoryError.
+            MemoryError, RuntimeError: memory does not hold it.
             ValueError: it is no checkpoint, or is damaged.
         """
         what = "it has no weights"
         try:
             checkpoint = super().load_checkpoint(path, map_location, weights_only is not False)
-        except (OSError, MemoryError, torch.OutOfMemoryError):
+        except OSError:
             raise
         except Exception as error:  # an unpickler of arbitrary bytes raises anything
+            if is_short_of_memory(error):
+                raise
             what, checkpoint = f"{type(error).__name__}: {one_line(error):.200}", {}
         if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
             raise ValueError(f"{path} is no checkpoint of this training, or is damaged ({what}); name another.")
