@@ -177,7 +177,12 @@ class RoutedDecoder:
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute layers in the backward pass, each under the routes of its own forward (non-reentrant only)."""
-        recompute_layers(self.model, context_fn=checkpoint_context_fn(self.early_routes, self.routes))
+        # The public call goes by another name in each release, and makes the embeddings require gradients, which would
+        # send the backward pass through the base layers below the first adapter for nothing.
+        contexts = checkpoint_context_fn(self.early_routes, self.routes)
+        self.model._set_gradient_checkpointing(
+            enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, context_fn=contexts)
+        )
 
     def check_fits(self, adapter: Adapter) -> None:
         """
@@ -204,15 +209,6 @@ def _beside(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     stream.synchronize()
-
-
-def recompute_layers(model: Any, **how: Any) -> None:
-    """Have a Hugging Face model compute its layers again in the backward pass; `how` is for `checkpoint`."""
-    # The public call goes by another name in each release, and makes the embeddings require gradients, which would send
-    # the backward pass through the base layers below the first adapter for nothing.
-    model._set_gradient_checkpointing(
-        enable=True, gradient_checkpointing_func=partial(checkpoint, use_reentrant=False, **how)
-    )
 
 
 def text_config(model: nn.Module) -> Any:

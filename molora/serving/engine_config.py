@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 class EngineConfig:
     """
     Attributes:
-        kv_cache_bytes: memory for keys and values; None is `CPU_CACHE_BYTES` on a CPU, most of what is free on a GPU.
+        kv_cache_bytes: memory for keys and values; None is 1 GiB on a CPU, most of what is free on a GPU.
         block_size: tokens of a block: what is shared and evicted at once; None is 64 on a CPU, 128 on a GPU.
         max_step_tokens: tokens that a step computes at most; a longer prompt is read in several steps. None is 512 on a
             CPU, 2048 on a GPU.

@@ -59,12 +59,6 @@ class Domain:
     rank: int | None = None
     alpha: float | None = None
 
-    def __post_init__(self) -> None:
-        if self.rank is not None:
-            check_whole("rank", self.rank)
-        if self.alpha is not None and (not is_number(self.alpha) or self.alpha <= 0):
-            raise ValueError(f"alpha is {self.alpha!r}; expected a number above 0.")
-
     @property
     def shape(self) -> dict[str, float]:
         """What it has of its own."""
@@ -90,6 +84,11 @@ class AdapterStage:
         _check_sections(self, "adapters")
         if not self.domains:
             raise ValueError("adapters.domains names none.")
+        for name, domain in self.domains.items():
+            if domain.rank is not None:
+                check_whole(f"adapters.domains.{name}.rank", domain.rank)
+            if domain.alpha is not None and (not is_number(domain.alpha) or domain.alpha <= 0):
+                raise ValueError(f"adapters.domains.{name}.alpha is {domain.alpha!r}; expected a number above 0.")
         if self.side_by_side is not None and self.side_by_side < 1:
             raise ValueError(f"adapters.side_by_side is {self.side_by_side}; expected 1 or more.")
         if len({domain.val is None for domain in self.domains.values()}) > 1:

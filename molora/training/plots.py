@@ -30,7 +30,7 @@ def draw(statistics: RouterStatistics, names: Sequence[str]) -> dict[str, Figure
     figures = {"load": load(statistics, names), "entropy": entropy(statistics)}
     if statistics.num_labelled:
         figures |= {"confusion": confusion(statistics, names), "calibration": calibration(statistics)}
-    if statistics.switches_23[0, 0]:
+    if statistics.switches_24[0, 0]:
         figures["switches"] = switches(statistics)
     return figures
 
@@ -127,9 +127,9 @@ def entropy(statistics: RouterStatistics) -> Figure:
 def switches(statistics: RouterStatistics) -> Figure:
     """How often neighbouring tokens have other routes, beside how often they have other labels."""
     kinds = ("all neighbours", "inside a word\nor a number")
-    rows = {f"{kind}\n({row[0]:,})": row for kind, row in zip(kinds, statistics.switches_23.tolist(), strict=True)}
-    names = [name for name, (pairs, _, _) in rows.items() if pairs]
-    router, labels = ([rows[name][column] / rows[name][0] for name in names] for column in (1, 2))
+    rows = {f"{kind}\n({row[0]:,})": row for kind, row in zip(kinds, statistics.switches_24.tolist(), strict=True)}
+    names = [name for name, (pairs, *_) in rows.items() if pairs]
+    router, labels = ([rows[name][column + 1] / max(1, rows[name][column]) for name in names] for column in (0, 2))
     figure, axes = _figure(6.4, 1.7 + 0.7 * len(names))
     _bars(axes, names, router, labels if statistics.num_labelled else None)
     axes.set(xlabel="share of neighbouring tokens that switch", title="Switch rate")

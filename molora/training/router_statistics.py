@@ -31,8 +31,8 @@ class RouterStatistics:
         confidence_B: float32, sums of their confidence.
         entropy_H: int64, tokens by the entropy of their probabilities, in equal bins from 0 to `max_entropy`.
         entropy: float32, sum of the entropies in nats.
-        switches_23: int64, neighbours, those where the route changes, and those where the label does: of all tokens
-            (row 0), and inside a word or a number (row 1).
+        switches_24: int64, neighbours, those where the route changes, those where both have a label, and those of them
+            where it changes: of all tokens (row 0), and inside a word or a number (row 1).
     """
 
     confusion_CC: Tensor
@@ -42,7 +42,7 @@ class RouterStatistics:
     confidence_B: Tensor
     entropy_H: Tensor
     entropy: Tensor
-    switches_23: Tensor
+    switches_24: Tensor
 
     @classmethod
     def zeros(cls, num_columns: int, device: torch.device | None = None) -> RouterStatistics:
@@ -87,7 +87,7 @@ class RouterStatistics:
                 _bins(entropy_N / max_entropy(num_columns), NUM_ENTROPY_BINS), counted_N.long(), NUM_ENTROPY_BINS
             ),
             entropy=(counted_N * entropy_N).sum(),
-            switches_23=_switches(routes_N, labels_N, positions_N, counted_N, goes_on_N),
+            switches_24=_switches(routes_N, labels_N, positions_N, counted_N, goes_on_N),
         )
 
     def __add__(self, other: RouterStatistics) -> RouterStatistics:
@@ -137,18 +137,20 @@ class RouterStatistics:
     @property
     def switch_rate(self) -> float:
         """The share of neighbours whose routes differ."""
-        return self._rate(1)
+        return self._rate(0)
 
     @property
     def label_switch_rate(self) -> float:
+        """The share of labelled neighbours whose labels differ."""
         return self._rate(2)
 
     def _rate(self, column: int) -> float:
-        return int(self.switches_23[0, column]) / max(1, int(self.switches_23[0, 0]))
+        num_pairs, num_switches = self.switches_24[0, column : column + 2].tolist()
+        return float(num_switches / max(1, num_pairs))
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """The figures, with the columns' names."""
-        num_inside, inside, label_inside = self.switches_23[1].tolist()
+        num_inside, inside, _, label_inside = self.switches_24[1].tolist()
         return {
             "num_tokens": self.num_tokens,
             "accuracy": self.accuracy,
@@ -183,8 +185,8 @@ def _switches(
     routes_N: Tensor, labels_N: Tensor, positions_N: Tensor, counted_N: Tensor, goes_on_N: Tensor | None
 ) -> Tensor:
     pairs_N = counted_N[1:] & counted_N[:-1] & (positions_N[1:] > 0)
-    labelled_N = (labels_N[1:] >= 0) & (labels_N[:-1] >= 0)
+    labelled_N = pairs_N & (labels_N[1:] >= 0) & (labels_N[:-1] >= 0)
     switched_N, relabelled_N = (each[1:] != each[:-1] for each in (routes_N, labels_N))
-    changed_N3 = torch.stack([pairs_N, pairs_N & switched_N, pairs_N & relabelled_N & labelled_N], -1)
+    changed_N4 = torch.stack([pairs_N, pairs_N & switched_N, labelled_N, labelled_N & relabelled_N], -1)
     inside_N = torch.zeros_like(pairs_N) if goes_on_N is None else goes_on_N[1:]
-    return torch.stack([changed_N3.sum(0), (changed_N3 & inside_N[:, None]).sum(0)])
+    return torch.stack([changed_N4.sum(0), (changed_N4 & inside_N[:, None]).sum(0)])

@@ -31,7 +31,7 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
     logits, labels, positions, inside = batch
     got = RouterStatistics.of(logits, labels, positions, inside)
     confusion, counts, right, entropies = Counter[tuple[int, int]](), Counter[int](), Counter[int](), Counter[int]()
-    switches, sure, total = [[0, 0, 0], [0, 0, 0]], Counter[int](), 0.0
+    switches, sure, total = [[0, 0, 0, 0], [0, 0, 0, 0]], Counter[int](), 0.0
     for t in range(len(labels)):
         if labels[t] < 0:
             continue
@@ -50,7 +50,8 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
             for row in switches[: 1 + bool(inside[t])]:
                 row[0] += 1
                 row[1] += before != route
-                row[2] += int(labels[t - 1]) != label
+                row[2] += 1
+                row[3] += int(labels[t - 1]) != label
     columns = range(NUM_COLUMNS)
     assert got.confusion_CC.tolist() == [[confusion[label, route] for route in columns] for label in columns]
     assert got.count_B.tolist() == [counts[b] for b in range(NUM_BINS)]
@@ -58,7 +59,7 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
     assert got.confidence_B.tolist() == pytest.approx([sure[b] for b in range(NUM_BINS)], rel=1e-4)
     assert got.entropy_H.tolist() == [entropies[h] for h in range(NUM_ENTROPY_BINS)]
     assert float(got.entropy) == pytest.approx(total, rel=1e-4)
-    assert got.switches_23.tolist() == switches
+    assert got.switches_24.tolist() == switches
     assert 0 < switches[1][0] < switches[0][0]
     num_tokens, num_neighbours = confusion.total(), switches[0][0]
     assert got.num_tokens == num_tokens == int((labels >= 0).sum())
@@ -69,7 +70,7 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
     )
     assert got.mean_entropy == pytest.approx(total / num_tokens, rel=1e-4)
     assert got.switch_rate == switches[0][1] / num_neighbours
-    assert got.label_switch_rate == switches[0][2] / num_neighbours
+    assert got.label_switch_rate == switches[0][3] / num_neighbours
 
 
 def test_tokens_without_a_label_count_where_they_are_asked_to(batch: tuple[torch.Tensor, ...]) -> None:
@@ -87,11 +88,14 @@ def test_tokens_without_a_label_count_where_they_are_asked_to(batch: tuple[torch
     assert (got.ece, got.accuracy, got.label_load) == (of_labels.ece, of_labels.accuracy, of_labels.label_load)
     pairs = [t for t in range(1, len(labels)) if positions[t] > 0 and counted[t] and counted[t - 1]]
     known = [t for t in pairs if labels[t] >= 0 and labels[t - 1] >= 0]
-    assert got.switches_23[0].tolist() == [
+    assert got.switches_24[0].tolist() == [
         len(pairs),
         sum(int(routes[t] != routes[t - 1]) for t in pairs),
-        sum(int(labels[t] != labels[t - 1]) for t in known),
+        len(known),
+        changed := sum(int(labels[t] != labels[t - 1]) for t in known),
     ]
+    assert 0 < len(known) < len(pairs)
+    assert got.label_switch_rate == changed / len(known)
     nobody = RouterStatistics.of(logits, torch.full_like(labels, IGNORE), positions, inside, counted)
     assert (nobody.num_labelled, nobody.ece, nobody.accuracy) == (0, 0, 0)
     assert nobody.load == got.load
