@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 
 MAX_WEIGHT = 1e6
 DEFAULT_MAX_NEW_TOKENS = 512
+REFUSED_INSIDE = {
+    "init_continuous_batching": "transformers' continuous batching (generate_batch) cannot tell whose token is whose; "
+    "outside it, m.engine.generate answers many conversations at once, each by its own route.",
+    "load_custom_generate": "a way to decode that is code on the hub may call the model in any order, so nobody can "
+    "say which token is routed how; use greedy, sampling, beam or assisted decoding.",
+}  # methods of a model of transformers
 Route = str | Mapping[str, float]
 """`"auto"` (the router), `"base"`, an adapter's name, or a weighted blend, which maps names to weights."""
 
@@ -273,7 +279,8 @@ class MoLoRA:
         Inside, the model is this thread's alone: answers of the engine wait until it is left. A packed row, whose
         `position_ids` begin again, has one start and one route, and each of its sequences is active from its own token
         of that index. transformers' continuous batching (`generate_batch`) is refused: it packs prompts, each of which
-        has a start of its own, in an order that only it knows.
+        has a start of its own, in an order that only it knows. So is decoding by code on the hub, such as contrastive
+        search.
         """
         starts = _check_starts(activation_start)
         resolved = self._resolve_routes(route, len(starts))
@@ -282,7 +289,7 @@ class MoLoRA:
             before, self._routing_thread = self._routing_thread, threading.get_ident()
             request = self._route_request(resolved, holds, starts) if someone_acts else None
             try:
-                with _no_continuous_batching(self.model), self.decoder.requested(request, early=_act_early(holds)):
+                with _refused(self.model), self.decoder.requested(request, early=_act_early(holds)):
                     yield
             finally:
                 self._routing_thread = before
@@ -458,25 +465,23 @@ class MoLoRA:
 
 
 @contextmanager
-def _no_continuous_batching(model: Any) -> Iterator[None]:
-    """Refuse what every way into transformers' continuous batching calls."""
-
-    def refuse(*args: Any, **options: Any) -> None:
-        raise RuntimeError(
-            "inside m.routing(...), transformers' continuous batching (generate_batch) cannot tell whose token is "
-            "whose; outside it, m.engine.generate answers many conversations at once, each by its own route."
-        )
-
-    own, name = vars(model), "init_continuous_batching"
-    before = own.get(name)
-    own[name] = refuse
+def _refused(model: Any) -> Iterator[None]:
+    """Refuse what every way into transformers' continuous batching calls, and what loads a decoding from the hub."""
+    own = vars(model)
+    before = {name: own.get(name) for name in REFUSED_INSIDE}
+    own.update({name: partial(_refuse, reason) for name, reason in REFUSED_INSIDE.items()})
     try:
         yield
     finally:
-        if before is None:
-            del own[name]
-        else:
-            own[name] = before
+        for name, method in before.items():
+            if method is None:
+                del own[name]
+            else:
+                own[name] = method
+
+
+def _refuse(reason: str, *args: Any, **options: Any) -> None:
+    raise RuntimeError(f"inside m.routing(...), {reason}")
 
 
 def _whole_number(value: Any, name: str) -> int:

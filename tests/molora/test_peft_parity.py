@@ -14,7 +14,10 @@ from torch import Tensor
 
 import molora
 from molora import Adapter, MoLoRA
+from molora.checkpoint import load_base
+from molora.tiny import make_tiny_base
 
+SHIPPED = Path(__file__).parents[2] / "banks" / "smollm2-demo"
 TOLERANCE = 1e-4
 INVOCATION = [61, 62, 63]
 
@@ -268,3 +271,30 @@ def test_a_blend_is_the_sum_of_both_deltas(load, small):
         expected[:, 6:] += weight * pair.scaling * delta[:, 6:]
     assert torch.allclose(got, expected, atol=1e-5)
     assert (got - x @ linear.weight.double().T)[:, 6:].abs().mean() > 0.1
+
+
+@pytest.fixture(scope="module")
+def like_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random base of the shipped bank's shape."""
+    shape = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}
+    return make_tiny_base(tmp_path_factory.mktemp("demo") / "base", seed=0, **shape, **heads)
+
+
+def test_the_shipped_adapters_in_peft(like_the_demo: Path, random_ids: Callable[..., list[int]]) -> None:
+    with pytest.warns(UserWarning, match="was trained on"):
+        m = molora.load(SHIPPED, base=str(like_the_demo), device="cpu", dtype="float32")
+    base, _ = load_base(like_the_demo, device="cpu", dtype="float32")
+    first, *rest = [entry.name for entry in m.bank.adapters]
+    with peft_noise():
+        model = PeftModel.from_pretrained(base, m.bank.adapter_folder(first), adapter_name=first).eval()
+        for name in rest:
+            model.load_adapter(m.bank.adapter_folder(name), adapter_name=name)
+    for entry in m.bank.adapters:
+        invocation = m.bank.load_adapter(entry.name).config.alora_invocation_tokens
+        assert invocation
+        ids = [*random_ids(9), *invocation, *random_ids(12, seed=1)]
+        model.set_adapter(entry.name)
+        got, _ = m.logits([ids], [9], route=entry.name)
+        assert close(got, peft_logits(model, torch.tensor([ids]))), entry.name
+        assert not torch.allclose(got, m.logits([ids], [9], route="base")[0], atol=0.1), "it does something"

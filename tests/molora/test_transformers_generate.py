@@ -1,6 +1,7 @@
 """transformers' own `generate` inside `m.routing(...)`: every way to decode gives what routed full forwards say."""
 
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -124,9 +125,19 @@ def test_sampling_is_of_the_routed_distribution(m: MoLoRA, ids: torch.Tensor, ro
     ids=["contrastive search", "DoLa", "group beams", "constrained beams"],
 )
 def test_what_is_code_on_the_hub_is_refused(m: MoLoRA, ids: torch.Tensor, how: dict[str, Any]) -> None:
-    """transformers moved these there, and asks before it runs them."""
+    """transformers moved these there, and asks before it runs them; it is not asked to where they are trusted."""
     with m.routing([START], "auto"), pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
         m.model.generate(ids, **(OPTIONS | how))
+    with m.routing([START], "auto"), pytest.raises(RuntimeError, match=r"inside m\.routing.* code on the hub"):
+        m.model.generate(ids, trust_remote_code=True, **(OPTIONS | how))
+
+
+def test_a_way_to_decode_of_a_folder_is_refused_inside(m: MoLoRA, ids: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "custom_generate").mkdir()
+    (tmp_path / "custom_generate" / "generate.py").write_text("def generate(model, **inputs):\n    raise SystemExit\n")
+    with m.routing([START], "auto"), pytest.raises(RuntimeError, match=r"inside m\.routing.* code on the hub"):
+        m.model.generate(ids, custom_generate=str(tmp_path), trust_remote_code=True, **OPTIONS)
+    assert "load_custom_generate" not in vars(m.model)
 
 
 def test_continuous_batching_is_refused_inside(m: MoLoRA, ids: torch.Tensor, route: Any) -> None:

@@ -4,8 +4,10 @@
 operation.
 """
 
+import faulthandler
 import os
 import time
+from collections import Counter
 
 import hypothesis
 import pytest
@@ -23,8 +25,8 @@ KNOWN = {"lora_path": "good", "lora_name": "good"}
 
 
 def fuzz(app, known, *, max_examples):
-    """Returns how many requests there were."""
-    statuses = []
+    """Returns how many requests there were: so many of each operation that takes input, good ones and bad ones."""
+    num_requests = Counter()
 
     def check(case):
         if isinstance(case.body, dict):  # else hardly anything would get past the first check
@@ -35,13 +37,15 @@ def fuzz(app, known, *, max_examples):
                         case.body[name] = min(limit, 3)
                 if case.body.get("max_completion_tokens") is None and case.body.get("max_tokens") is None:
                     case.body["max_tokens"] = 3
+        faulthandler.dump_traceback_later(2 * LONGEST_S, exit=True)  # a call that never ends is not waited for
         begin_s = time.perf_counter()
         response = case.call()
+        faulthandler.cancel_dump_traceback_later()
         assert time.perf_counter() - begin_s < LONGEST_S, case.as_curl_command()
         assert response.status_code < 500, (case.as_curl_command(), response.status_code, response.text)
         if response.status_code >= 400:
             assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-        statuses.append(response.status_code)
+        num_requests[case.operation.label, mode.name] += 1
 
     settings = hypothesis.settings(
         max_examples=max_examples,
@@ -59,7 +63,9 @@ def fuzz(app, known, *, max_examples):
                 run()
             except hypothesis.errors.Unsatisfiable:
                 assert mode is MODES[1]  # it takes no input that could be wrong
-    return len(statuses)
+    for (operation, mode), number in num_requests.items():  # what takes no input is asked once
+        assert number == (max_examples if operation.startswith("POST") or "{" in operation else 1), (operation, mode)
+    return num_requests.total()
 
 
 @pytest.fixture
