@@ -147,3 +147,26 @@ def test_a_cache_without_room_or_that_cannot_be_written(bank: Path, monkeypatch:
         assert "may not fit" in find(bank, "cache").advice
     monkeypatch.setenv("XDG_CACHE_HOME", str(bank / "molora.json"))
     assert find(bank, "cache").state == "wrong"
+
+
+def test_what_is_said_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new one, an old one, and one that somebody else has to himself."""
+
+    def memory(index: int) -> tuple[int, int]:
+        if index == 2:
+            raise RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable\nCompile with ...")
+        return 3 << 30, 80 << 30
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: ("H100", "T4")[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((9, 0), (7, 5))[index])
+    new, old, taken = doctor._gpus()
+    assert (new.subject, new.state, new.text) == ("GPU 0", "well", "H100, 3.0 of 80.0 GiB free")
+    assert (old.subject, old.state) == ("GPU 1", "note")
+    assert "use --dtype float16" in old.advice
+    assert (taken.subject, taken.state) == ("GPU 2", "wrong")
+    assert "busy or unavailable" in taken.text
+    assert "\n" not in taken.text
+    assert "nvidia-smi" in taken.advice
