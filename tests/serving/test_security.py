@@ -5,6 +5,11 @@ import json
 import time
 
 import pytest
+from starlette.testclient import TestClient
+
+from molora.serving.app import create_app
+from molora.serving.config import ServeConfig
+from molora.serving.engine import Engine, EngineConfig
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "hello"}]}
 URL = "/v1/chat/completions"
@@ -166,4 +171,34 @@ def test_prompts_keys_and_salts_are_in_no_log_and_no_metric(locked, call, engine
     assert statuses == [200, 401, 400, 404, 400, 500, 200, 401, 400, 404, 400, 200]
     assert "the engine failed" in caplog.text
     told = caplog.text + call(locked, "GET", "/metrics", headers=bearer(key)).text
+    assert [secret for secret in SECRETS if secret in told] == []
+
+
+def test_nor_in_what_the_engine_itself_logs(m, caplog, monkeypatch):
+    """Of an answer that cannot go on, of a step that fails, and of a fault beside the model."""
+    caplog.set_level(1)
+    words, key, _, salt, user, field = SECRETS
+    engine = Engine(m, EngineConfig(kv_cache_bytes=1 << 24))
+    app = create_app(engine, ServeConfig(bank="tiny", api_keys=(key,)))
+    endless = "a{30}(" + field + r")?\w?" + r"\w?" * 500  # which shows only as it is followed
+    asked = {"model": "tiny:x", "prompt": words, "cache_salt": salt, "user": user, "max_tokens": 60}
+    asked["structured_outputs"] = {"regex": endless}
+
+    def fail(*args):
+        raise RuntimeError("no such luck")
+
+    faults = [(engine._runner, "launch"), (engine._steps.scheduler, "plan"), (None, "")]
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for holder, name in faults:
+            with monkeypatch.context() as patch:
+                if holder is not None:
+                    patch.setattr(holder, name, fail)
+                for stream in (False, True):
+                    sent = asked | {"stream": stream}
+                    response = client.post("/v1/completions", json=sent, headers=bearer(key))
+                    assert "lexer error" in response.text or "no such luck" in response.text
+        told = caplog.text + client.get("/metrics", headers=bearer(key)).text
+    engine.close()
+    for said in ("no such luck", "lexer error", "an answer could not go on", "the engine failed beside the model"):
+        assert said in caplog.text
     assert [secret for secret in SECRETS if secret in told] == []
