@@ -1,6 +1,7 @@
 """Reading files of safetensors that may be missing, cut off or made by somebody who means harm."""
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-MAX_SIZE, MAX_DIMS = 2**63 - 1, 64  # of a tensor of torch
+MAX_STRIDE, MAX_DIMS = 2**59, 64  # of a tensor of torch: beyond, 16 bytes for each step overflow 63 bits
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -82,5 +83,5 @@ def _check_shapes(opened: Any) -> None:
     """
     for name in opened.keys():  # noqa: SIM118 (it is no mapping)
         shape = opened.get_slice(name).get_shape()
-        if max(shape, default=0) > MAX_SIZE or len(shape) > MAX_DIMS:
+        if math.prod(max(size, 1) for size in shape) > MAX_STRIDE or len(shape) > MAX_DIMS:
             raise SafetensorError(f"tensor {name!r} has the shape {shape!r:.100}")

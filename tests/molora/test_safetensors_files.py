@@ -17,7 +17,7 @@ from molora.router import RouterConfig
 from molora.safetensors_files import open_safetensors, read_safetensors
 from molora.tiny import make_tiny_base
 
-SHAPES = [[0, 2**63], [0, 0, 2**64 - 1], [0] * 65]
+SHAPES = [[0, 2**63], [0, 0, 2**64 - 1], [0] * 65, [0, 0, 2**32, 2**31, 0]]
 
 
 def with_shape(path: Path, shape: list[int]) -> None:
@@ -49,7 +49,7 @@ def test_such_a_base_is_refused(shape: list[int], tmp_path: Path) -> None:
         load_base(base, device="cpu")
 
 
-@pytest.mark.parametrize("shape", [(0, 3), (), (1,) * 64, (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 3), (), (1,) * 64, (2, 3), (0, 2**20, 2**20)], ids=str)
 def test_what_torch_can_hold_is_read(shape: tuple[int, ...], tmp_path: Path) -> None:
     path, x = tmp_path / "x.safetensors", torch.randn(shape)
     save_file({"x": x}, path)
