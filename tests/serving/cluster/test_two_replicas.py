@@ -55,7 +55,7 @@ class Answered:
 
 class Client:
     def __init__(self, url: str) -> None:
-        self.http = httpx.AsyncClient(base_url=url, headers=KEY, timeout=60)
+        self.http = httpx.AsyncClient(base_url=url, headers=KEY, timeout=180)
 
     async def chat(self, *contents: str, **options: Any) -> Answered:
         """Whole or, with `stream`, as its events; what the server broke off is what came of it."""
@@ -433,7 +433,8 @@ async def a_loss(client: Client, server: int, number: signal.Signals) -> None:
     async def ask(index: int) -> Answered:
         """What the signal finds on its way; load decides where, since nobody has asked it before."""
         for turn in itertools.count():
-            answered = await client.chat(f"{number.name} {turn} {index}!", stream=bool(index % 2), **ENDLESS)
+            lengths = ENDLESS | {"max_tokens": 200 + 40 * index}  # so that they do not all end at once
+            answered = await client.chat(f"{number.name} {turn} {index}!", stream=bool(index % 2), **lengths)
             if is_lost:
                 break
         return answered
@@ -442,9 +443,9 @@ async def a_loss(client: Client, server: int, number: signal.Signals) -> None:
         counts = await client.metric("num_requests_running")
         return len(counts) == 2 and min(counts.values()) > 2
 
+    victim = processes(server, "ray::ServeReplica:molora:Replica")[0]
     asking = [asyncio.create_task(ask(index)) for index in range(12)]
     await client.until(both_run)
-    victim = processes(server, "ray::ServeReplica:molora:Replica")[0]
     os.kill(victim, number)
     is_lost = True
     later = [asyncio.create_task(client.chat(f"{number.name} later {i}")) for i in range(4)]
