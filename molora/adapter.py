@@ -290,6 +290,15 @@ def check_whole(name: str, value: object, low: int = 1) -> None:
         raise ValueError(f"{name} is {value!r}; expected a whole number of {low} or more.")
 
 
+def check_above_zero(name: str, value: Any) -> None:
+    """
+    Raises:
+        ValueError: it is no finite number above 0.
+    """
+    if not is_number(value) or value <= 0:
+        raise ValueError(f"{name} is {value!r}; expected a number above 0.")
+
+
 def is_number(value: object) -> bool:
     """Whether it is a finite number of a size that a scaling may have."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA

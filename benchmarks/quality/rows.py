@@ -29,7 +29,7 @@ from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.question import Question
 from molora.training.router_report import column_names, router_statistics
-from molora.training.scores import score
+from molora.training.scores import score_answers
 from quality import peft_ways
 from quality.classifier import routes_by_classifier
 from quality.merges import MERGES, UPDATE_MERGES, loss_at, merge, merge_updates, weighted
@@ -185,7 +185,7 @@ def of_classifier(here: Measurement) -> None:
         for kind, own in questions.items():
             chosen = [*islice(routes, len(own))]
             texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
-            rows[kind] = score(own, [q.is_right(text) for q, text in zip(own, texts, strict=True)])
+            rows[kind] = score_answers(own, texts)
         took_s = time.perf_counter() - begin_s
         here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
 
@@ -374,7 +374,7 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         rows = {}
         for kind, questions in asked.items():
             texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, args.max_new_tokens)
-            rows[kind] = score(questions, [q.is_right(text) for q, text in zip(questions, texts, strict=True)])
+            rows[kind] = score_answers(questions, texts)
         sources, options = [folder / "bank" / BANK_FILE], [*OPTIONS, "limit_peft"]
         if way == "xlora":
             sources.append(args.work / "data" / "train_router.jsonl")

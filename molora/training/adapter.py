@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from molora.activation import render
-from molora.adapter import Adapter, AdapterConfig, check_whole, is_number, layer_index, target_suffixes
+from molora.adapter import Adapter, AdapterConfig, check_above_zero, check_whole, layer_index, target_suffixes
 from molora.bank import check_name
 from molora.display import joined
 from molora.files import atomic_directory
@@ -84,8 +84,7 @@ class AdapterTraining(FrozenBase):
         self.ranks, self.alphas = _of_each(self.names, "rank", rank), _of_each(self.names, "alpha", alpha)
         for own_rank, own_alpha in zip(self.ranks.values(), self.alphas.values(), strict=True):
             check_whole("rank", own_rank)
-            if not is_number(own_alpha) or own_alpha <= 0:
-                raise ValueError(f"alpha is {own_alpha!r}; expected a number above 0.")
+            check_above_zero("alpha", own_alpha)
         check_whole("router_layer", router_layer, 0)
         if isinstance(target_modules, str) or not target_modules:
             raise ValueError(f"target_modules is {target_modules!r}; expected a list of linears' names.")

@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from molora.adapter import check_whole, is_number
+from molora.adapter import check_above_zero, check_whole
 from molora.bank import BANK_FILE
 from molora.checkpoint import is_short_of_memory, resolve_base
 from molora.digest import base_digest, json_digest
@@ -87,8 +87,8 @@ class AdapterStage:
         for name, domain in self.domains.items():
             if domain.rank is not None:
                 check_whole(f"adapters.domains.{name}.rank", domain.rank)
-            if domain.alpha is not None and (not is_number(domain.alpha) or domain.alpha <= 0):
-                raise ValueError(f"adapters.domains.{name}.alpha is {domain.alpha!r}; expected a number above 0.")
+            if domain.alpha is not None:
+                check_above_zero(f"adapters.domains.{name}.alpha", domain.alpha)
         if self.side_by_side is not None and self.side_by_side < 1:
             raise ValueError(f"adapters.side_by_side is {self.side_by_side}; expected 1 or more.")
         if len({domain.val is None for domain in self.domains.values()}) > 1:

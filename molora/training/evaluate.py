@@ -31,7 +31,7 @@ from molora.training.question import Question
 from molora.training.recipes.tasks import TASKS
 from molora.training.route_page import RoutedExample, route_page
 from molora.training.router_report import column_names, routed_tokens, router_scores, router_statistics
-from molora.training.scores import best_single, paired_difference, score
+from molora.training.scores import best_single, paired_difference, score, score_answers
 
 MAX_NEW_TOKENS = 192  # of an answer; those of three tasks take up to 171
 AT_ONCE = 256  # questions that the engine has; it refuses more
@@ -111,7 +111,7 @@ def evaluate(
     """
     for way in ways:
         texts = _answers(m, questions, way, max_new_tokens, activations)
-        yield way, score(questions, [question.is_right(text) for question, text in zip(questions, texts, strict=True)])
+        yield way, score_answers(questions, texts)
 
 
 def _answers(

@@ -25,6 +25,11 @@ def score(questions: Sequence[Question], is_right: Sequence[bool]) -> dict[str, 
     }
 
 
+def score_answers(questions: Sequence[Question], texts: Sequence[str]) -> dict[str, Any]:
+    """`score` of their answers, as the verifiers read them."""
+    return score(questions, [question.is_right(text) for question, text in zip(questions, texts, strict=True)])
+
+
 def best_single(figures: Sequence[str]) -> str:
     """Where at least one of several adapters, each alone for the whole sequence, is right: an oracle's choice."""
     return "".join(max(digits) for digits in zip(*figures, strict=True))
