@@ -48,6 +48,18 @@ def test_the_readme_says_what_was_measured() -> None:
     assert f"in {memory:.2f} of its memory; eight side by side, {eight:.1f} times faster" in words
 
 
+def test_the_readme_says_what_was_measured_with_both_sides_alike() -> None:
+    result = json.loads((REPOSITORY / "benchmarks/results/training-alike-h100.json").read_text())
+    values = {figure["name"]: figure["value"] for figure in result["figures"]}
+    name = "{count}, {how} compiled: PEFT's time over ours"
+    neither, both = (
+        " and ".join(f"{values[name.format(count=count, how=how)]:.2f}" for count in ("one", "eight"))
+        for how in ("neither", "both")
+    )
+    words = " ".join((REPOSITORY / "README.md").read_text().split())
+    assert f"With neither side compiled it is {neither} times, with both {both} (" in words
+
+
 def test_the_readme_says_what_two_devices_were_measured_to_give() -> None:
     result = json.loads((REPOSITORY / "benchmarks/results/devices-h100.json").read_text())
     figures = {figure["name"]: figure["value"] for figure in result["figures"]}

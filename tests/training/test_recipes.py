@@ -36,6 +36,7 @@ from molora.training.recipes import (
 )
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import ALTERNATIVES, Choices, Split, settle
+from molora.training.recipes.composed_marks import COUNTS, NAMES, ORDINALS, composed_marks
 from molora.training.recipes.conversations import Material
 from molora.training.recipes.documents import MAX_BODY_WORDS, Document, documents
 from molora.training.recipes.everyday import EVERYDAY
@@ -371,6 +372,20 @@ def test_no_training_wording_is_nearly_a_held_out_one(choices: Choices[str]) -> 
 def test_no_training_surface_form_is_nearly_a_held_out_one() -> None:
     pairs = [(one, other) for one in forms("train") for other in forms("held out")]
     assert not [pair for pair in pairs if ratio(*pair) >= 0.9]
+
+
+def test_composed_marks_have_every_name_and_count_and_none_that_is_held_out() -> None:
+    composed = list(composed_marks())
+    assert len(set(composed)) == len(composed) > 300
+    held_out = [SURFACE_FORMS[index] for index in SURFACE_FORMS.indices("held out")]
+    kept = {mark for form in held_out for mark in (*form.marks, *form.reply_marks) if mark}
+    found = [{mark for marks in pair for mark in marks} for *pair, _ in composed]
+    assert not [marks for marks in found if marks & kept]
+    text = " ".join(mark for marks in found for mark in marks).lower()
+    words = {word.lower() for group in (*NAMES, *COUNTS, *ORDINALS) for word in group}
+    assert not {word for word in words if not re.search(rf"(?<!\w){word}(?!\w)", text)}
+    shares = Counter(("none" if not any(answers) else marks == answers) for marks, answers, _ in composed)
+    assert all(count >= len(composed) // 6 for count in shares.values()), shares
 
 
 def ratio(one: str, other: str) -> float:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from molora.training.recipes.choices import Choices
+from molora.training.recipes.composed_marks import composed_marks
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
             _NONE,
             "[My teacher|My boss|A friend] [left me|gave me|sent] {count} [things to do|questions].\n",
         ),
+        *(SurfaceForm(marks, reply_marks, gap=gap) for marks, reply_marks, gap in composed_marks()),
     ),
     more_held_out=(
         SurfaceForm(
@@ -206,6 +208,21 @@ OPENERS: tuple[str, ...] = (
     "Got a minute?",
     "My turn to ask.",
     "You seem clever.",
+    "The worksheet reads:",
+    "The note on my desk says:",
+    "It reads as follows:",
+    "This is what the letter says:",
+    "My brother writes:",
+    "Page 12 of the book asks:",
+    "The sign at the door reads:",
+    "A riddle from the radio:",
+    "Here is what the email says.",
+    "The card reads:",
+    "They wrote this on the board:",
+    "The teacher reads out:",
+    "In the paper it said:",
+    "The form asks:",
+    "I was given this to read and to answer.",
 )
 
 CLOSERS: tuple[str, ...] = (
