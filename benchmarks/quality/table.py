@@ -10,6 +10,7 @@ from typing import Any
 
 from molora.files import write_atomic
 from molora.training.examples import read_records
+from molora.training.recipes.surfaces import SURFACE_FORMS
 from molora.training.recipes.wordings import WORDINGS
 from molora.training.scores import best_single, mean_difference
 from quality.merges import MERGES, UPDATE_MERGES
@@ -25,6 +26,7 @@ MEASURES = {
     "label_switches_in_words": "the labels'",
 }  # of what a router does
 REFERENCES = ("auto", "given", "joint", "nine", "not removed", "given behind tasks")
+AUTHORS = ("the first author", "the second", "the third")
 OTHER_KINDS = {
     "histories": "behind an earlier exchange",
     "turns": "behind one or two other tasks",
@@ -104,14 +106,14 @@ def make_table(args: Namespace) -> None:
 
 
 def author_of(record: Mapping[str, Any]) -> list[str]:
-    """Whose held-out wording it is: the first ones', or those by somebody who had seen no other."""
-    choices = WORDINGS[record["domain"]]
-    return ["the first author" if record["wording"] < len(choices) - len(choices.more_held_out) else "another author"]
+    """Who wrote its held-out wording: the others had seen none but their own."""
+    return [AUTHORS[WORDINGS[record["domain"]].author(record["wording"])]]
 
 
 def parts_of(record: Mapping[str, Any]) -> list[str]:
-    """How many tasks a composite has, and which."""
-    return [f"{len(record['domain'])} tasks", *record["domain"]]
+    """How many tasks a composite has and which, and who wrote the form in which they stand."""
+    author = AUTHORS[SURFACE_FORMS.author(record["wording"])]
+    return [f"{len(record['domain'])} tasks", *record["domain"], f"a form of {author}"]
 
 
 def by_group(groups: Sequence[Sequence[str]], own: dict[int, str]) -> dict[str, float]:
@@ -226,8 +228,8 @@ def _less(label: str, row: dict[str, Any]) -> str:
     return f"{-found['difference']:+.3f} ({-found['high']:+.3f} to {-found['low']:+.3f})"
 
 
-def _group_place(group: str) -> tuple[bool, str]:
-    return not group.endswith((" tasks", "first author")), group
+def _group_place(group: str) -> tuple[bool, bool, str]:
+    return group.startswith("a form"), not group.endswith((" tasks", "first author")), group
 
 
 def _place(label: str) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""More wordings for the held-out files alone. Their author had seen the tasks and their facts, and no other wording.
+"""More wordings for the held-out files alone, of two authors who had seen the tasks and their facts, and no wording.
 
 Plain data, which `wordings` and `more_wordings` take up; what came too close to a wording of training was left out.
 """
@@ -98,5 +98,160 @@ HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
             "measures {signs}. What angle, in degrees, is at the {last} corner?"
         ),
         "Known angles of a {shape}, in degrees: {commas}. Wanted: the {last} angle, also in degrees.",
+    ),
+}
+
+# By the third author, who came when training had been changed by what was wrong of the others.
+LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
+    "arithmetic": (
+        (
+            "My kid swears the calculator is broken when it comes to {expression}. Settle it for us: "
+            "what should the display show?"
+        ),
+        "The till reads {first} when I open up. From there I {steps}. Where does that leave the till?",
+        "{spoken}: could you crunch that for me real quick?",
+        (
+            'Someone scribbled "{expression} = ?" on the whiteboard in the break room and nobody has '
+            "filled in the blank. Which number belongs there?"
+        ),
+        (
+            "Imagine an elevator of numbers: you board at {first}, and your instructions are to {steps}. "
+            "At which number do you get off?"
+        ),
+    ),
+    "words": (
+        'Hold "{word}" up to a mirror, so that its last letter leads and its first one trails. What do you read?',
+        "{word}, but back to front please",
+        (
+            "I'm making up names for a fantasy novel by spelling ordinary words from right to left. "
+            "Which name do I get out of '{word}'?"
+        ),
+        (
+            "Suppose a typewriter's carriage ran the wrong way and every letter of {word} landed in the "
+            "opposite order. What would be on the paper?"
+        ),
+        "Would you mind flipping the spelling for me, end to start? The word in question: {word}",
+    ),
+    "family": (
+        (
+            'At the reunion I got everybody mixed up, although my cousin did explain it: "{story}" So '
+            'when {b} introduces {a} to a friend, which word goes after "this is my"?'
+        ),
+        "Genealogy puzzle. {story} Relative to {b}, {a} is the what?",
+        (
+            "I need one label for my family tree poster: the one on the line that runs from {b} to {a}, "
+            "saying what {a} is to {b}. Here is everything I know. {story}"
+        ),
+        (
+            "{b} is drawing up a list of relatives and has reached {a}. Which kinship term should stand "
+            "beside that name, given the following? {story}"
+        ),
+        "Notes from the parish register:\n{lines}\nJudging by these, {b} may call {a} their what?",
+    ),
+    "sorting": (
+        "The raffle tickets {prose} got shuffled. Lay them out again {direction}, would you?",
+        (
+            "Queue up, numbers! The {first} goes to the front, the {last} to the very back, and the rest "
+            "fall in between accordingly: {commas}"
+        ),
+        "{semicolons} <- tidy this up so the values are in {order} order",
+        (
+            "I dropped my index cards, and now they read {spaces}. They ought to be steadily {change} "
+            "from one card to the next. How should the pile look?"
+        ),
+        (
+            "My playlist has these track lengths:\n{bullets}\nI'd like to hear them {direction}; in what "
+            "sequence do they come?"
+        ),
+    ),
+    "legs": (
+        (
+            "A very odd cobbler wants to make one shoe for every leg in the following party: {prose}. "
+            "How many shoes is that?"
+        ),
+        "{plus}. Tally up the legs, please!",
+        (
+            "Noah is checking his manifest ({colons}) and wonders how many legs are standing on deck "
+            "altogether. Can you help the poor man?"
+        ),
+        "If all the legs belonging to {prose} were lined up in a row, how long would the row be, counted in legs?",
+        "Inventory of my little zoo below. I'm only after the grand total of legs.\n{lines}",
+    ),
+    "equations": (
+        (
+            "There's a smudge on my homework where the value of {variable} used to be. All that's "
+            "legible is {equation}. What did the smudge cover?"
+        ),
+        '"{spoken}," mumbled the professor, and walked out without revealing {variable}. Reveal it for us.',
+        (
+            "I'm thinking of a secret number, let's name it {variable}. Whenever I {steps}, I wind up at "
+            "{right}. Unmask it!"
+        ),
+        "for which {variable} does {starred} hold true?",
+        "Pin down {variable} for me, would you? The only clue I've been handed is this: {equation}",
+    ),
+    "clock": (
+        (
+            "The babysitter rang the bell at {start} and left at {end} that same day. For what stretch "
+            "of time, in hours and minutes, do I owe her?"
+        ),
+        "{start} -> {end}, same day. Elapsed hours and minutes?",
+        (
+            "My parking ticket is stamped {start}, and the barrier let me out at {end} later that day. "
+            "Kindly work out my stay in hours and minutes."
+        ),
+        (
+            "By the time the bread came out of the oven it was {end}; I had begun kneading at {start} on "
+            "the very same day. How many hours and minutes did the whole affair swallow up?"
+        ),
+        (
+            "Say a stopwatch is set off when the clock strikes {start} and halted at {end}, with no "
+            "midnight in between. What will it show in hours and minutes?"
+        ),
+    ),
+    "filtering": (
+        (
+            "A bouncer with a strict door policy lets in only numbers {kept}. Waiting outside are "
+            "{prose}. Who makes it in?"
+        ),
+        "Given {brackets}, {do} the entries that are {which} and show me what's left.",
+        "x {sign} {limit} is my condition. Which x out of {semicolons} live up to it?",
+        (
+            "I've got too many house numbers on my delivery sheet, namely {commas}. My boss told me to "
+            "{do} those {which}. How does the sheet read afterwards?"
+        ),
+        (
+            "Pour these through a sieve that holds back nothing but values {kept}, and tell me what the "
+            "sieve catches: {spaces}"
+        ),
+    ),
+    "tastes": (
+        (
+            "I'm working on the seating plan and took some notes: {story} Remind me whose chair has to "
+            'be marked with "{asked}"?'
+        ),
+        "One of these people {asked}. Name that person! {story}",
+        '"{story}" That\'s what the gossip column had to say this morning. And who was it again that {asked}?',
+        (
+            "A gift card came without a name, saying merely that the recipient {asked}. Going by what "
+            "follows, to whom should I hand it? {story}"
+        ),
+        "Overheard at the office:\n{lines}\nHelp me out, which colleague {asked}?",
+    ),
+    "angles": (
+        (
+            "A carpenter is cutting a {shape} out of plywood and has already sawn corners of {degrees}. "
+            "How many degrees remain for the {last} corner?"
+        ),
+        "{signs} are taken. What's the leftover angle of this {shape}?",
+        (
+            "The protractor snapped after I had measured {count} of my {shape}'s angles, getting {prose} "
+            "degrees. Rescue me: what would it have said for the {last}?"
+        ),
+        "Every corner but one of a {shape} is known to me (in degrees: {commas}). Complete the set, please.",
+        (
+            "So there's this {shape} on a treasure map, the interior angles being {signs} plus one that "
+            "the pirates rubbed out. How large is the rubbed-out one?"
+        ),
     ),
 }

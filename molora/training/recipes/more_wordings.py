@@ -1,7 +1,7 @@
 """How the questions of the tasks beyond the demo's are put. Plain data, as in `wordings`."""
 
 from molora.training.recipes.choices import Choices
-from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS
+from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS, LATER_HELD_OUT_WORDINGS
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 MORE_WORDINGS: dict[str, Choices[str]] = {
@@ -69,6 +69,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["equations"],
         ),
         more_held_out=HELD_OUT_WORDINGS["equations"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["equations"],
     ),
     "clock": Choices(
         training=(
@@ -134,6 +135,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["clock"],
         ),
         more_held_out=HELD_OUT_WORDINGS["clock"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["clock"],
     ),
     "filtering": Choices(
         training=(
@@ -199,6 +201,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["filtering"],
         ),
         more_held_out=HELD_OUT_WORDINGS["filtering"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["filtering"],
     ),
     "tastes": Choices(
         training=(
@@ -264,6 +267,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["tastes"],
         ),
         more_held_out=HELD_OUT_WORDINGS["tastes"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["tastes"],
     ),
     "angles": Choices(
         training=(
@@ -329,5 +333,6 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["angles"],
         ),
         more_held_out=HELD_OUT_WORDINGS["angles"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["angles"],
     ),
 }

@@ -150,6 +150,35 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
         ),
         SurfaceForm(("Task A: ", "Task B: ", "Task C: "), ("A: ", "B: ", "C: ")),
     ),
+    later_held_out=(
+        SurfaceForm(
+            ("Before my coffee: ", "During my coffee: ", "After my coffee: "),
+            ("Before your coffee: ", "During your coffee: ", "After your coffee: "),
+            intro="Here is my brain teaser menu for this morning, {count} in all.\n",
+        ),
+        SurfaceForm(
+            ("To kick things off, ", "While you're at it, ", "And once that's out of the way, "),
+            _NONE,
+            gap=" ",
+            lower=True,
+        ),
+        SurfaceForm(
+            ("[from Mum] ", "[from Dad] ", "[from Grandma] "),
+            ("[to Mum] ", "[to Dad] ", "[to Grandma] "),
+            intro="My family has {count} questions for you, please reply to each of them:\n\n",
+            gap="\n\n",
+        ),
+        SurfaceForm(
+            ("### Riddle A\n", "### Riddle B\n", "### Riddle C\n"),
+            ("### Solution A\n", "### Solution B\n", "### Solution C\n"),
+            gap="\n\n",
+        ),
+        SurfaceForm(
+            ("Quick one: ", "Oh, and another: ", "Sorry, yet another: "),
+            ("The quick one: ", "The other: ", "And yet another: "),
+            gap=" ",
+        ),
+    ),
 )
 
 # In training only, at a question's start and end: a router must not take them for a task's.

@@ -7,7 +7,7 @@ how wordings become conversations is in `conversations`.
 import codecs
 
 from molora.training.recipes.choices import Choices
-from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS
+from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS, LATER_HELD_OUT_WORDINGS
 from molora.training.recipes.more_wordings import MORE_WORDINGS
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
@@ -77,6 +77,7 @@ WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["arithmetic"],
         ),
         more_held_out=HELD_OUT_WORDINGS["arithmetic"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["arithmetic"],
     ),
     "words": Choices(
         training=(
@@ -141,6 +142,7 @@ WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["words"],
         ),
         more_held_out=HELD_OUT_WORDINGS["words"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["words"],
     ),
     "family": Choices(
         training=(
@@ -205,6 +207,7 @@ WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["family"],
         ),
         more_held_out=HELD_OUT_WORDINGS["family"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["family"],
     ),
     "sorting": Choices(
         training=(
@@ -269,6 +272,7 @@ WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["sorting"],
         ),
         more_held_out=HELD_OUT_WORDINGS["sorting"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["sorting"],
     ),
     "legs": Choices(
         training=(
@@ -333,6 +337,7 @@ WORDINGS: dict[str, Choices[str]] = {
             *VARIED_WORDINGS["legs"],
         ),
         more_held_out=HELD_OUT_WORDINGS["legs"],
+        later_held_out=LATER_HELD_OUT_WORDINGS["legs"],
     ),
     **MORE_WORDINGS,
 }
