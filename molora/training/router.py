@@ -35,6 +35,7 @@ from molora.training.loss import Head, frozen_cross_entropy
 from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
 
+NUM_FIRST = 6  # tokens of an answer's part that count as its first ones
 MAX_GROUPS = 256  # of tokens that a router may practise on as newcomers
 MEAN_SHARE = 0.1  # of a batch, in the mean of a group's queries
 
@@ -45,8 +46,8 @@ class RouterLosses:
 
     Args:
         label: cross entropy against the domains of the data, a column each.
-        parts: the same on those tokens alone that write the first token of an answer or of a part of it: a few in a
-            conversation, where it is decided whose turn comes next.
+        parts: the same on those tokens alone that write the first six tokens of an answer or of a part of it: a few in
+            a conversation, where it is decided whose turn comes next, behind marks that may be new.
         token: the loss to be expected on the next token if base or an adapter were drawn by the router's probabilities,
             each acting from the activation point on; needs no labels, and a forward for each. A token of the question
             has what each loses in the answer.
@@ -464,10 +465,13 @@ class RouterTraining(FrozenBase):
 
 
 def _begin_parts(batch: Batch) -> Tensor:
-    """Whether a token [N] writes the first token of an answer, or of one of its parts."""
+    """Whether a token [N] writes one of the first `NUM_FIRST` tokens of an answer, or of one of its parts."""
     writes_N, domains_N = (batch.targets != IGNORE).flatten(), batch.domains.flatten()
-    goes_on_N = writes_N.roll(1) & (domains_N == domains_N.roll(1)) & (batch.position_ids.flatten() > 0)
-    return writes_N & ~goes_on_N
+    goes_on_N = writes_N & writes_N.roll(1) & (domains_N == domains_N.roll(1)) & (batch.position_ids.flatten() > 0)
+    found_N = writes_N & ~goes_on_N
+    for _ in range(NUM_FIRST - 1):
+        found_N = found_N | (found_N.roll(1) & goes_on_N)
+    return found_N
 
 
 def _neighbours(batch: Batch, active: Tensor) -> Tensor:

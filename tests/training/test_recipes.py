@@ -36,7 +36,7 @@ from molora.training.recipes import (
 )
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import ALTERNATIVES, Choices, Split, settle
-from molora.training.recipes.composed_marks import COUNTS, NAMES, ORDINALS, composed_marks
+from molora.training.recipes.composed_marks import COUNTS, LABELS, NAMES, ORDINALS, composed_marks
 from molora.training.recipes.conversations import Material
 from molora.training.recipes.documents import MAX_BODY_WORDS, Document, documents
 from molora.training.recipes.everyday import EVERYDAY
@@ -379,12 +379,12 @@ def test_composed_marks_have_every_name_and_count_and_none_that_is_held_out() ->
     assert len(set(composed)) == len(composed) > 300
     held_out = [SURFACE_FORMS[index] for index in SURFACE_FORMS.indices("held out")]
     kept = {mark for form in held_out for mark in (*form.marks, *form.reply_marks) if mark}
-    found = [{mark for marks in pair for mark in marks} for *pair, _ in composed]
+    found = [{*marks, *answers} for marks, answers, _, _ in composed]
     assert not [marks for marks in found if marks & kept]
     text = " ".join(mark for marks in found for mark in marks).lower()
-    words = {word.lower() for group in (*NAMES, *COUNTS, *ORDINALS) for word in group}
+    words = {word.lower() for group in (*NAMES, *COUNTS, *ORDINALS, *LABELS) for word in group}
     assert not {word for word in words if not re.search(rf"(?<!\w){word}(?!\w)", text)}
-    shares = Counter(("none" if not any(answers) else marks == answers) for marks, answers, _ in composed)
+    shares = Counter(("none" if not any(answers) else marks == answers) for marks, answers, _, _ in composed)
     assert all(count >= len(composed) // 6 for count in shares.values()), shares
 
 
@@ -461,8 +461,9 @@ def test_alternatives_leave_no_bracket_in_the_data(files: Files) -> None:
     for record in [record for records in files.values() for record in records if record["kind"] != "base"]:
         question = text_of(record["messages"][-2])
         assert "|" not in question
-        # But for a list of numbers in brackets, and the marks of one form.
-        assert not re.search(r"\[(?!\d+(, \d+)*\]|from \w+\])", question)
+        for mark in SURFACE_FORMS[record["wording"]].marks if record["kind"] == "composite" else ():
+            question = question.replace(mark, "") if mark else question
+        assert not re.search(r"\[(?!\d+(, \d+)*\])", question)  # but for a list of numbers in brackets
 
 
 def test_added_wordings_leave_the_indices_of_files_alone() -> None:

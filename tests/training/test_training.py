@@ -32,7 +32,7 @@ from molora.training.data import ChatData
 from molora.training.examples import encode, examples, read_records
 from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
-from molora.training.router import RouterLosses, RouterTraining, _begin_parts, _neighbours
+from molora.training.router import NUM_FIRST, RouterLosses, RouterTraining, _begin_parts, _neighbours
 from molora.training.router_report import router_statistics
 from molora.training.stack import StackedLinear
 from molora.training.trainer import Trainer
@@ -446,11 +446,21 @@ def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> N
 
 
 def test_parts_begin_where_an_answer_does_or_its_domain_changes() -> None:
-    positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 0, 1, 2]])
-    targets = torch.tensor([[-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]])
-    domains = torch.tensor([[2, 1, 1, 1, 2, 2, 2, 2, 2, -100]])
-    found = _begin_parts(SimpleNamespace(position_ids=positions, targets=targets, domains=domains))  # type: ignore[arg-type]
-    assert torch.nonzero(found).flatten().tolist() == [2, 4, 7, 9]
+    def found(positions: list[int], targets: list[int], domains: list[int]) -> list[int]:
+        fields = {"position_ids": positions, "targets": targets, "domains": domains}
+        batch = SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
+        return torch.nonzero(_begin_parts(batch)).flatten().tolist()  # type: ignore[arg-type]
+
+    written = [-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]
+    own = [2, 1, 1, 1, 2, 2, 2, 2, 2, -100]
+    assert found([0, 1, 2, 3, 4, 5, 6, 0, 1, 2], written, own) == [2, 3, 4, 5, 7, 8, 9]
+    length = 3 * NUM_FIRST
+    assert found([*range(length)], [-100, *[5] * (length - 1)], [1] * length) == [*range(1, 1 + NUM_FIRST)]
+    assert found([*range(length)], [5] * length, [1] * (NUM_FIRST + 2) + [2] * (2 * NUM_FIRST - 2)) == [
+        *range(NUM_FIRST),
+        *range(NUM_FIRST + 2, 2 * NUM_FIRST + 2),
+    ]
+    assert found([0, 1, 2, 0, 1, 2], [5] * 6, [1] * 6) == [*range(6)]  # two conversations
 
 
 def test_the_beginnings_of_parts_may_count_more() -> None:

@@ -132,7 +132,7 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
             _NONE,
             "[My teacher|My boss|A friend] [left me|gave me|sent] {count} [things to do|questions].\n",
         ),
-        *(SurfaceForm(marks, reply_marks, gap=gap) for marks, reply_marks, gap in composed_marks()),
+        *(SurfaceForm(*composed) for composed in composed_marks()),
     ),
     more_held_out=(
         SurfaceForm(
