@@ -26,7 +26,7 @@ MEASURES = {
     "label_switches_in_words": "the labels'",
 }  # of what a router does
 REFERENCES = ("auto", "given", "joint", "nine", "not removed", "given behind tasks")
-AUTHORS = ("the first author", "the second", "the third")
+AUTHORS = ("the first author", "the second author", "later authors")
 OTHER_KINDS = {
     "histories": "behind an earlier exchange",
     "turns": "behind one or two other tasks",
@@ -229,7 +229,7 @@ def _less(label: str, row: dict[str, Any]) -> str:
 
 
 def _group_place(group: str) -> tuple[bool, bool, str]:
-    return group.startswith("a form"), not group.endswith((" tasks", "first author")), group
+    return group.startswith("a form"), not group.endswith((" tasks", "the first author")), group
 
 
 def _place(label: str) -> tuple[int, str]:

@@ -36,7 +36,7 @@ from molora.training.recipes import (
 )
 from molora.training.recipes.__main__ import main
 from molora.training.recipes.choices import ALTERNATIVES, Choices, Split, settle
-from molora.training.recipes.composed_marks import COUNTS, LABELS, NAMES, ORDINALS, composed_marks
+from molora.training.recipes.composed_marks import COUNTS, INTROS, LABELS, NAMES, ORDINALS, PHRASES, composed_marks
 from molora.training.recipes.conversations import Material
 from molora.training.recipes.documents import MAX_BODY_WORDS, Document, documents
 from molora.training.recipes.everyday import EVERYDAY
@@ -376,16 +376,30 @@ def test_no_training_surface_form_is_nearly_a_held_out_one() -> None:
 
 def test_composed_marks_have_every_name_and_count_and_none_that_is_held_out() -> None:
     composed = list(composed_marks())
-    assert len(set(composed)) == len(composed) > 300
+    assert len(set(composed)) == len(composed) > 400
     held_out = [SURFACE_FORMS[index] for index in SURFACE_FORMS.indices("held out")]
     kept = {mark for form in held_out for mark in (*form.marks, *form.reply_marks) if mark}
     found = [{*marks, *answers} for marks, answers, _, _ in composed]
     assert not [marks for marks in found if marks & kept]
     text = " ".join(mark for marks in found for mark in marks).lower()
-    words = {word.lower() for group in (*NAMES, *COUNTS, *ORDINALS, *LABELS) for word in group}
+    words = {word.lower() for group in (*NAMES, *COUNTS, *ORDINALS, *LABELS, *PHRASES) for word in group}
     assert not {word for word in words if not re.search(rf"(?<!\w){word}(?!\w)", text)}
-    shares = Counter(("none" if not any(answers) else marks == answers) for marks, answers, _, _ in composed)
-    assert all(count >= len(composed) // 6 for count in shares.values()), shares
+
+
+def test_counts_intros_and_the_marks_of_answers_are_combined_freely() -> None:
+    kinds: dict[str, set[str]] = {}
+    intros: dict[str, set[str]] = {}
+    for marks, answers, intro, _ in composed_marks():
+        kind = "none" if not any(answers) else "the same" if marks == answers else "another"
+        intros.setdefault(kind, set()).add(intro)
+        is_named = any(asked in marks[0] for asked, answer in NAMES if asked != answer)
+        for counts in COUNTS if is_named else ():
+            if all(re.search(rf"(?<!\w){count}(?!\w)", mark) for count, mark in zip(counts, marks, strict=True)):
+                kinds.setdefault(counts[0], set()).add(kind)
+    assert all(found == {*INTROS} for found in intros.values())
+    assert {*kinds} == {counts[0] for counts in COUNTS}
+    assert all(len(found) >= 2 for found in kinds.values()), kinds
+    assert "another" in kinds["1"]
 
 
 def ratio(one: str, other: str) -> float:
@@ -467,12 +481,23 @@ def test_alternatives_leave_no_bracket_in_the_data(files: Files) -> None:
 
 
 def test_added_wordings_leave_the_indices_of_files_alone() -> None:
-    choices = Choices(("a", "b"), ("c",), ("d", "e"), ("f",), ("g", "h"))
-    assert [choices[index] for index in range(len(choices))] == [*"abcdefgh"]
-    assert choices.indices("train") == [0, 1, 3, 4]
+    choices = Choices(("a", "b"), ("c",), ("d", "e"), ("f",), ("g", "h"), ("i", "j", "k"))
+    assert [choices[index] for index in range(len(choices))] == [*"abcdefghijk"]
+    assert choices.indices("train") == [0, 1, 3, 4, 8, 9, 10]
     assert choices.indices("val") == [0, 1]
     assert choices.indices("held out") == [2, 5, 6, 7]
-    assert [choices.author(index) for index in range(len(choices))] == [0, 0, 0, 0, 0, 1, 2, 2]
+    assert [choices.author(index) for index in choices.indices("held out")] == [0, 1, 2, 2]
+    with pytest.raises(ValueError, match="8 is held out nowhere"):
+        choices.author(8)
+
+
+def test_half_of_what_is_drawn_in_training_is_composed() -> None:
+    choices, rng = Choices(("a", "b"), ("c",), ("d",), composed=(*"efghijklmn",)), Random(0)
+    drawn = Counter(choices[choices.draw("train", rng)] for _ in range(3000))
+    assert {*drawn} == {*"abdefghijklmn"}
+    assert 0.45 < sum(drawn[each] for each in "abd") / 3000 < 0.55
+    assert {choices[choices.draw("val", rng)] for _ in range(100)} == {"a", "b"}
+    assert {choices[choices.draw("held out", rng)] for _ in range(20)} == {"c"}
 
 
 def test_openers_and_closers_stand_in_training_only(files: Files) -> None:

@@ -9,6 +9,7 @@ from typing import Generic, Literal, TypeVar
 T = TypeVar("T")
 Split = Literal["train", "val", "held out"]
 
+COMPOSED_SHARE = 0.5  # of what is drawn in training where some of it is composed
 ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")
 
 
@@ -21,14 +22,15 @@ def settle(template: str, rng: Random) -> str:
 class Choices(Generic[T]):
     """Ways to say one thing.
 
-    An index counts through `training`, then `held_out`, then `more`, then `more_held_out`, then `later_held_out`.
+    An index counts through these groups in their order, so that what is added to the last leaves the others' alone.
 
     Attributes:
         training: for the training and the validation files.
         held_out: for the held-out files.
         more: for the training files alone, maybe with alternatives: see `settle`.
         more_held_out: for the held-out files; written by somebody who had not seen the others.
-        later_held_out: the same, by a third author, when what had been wrong of the others had shaped training's.
+        later_held_out: the same, by others still, when what had been wrong of the older ones had shaped training's.
+        composed: for the training files alone, put together by a program: many, and half of what is drawn.
     """
 
     training: tuple[T, ...]
@@ -36,6 +38,7 @@ class Choices(Generic[T]):
     more: tuple[T, ...] = ()
     more_held_out: tuple[T, ...] = ()
     later_held_out: tuple[T, ...] = ()
+    composed: tuple[T, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
@@ -45,19 +48,33 @@ class Choices(Generic[T]):
 
     def indices(self, split: Split) -> list[int]:
         """The indices of what a split may use."""
-        training, held_out, more, more_held_out, later_held_out = self._ranges
+        training, held_out, more, more_held_out, later_held_out, composed = self._ranges
         match split:
             case "train":
-                return [*training, *more]
+                return [*training, *more, *composed]
             case "val":
                 return [*training]
             case "held out":
                 return [*held_out, *more_held_out, *later_held_out]
 
+    def draw(self, split: Split, rng: Random) -> int:
+        """An index of what a split may use; where some of it is composed, it is one of these half of the time."""
+        indices, composed = self.indices(split), self._ranges[-1]
+        if split == "train" and composed:
+            return rng.choice(composed if rng.random() < COMPOSED_SHARE else indices[: -len(composed)])
+        return rng.choice(indices)
+
     def author(self, index: int) -> int:
-        """Who wrote what is held out: 0 the first author, who also wrote what training shows, then 1 and 2."""
-        *_, second, third = self._ranges
-        return 2 if index in third else int(index in second)
+        """Who wrote what is held out: 0 the first author, who wrote what training shows, too, 1 the next, 2 later ones.
+
+        Raises:
+            ValueError: it is not held out.
+        """
+        _, held_out, _, *others, _ = self._ranges
+        for author, own in enumerate((held_out, *others)):
+            if index in own:
+                return author
+        raise ValueError(f"{index} is held out nowhere.")
 
     @property
     def _ranges(self) -> list[range]:
@@ -66,4 +83,4 @@ class Choices(Generic[T]):
 
     @property
     def _groups(self) -> tuple[tuple[T, ...], ...]:
-        return self.training, self.held_out, self.more, self.more_held_out, self.later_held_out
+        return self.training, self.held_out, self.more, self.more_held_out, self.later_held_out, self.composed

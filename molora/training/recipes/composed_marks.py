@@ -6,21 +6,21 @@ base model. Here the names, some of which remind of one task, stand before all o
 
 from collections.abc import Iterator
 from itertools import product
+from random import Random
 
 Marks = tuple[str, str, str]
 
 STRIDE, LABEL_STRIDE = 7, 2  # of the combinations that are taken: all names, counts, labels and styles are among them
-NONE = ("", "", "")
 GAPS = ("\n", "\n\n", " ")
 
+DIGITS: tuple[Marks, ...] = (("1", "2", "3"), ("01", "02", "03"))
 COUNTS: tuple[Marks, ...] = (
-    ("1", "2", "3"),
+    *DIGITS,
     ("A", "B", "C"),
     ("I", "II", "III"),
     ("one", "two", "three"),
     ("a", "b", "c"),
     ("One", "Two", "Three"),
-    ("01", "02", "03"),
     ("x", "y", "z"),
 )
 ORDINALS: tuple[Marks, ...] = (
@@ -60,7 +60,7 @@ NAMES: tuple[tuple[str, str], ...] = (
 )
 LETTERS = (("P", "S"), ("T", "U"), ("E", "E"), ("K", "R"), ("X", "Y"), ("N", "N"), ("W", "V"))
 
-# What else tells three tasks apart.
+# What else tells three tasks apart: names of things and people.
 LABELS: tuple[Marks, ...] = (
     ("red", "green", "blue"),
     ("Monday", "Tuesday", "Wednesday"),
@@ -68,8 +68,6 @@ LABELS: tuple[Marks, ...] = (
     ("the boss", "the clerk", "the guard"),
     ("kitchen", "garden", "cellar"),
     ("Paris", "Cairo", "Lima"),
-    ("easy", "harder", "hardest"),
-    ("now", "later", "tonight"),
     ("cat", "dog", "horse"),
     ("apples", "pears", "plums"),
     ("left", "middle", "right"),
@@ -77,24 +75,29 @@ LABELS: tuple[Marks, ...] = (
     ("starter", "main course", "dessert"),
     ("gold", "silver", "bronze"),
     ("alpha", "beta", "gamma"),
-    ("at nine", "at noon", "at six"),
-    ("small", "medium", "large"),
     ("spring", "summer", "autumn"),
     ("team one", "team two", "team three"),
     ("maths", "English", "the rest"),
-    ("urgent", "less urgent", "whenever"),
-    ("in the bus", "at my desk", "on the sofa"),
-    ("for the quiz", "for the club", "for fun"),
     ("top shelf", "middle shelf", "bottom shelf"),
 )
 
+PHRASES: tuple[Marks, ...] = (
+    ("at nine", "at noon", "at six"),
+    ("in the bus", "at my desk", "on the sofa"),
+    ("for the quiz", "for the club", "for fun"),
+    ("now", "later", "tonight"),
+    ("urgent", "less urgent", "whenever"),
+    ("easy", "harder", "hardest"),
+    ("small", "medium", "large"),
+)
+
 BARE_STYLES = (
-    *("{n} - ", "«{n}» ", "<{n}> ", "= {n} = ", "__{n}__ ", "{n}/ ", "{n}.) ", "~{n}~ ", "No {n}: "),
+    *("{n} ~ ", "«{n}» ", "<{n}> ", "== {n} ==\n", "__{n}__ ", "{n}/ ", "{n}.) ", "~{n}~ ", "No {n}: "),
     "/{n}/\n",
 )
 LETTER_STYLES = ("{name}{n}: ", "{name}{n}) ", "{name}{n}. ", "({name}{n}) ", "{name}-{n}: ")
 NAMED_STYLES = (
-    *("{name} {n}: ", "{name} {n}. ", "{name} {n} - ", "{name} ({n}): ", "{n}. {name}: ", "*{name} {n}* "),
+    *("{name} {n}: ", "{name} {n}. ", "{name} {n} => ", "{name} ({n}): ", "{n}. {name}: ", "*{name} {n}* "),
     "{name} {n}\n",
 )
 ORDINAL_STYLES = (
@@ -103,23 +106,26 @@ ORDINAL_STYLES = (
 )
 
 
-# Of what is asked, and of its answer.
-LABEL_STYLES = (
+# Before what is asked, and before its answer.
+PHRASE_STYLES = (
     ("{n}: ", "{n}: "),
     ("[{n}] ", "[{n}] "),
     ("({n}) ", "({n}) "),
     ("<{n}> ", "</{n}> "),
-    ("{n} - ", "{n} - "),
+    ("{n} -- ", "{n} -- "),
     ("# {n}\n", "# {n}\n"),
     ("**{n}**\n", "**{n}**\n"),
+    ("{n} (please): ", "{n} (done): "),
+    ("{n}\n", ""),
+    ("{n}... ", ""),
+)
+LABEL_STYLES = (
+    *PHRASE_STYLES,
     ("{n} asks: ", "to {n}: "),
     ("this is for {n}: ", "for {n}: "),
-    ("{n} (please): ", "{n} (done): "),
     ("{n}, here goes. ", "{n}, here it is. "),
     ("what about {n}? ", "about {n}: "),
     ("{n} question: ", "{n} answer: "),
-    ("{n}\n", ""),
-    ("{n}... ", ""),
 )
 INTROS = (
     "",
@@ -132,24 +138,26 @@ INTROS = (
 def composed_marks() -> Iterator[tuple[Marks, Marks, str, str]]:
     """Marks of the tasks and of their answers, what stands before all of it, and what between two tasks.
 
-    Half of the answers to what is counted have the names of answers, a quarter those of what is asked, and a quarter
-    has no marks.
+    By chance, but always the same: half of the answers to what is counted have the names of answers, a quarter those of
+    what is asked, and a quarter has no marks.
     """
+    rng = Random("composed marks")
     counted = [
         *((style, ("", ""), counts) for style, counts in product(BARE_STYLES, COUNTS)),
-        *product(LETTER_STYLES, LETTERS, COUNTS[::3]),
+        *product(LETTER_STYLES, LETTERS, DIGITS),
         *product(NAMED_STYLES, NAMES, COUNTS),
         *product(ORDINAL_STYLES, [(asked.lower(), answered.lower()) for asked, answered in NAMES], ORDINALS),
     ][::STRIDE]
+    labelled = [*product(LABELS, LABEL_STYLES), *product(PHRASES, PHRASE_STYLES)][::LABEL_STRIDE]
     found = []
-    for number, (style, (asked, answered), counts) in enumerate(counted):
+    for style, (asked, answered), counts in counted:
         marks, answers = _marks(style, counts, asked), _marks(style, counts, answered)
-        found.append((marks, (answers, answers, marks, NONE)[number % 4]))
-    for labels, (style, answer_style) in [*product(LABELS, LABEL_STYLES)][::LABEL_STRIDE]:
+        found.append((marks, rng.choice((answers, answers, marks, ("", "", "")))))
+    for labels, (style, answer_style) in labelled:
         found.append((_marks(style, labels), _marks(answer_style, labels)))
-    for number, (marks, answers) in enumerate(found):
-        gap = "\n" if marks[0].endswith("\n") else GAPS[number % len(GAPS)]
-        yield marks, answers, INTROS[number % len(INTROS)], gap
+    for marks, answers in found:
+        gap = "\n" if marks[0].endswith("\n") else rng.choice(GAPS)
+        yield marks, answers, rng.choice(INTROS), gap
 
 
 def _marks(style: str, counts: Marks, name: str = "") -> Marks:

@@ -113,7 +113,7 @@ class Material:
 
     def composite(self, domains: Sequence[str], *, history: Sequence[Earlier] = ()) -> Record:
         """Two or three tasks in one message, answered in order in one reply."""
-        wording = self.rng.choice(SURFACE_FORMS.indices(self.split))
+        wording = SURFACE_FORMS.draw(self.split, self.rng)
         form = SURFACE_FORMS[wording]
         intro = settle(form.intro, self.rng).format(count=("two", "three")[len(domains) - 2])
         items = [next(self.items[domain]) for domain in domains]
@@ -251,4 +251,4 @@ def _exchange(question: str | list[Part], answer: str | list[Part]) -> list[Mess
 
 def _lower_first(template: str) -> str:
     """Lower the first letter, but not that of "I" or of a fact."""
-    return template if template.startswith(("{", "I ")) else template[0].lower() + template[1:]
+    return template if template.startswith(("{", "I ", "I'")) else template[0].lower() + template[1:]

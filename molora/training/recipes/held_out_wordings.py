@@ -1,4 +1,4 @@
-"""More wordings for the held-out files alone, of two authors who had seen the tasks and their facts, and no wording.
+"""More wordings for the held-out files alone, of authors who had seen the tasks and their facts, and no other wording.
 
 Plain data, which `wordings` and `more_wordings` take up; what came too close to a wording of training was left out.
 """
@@ -101,7 +101,7 @@ HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# By the third author, who came when training had been changed by what was wrong of the others.
+# By later authors, who came when training had been changed by what was wrong of the others.
 LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     "arithmetic": (
         (
@@ -120,8 +120,8 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
         ),
     ),
     "words": (
-        'Hold "{word}" up to a mirror, so that its last letter leads and its first one trails. What do you read?',
-        "{word}, but back to front please",
+        "If the letters of {word} marched past me last one first, what would I end up reading?",
+        'Start at the tail end of "{word}" and type it out letter by letter until you get to its beginning.',
         (
             "I'm making up names for a fantasy novel by spelling ordinary words from right to left. "
             "Which name do I get out of '{word}'?"
@@ -156,8 +156,8 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
         ),
         "{semicolons} <- tidy this up so the values are in {order} order",
         (
-            "I dropped my index cards, and now they read {spaces}. They ought to be steadily {change} "
-            "from one card to the next. How should the pile look?"
+            "These raffle tickets got shuffled: {semicolons}. Lay them out again {direction}, and if a "
+            "number turns up more than once, let it turn up just as often in your row."
         ),
         (
             "My playlist has these track lengths:\n{bullets}\nI'd like to hear them {direction}; in what "
@@ -166,13 +166,13 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
     "legs": (
         (
-            "A very odd cobbler wants to make one shoe for every leg in the following party: {prose}. "
-            "How many shoes is that?"
+            "Our farm-sim save currently holds {commas}, and the feed screen wants a leg count for the "
+            "whole lot; what number goes there?"
         ),
         "{plus}. Tally up the legs, please!",
         (
-            "Noah is checking his manifest ({colons}) and wonders how many legs are standing on deck "
-            "altogether. Can you help the poor man?"
+            "A ferryman is checking his manifest ({colons}) and wonders how many legs are standing on "
+            "deck altogether. Can you help the poor man?"
         ),
         "If all the legs belonging to {prose} were lined up in a row, how long would the row be, counted in legs?",
         "Inventory of my little zoo below. I'm only after the grand total of legs.\n{lines}",
@@ -187,7 +187,10 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
             "I'm thinking of a secret number, let's name it {variable}. Whenever I {steps}, I wind up at "
             "{right}. Unmask it!"
         ),
-        "for which {variable} does {starred} hold true?",
+        (
+            "My tutor scribbled {starred} in the margin and left before telling me which number "
+            "{variable} stands for, so which is it?"
+        ),
         "Pin down {variable} for me, would you? The only clue I've been handed is this: {equation}",
     ),
     "clock": (
@@ -220,17 +223,14 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
             "I've got too many house numbers on my delivery sheet, namely {commas}. My boss told me to "
             "{do} those {which}. How does the sheet read afterwards?"
         ),
-        (
-            "Pour these through a sieve that holds back nothing but values {kept}, and tell me what the "
-            "sieve catches: {spaces}"
-        ),
+        "Out of {prose}, I only have use for the numbers that are {kept}, so list those for me in the order they came.",
     ),
     "tastes": (
         (
             "I'm working on the seating plan and took some notes: {story} Remind me whose chair has to "
             'be marked with "{asked}"?'
         ),
-        "One of these people {asked}. Name that person! {story}",
+        'I\'m putting together place cards and jotted this down: {story} Whose card should carry the note "{asked}"?',
         '"{story}" That\'s what the gossip column had to say this morning. And who was it again that {asked}?',
         (
             "A gift card came without a name, saying merely that the recipient {asked}. Going by what "
@@ -248,7 +248,10 @@ LATER_HELD_OUT_WORDINGS: dict[str, tuple[str, ...]] = {
             "The protractor snapped after I had measured {count} of my {shape}'s angles, getting {prose} "
             "degrees. Rescue me: what would it have said for the {last}?"
         ),
-        "Every corner but one of a {shape} is known to me (in degrees: {commas}). Complete the set, please.",
+        (
+            "One corner of my {shape} sketch got smudged and all I can still read at the other corners "
+            "is {signs}; how many degrees belong under the smudge?"
+        ),
         (
             "So there's this {shape} on a treasure map, the interior angles being {signs} plus one that "
             "the pirates rubbed out. How large is the rubbed-out one?"

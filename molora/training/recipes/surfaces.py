@@ -132,7 +132,6 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
             _NONE,
             "[My teacher|My boss|A friend] [left me|gave me|sent] {count} [things to do|questions].\n",
         ),
-        *(SurfaceForm(*composed) for composed in composed_marks()),
     ),
     more_held_out=(
         SurfaceForm(
@@ -152,33 +151,39 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
     ),
     later_held_out=(
         SurfaceForm(
-            ("Before my coffee: ", "During my coffee: ", "After my coffee: "),
-            ("Before your coffee: ", "During your coffee: ", "After your coffee: "),
-            intro="Here is my brain teaser menu for this morning, {count} in all.\n",
+            ("Quick one first: ", "Next up: ", "And then: "),
+            _NONE,
         ),
         SurfaceForm(
-            ("To kick things off, ", "While you're at it, ", "And once that's out of the way, "),
+            ("To begin with, ", "While you're at it, ", "And before I forget, "),
             _NONE,
             gap=" ",
             lower=True,
         ),
         SurfaceForm(
-            ("[from Mum] ", "[from Dad] ", "[from Grandma] "),
-            ("[to Mum] ", "[to Dad] ", "[to Grandma] "),
-            intro="My family has {count} questions for you, please reply to each of them:\n\n",
+            _NONE,
+            _NONE,
+            intro="I've got {count} unrelated things here, just the answers please.\n\n",
             gap="\n\n",
         ),
         SurfaceForm(
-            ("### Riddle A\n", "### Riddle B\n", "### Riddle C\n"),
-            ("### Solution A\n", "### Solution B\n", "### Solution C\n"),
+            ("[a] ", "[b] ", "[c] "),
+            ("[a] ", "[b] ", "[c] "),
+        ),
+        SurfaceForm(
+            ("Task one\n", "Task two\n", "Task three\n"),
+            ("Task one: ", "Task two: ", "Task three: "),
+            intro="Please work through these {count} tasks:\n\n",
             gap="\n\n",
         ),
         SurfaceForm(
-            ("Quick one: ", "Oh, and another: ", "Sorry, yet another: "),
-            ("The quick one: ", "The other: ", "And yet another: "),
+            ("The first thing I need: ", "The second: ", "The third: "),
+            ("For the first: ", "For the second: ", "For the third: "),
+            intro="Could you help me with {count} little things? ",
             gap=" ",
         ),
     ),
+    composed=tuple(SurfaceForm(*each) for each in composed_marks()),
 )
 
 # In training only, at a question's start and end: a router must not take them for a task's.
