@@ -29,7 +29,7 @@ from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage
 ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
-LABELS = {"label": 1.0, "parts": 0.3, "given": 1.0, "drift": 0.03, "z": 1e-4}
+LABELS = {"label": 1.0, "parts": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
 ROUTERS: dict[str, dict[str, Any]] = {
     "bank": {"losses": LABELS},
     "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
