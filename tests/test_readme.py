@@ -199,6 +199,14 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     half = json.loads((REPOSITORY / "benchmarks/results/variants/1200-steps.json").read_text())["rows"]
     assert f"{values(half, 'auto')}, routes given {values(half, 'given')}" in design
     assert f"the router had {values(half, 'auto')}" in words
+    wide = json.loads((REPOSITORY / "benchmarks/results/variants/rank-32.json").read_text())["rows"]
+    auto, given, joint = (values(wide, label) for label in ("auto", "given", "joint"))
+    assert f"it is at {auto}, the right adapters are at {given}, and the joint LoRA at {joint}." in words
+    assert (
+        f"routes given are at {given}, the learned router at {auto}, its top-2 gates at {values(wide, 'top-2')}"
+        in design
+    )
+    assert f"eight times the rank at {joint}." in design
 
 
 def test_the_perplexities_are_what_was_measured() -> None:
