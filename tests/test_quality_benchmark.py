@@ -28,6 +28,7 @@ from molora.training.recipes import TASKS, Item, build
 from molora.training.recipes.build import RESERVED
 from molora.training.recipes.documents import Document
 from molora.training.recipes.surfaces import SURFACE_FORMS
+from molora.training.recipes.wordings import WORDINGS
 
 REPOSITORY = Path(__file__).parents[1]
 DOMAINS = ["arithmetic", "words", "legs"]
@@ -240,7 +241,7 @@ def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     )
     for file in (bank, items, others):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text('{"domain": "words", "wording": 0}\n')
+        file.write_text(json.dumps({"domain": "words", "wording": WORDINGS["words"].indices("held out")[0]}) + "\n")
     here, score = rows.Measurement(args), {"accuracy": 1.0, "by_domain": {"words": 1.0}, "by_item": "1"}
 
     def write(label: str) -> None:

@@ -487,7 +487,7 @@ def test_added_wordings_leave_the_indices_of_files_alone() -> None:
     assert choices.indices("val") == [0, 1]
     assert choices.indices("held out") == [2, 5, 6, 7]
     assert [choices.author(index) for index in choices.indices("held out")] == [0, 1, 2, 2]
-    with pytest.raises(ValueError, match="8 is held out nowhere"):
+    with pytest.raises(ValueError, match="index 8 is of nothing"):
         choices.author(8)
 
 

@@ -74,7 +74,7 @@ class Choices(Generic[T]):
         for author, own in enumerate((held_out, *others)):
             if index in own:
                 return author
-        raise ValueError(f"{index} is held out nowhere.")
+        raise ValueError(f"index {index} is of nothing that is held out.")
 
     @property
     def _ranges(self) -> list[range]:
