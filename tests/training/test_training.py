@@ -448,8 +448,8 @@ def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> N
 def test_parts_begin_where_an_answer_does_or_its_domain_changes() -> None:
     def found(positions: list[int], targets: list[int], domains: list[int]) -> list[int]:
         fields = {"position_ids": positions, "targets": targets, "domains": domains}
-        batch = SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
-        return torch.nonzero(_begin_parts(batch)).flatten().tolist()  # type: ignore[arg-type]
+        batch: Any = SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
+        return torch.nonzero(_begin_parts(batch)).flatten().tolist()
 
     written = [-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]
     own = [2, 1, 1, 1, 2, 2, 2, 2, 2, -100]

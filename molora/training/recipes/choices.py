@@ -59,10 +59,10 @@ class Choices(Generic[T]):
 
     def draw(self, split: Split, rng: Random) -> int:
         """An index of what a split may use; where some of it is composed, it is one of these half of the time."""
-        indices, composed = self.indices(split), self._ranges[-1]
-        if split == "train" and composed:
-            return rng.choice(composed if rng.random() < COMPOSED_SHARE else indices[: -len(composed)])
-        return rng.choice(indices)
+        *_, composed = self._ranges
+        if split == "train" and composed and rng.random() < COMPOSED_SHARE:
+            return rng.choice(composed)
+        return rng.choice([index for index in self.indices(split) if index not in composed])
 
     def author(self, index: int) -> int:
         """Who wrote what is held out: 0 the first author, who wrote what training shows, too, 1 the next, 2 later ones.
