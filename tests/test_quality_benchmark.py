@@ -127,7 +127,8 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         "tuned",
         "nine",
     }
-    assert result["routes"]["composites"]["steady"]["neighbours_in_words"] > 0
+    steady = result["routes"]["composites"]["steady"]
+    assert steady["neighbours_in_words"] > steady["neighbours_in_written_words"] > 0
     assert "| xlora | 0.000 (1 items)" in out.with_suffix(".md").read_text()
     for file in (work / "rows" / "seed-0").iterdir():
         files = json.loads(file.read_text())["of"]["files"]

@@ -24,6 +24,7 @@ MEASURES = {
     "label_switch_rate": "the labels'",
     "switches_in_words": "inside words",
     "label_switches_in_words": "the labels'",
+    "switches_in_written_words": "inside written words",
 }  # of what a router does
 REFERENCES = ("auto", "given", "joint", "nine", "not removed", "given behind tasks")
 AUTHORS = ("the first author", "the second author", "later authors")
@@ -146,7 +147,7 @@ def mean_by_domain(found: Sequence[dict[str, float]]) -> dict[str, float]:
 
 def _mean_routes(found: Sequence[dict[str, Any]]) -> dict[str, float]:
     """The mean over seeds of what a router does on the items' labelled tokens."""
-    wanted = ("num_tokens", "neighbours_in_words", *MEASURES)
+    wanted = ("num_tokens", "neighbours_in_words", "neighbours_in_written_words", *MEASURES)
     return {"num_seeds": len(found)} | {name: statistics.fmean(each[name] for each in found) for name in wanted}
 
 
@@ -198,9 +199,10 @@ def markdown(result: dict[str, Any]) -> str:
             cells = [f"{each[group]:.3f}" if group in each else "" for group in groups]
             lines.append(f"| {label} | {' | '.join(cells)} |")
     for kind, found in result["routes"].items():
-        lines += ["", f"| routes of {kind} | {' | '.join(MEASURES.values())} |", "| --- " * (len(MEASURES) + 1) + "|"]
+        measures = {name: title for name, title in MEASURES.items() if all(name in row for row in found.values())}
+        lines += ["", f"| routes of {kind} | {' | '.join(measures.values())} |", "| --- " * (len(measures) + 1) + "|"]
         lines += [
-            f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in MEASURES)} |" for label, row in found.items()
+            f"| {label} | {' | '.join(f'{row[name]:.4g}' for name in measures)} |" for label, row in found.items()
         ]
     for kind, title in OTHER_KINDS.items():
         if found := result["rows"].get(kind):

@@ -30,7 +30,7 @@ def draw(statistics: RouterStatistics, names: Sequence[str]) -> dict[str, Figure
     figures = {"load": load(statistics, names), "entropy": entropy(statistics)}
     if statistics.num_labelled:
         figures |= {"confusion": confusion(statistics, names), "calibration": calibration(statistics)}
-    if statistics.switches_24[0, 0]:
+    if statistics.switches_34[0, 0]:
         figures["switches"] = switches(statistics)
     return figures
 
@@ -126,8 +126,8 @@ def entropy(statistics: RouterStatistics) -> Figure:
 
 def switches(statistics: RouterStatistics) -> Figure:
     """How often neighbouring tokens have other routes, beside how often they have other labels."""
-    kinds = ("all neighbours", "inside a word\nor a number")
-    rows = {f"{kind}\n({row[0]:,})": row for kind, row in zip(kinds, statistics.switches_24.tolist(), strict=True)}
+    kinds = ("all neighbours", "inside a word\nor a number", "inside one that\nis written")
+    rows = {f"{kind}\n({row[0]:,})": row for kind, row in zip(kinds, statistics.switches_34.tolist(), strict=True)}
     names = [name for name, (pairs, *_) in rows.items() if pairs]
     router, labels = ([rows[name][column + 1] / max(1, rows[name][column]) for name in names] for column in (0, 2))
     figure, axes = _figure(6.4, 1.7 + 0.7 * len(names))

@@ -72,6 +72,7 @@ def router_statistics(m: MoLoRA, examples: Sequence[Example], starts: Sequence[i
             labels_T.to(device),
             torch.arange(len(labels_T), device=device),
             torch.tensor(go_on(token_texts(example.token_ids, m.tokenizer)), device=device),
+            written_N=torch.tensor(example.learned, device=device),
         )
     return statistics
 

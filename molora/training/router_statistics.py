@@ -31,8 +31,9 @@ class RouterStatistics:
         confidence_B: float32, sums of their confidence.
         entropy_H: int64, tokens by the entropy of their probabilities, in equal bins from 0 to `max_entropy`.
         entropy: float32, sum of the entropies in nats.
-        switches_24: int64, neighbours, those where the route changes, those where both have a label, and those of them
-            where it changes: of all tokens (row 0), and inside a word or a number (row 1).
+        switches_34: int64, neighbours, those where the route changes, those where both have a label, and those of them
+            where it changes: of all tokens (row 0), inside a word or a number (row 1), and inside one that the model
+            writes (row 2).
     """
 
     confusion_CC: Tensor
@@ -42,7 +43,7 @@ class RouterStatistics:
     confidence_B: Tensor
     entropy_H: Tensor
     entropy: Tensor
-    switches_24: Tensor
+    switches_34: Tensor
 
     @classmethod
     def zeros(cls, num_columns: int, device: torch.device | None = None) -> RouterStatistics:
@@ -57,6 +58,7 @@ class RouterStatistics:
         positions_N: Tensor,
         goes_on_N: Tensor | None = None,
         counted_N: Tensor | None = None,
+        written_N: Tensor | None = None,
     ) -> RouterStatistics:
         """
         Args:
@@ -65,6 +67,7 @@ class RouterStatistics:
             positions_N: count from 0 in each conversation.
             goes_on_N: bool, whether a token goes on with the word or number of the one before; None is nowhere.
             counted_N: bool, whether a token counts; None is where it has a label.
+            written_N: bool, whether the model writes the token, rather than read it; None is nowhere.
         """
         num_columns = logits_NC.shape[-1]
         counted_N = labels_N >= 0 if counted_N is None else counted_N
@@ -87,7 +90,7 @@ class RouterStatistics:
                 _bins(entropy_N / max_entropy(num_columns), NUM_ENTROPY_BINS), counted_N.long(), NUM_ENTROPY_BINS
             ),
             entropy=(counted_N * entropy_N).sum(),
-            switches_24=_switches(routes_N, labels_N, positions_N, counted_N, goes_on_N),
+            switches_34=_switches(routes_N, labels_N, positions_N, counted_N, goes_on_N, written_N),
         )
 
     def __add__(self, other: RouterStatistics) -> RouterStatistics:
@@ -145,12 +148,12 @@ class RouterStatistics:
         return self._rate(2)
 
     def _rate(self, column: int) -> float:
-        num_pairs, num_switches = self.switches_24[0, column : column + 2].tolist()
+        num_pairs, num_switches = self.switches_34[0, column : column + 2].tolist()
         return float(num_switches / max(1, num_pairs))
 
     def to_json(self, names: Sequence[str]) -> dict[str, Any]:
         """The figures, with the columns' names."""
-        num_inside, inside, _, label_inside = self.switches_24[1].tolist()
+        (num_inside, inside, _, label_inside), (num_written, written, *_) = self.switches_34[1:].tolist()
         return {
             "num_tokens": self.num_tokens,
             "accuracy": self.accuracy,
@@ -161,6 +164,8 @@ class RouterStatistics:
             "neighbours_in_words": num_inside,
             "switches_in_words": inside,
             "label_switches_in_words": label_inside,
+            "neighbours_in_written_words": num_written,
+            "switches_in_written_words": written,
             "load": dict(zip(names, self.load, strict=True)),
             "columns": list(names),
             "confusion": self.confusion_CC.tolist(),
@@ -182,11 +187,19 @@ def _sums(index_N: Tensor, values_N: Tensor, size: int) -> Tensor:
 
 
 def _switches(
-    routes_N: Tensor, labels_N: Tensor, positions_N: Tensor, counted_N: Tensor, goes_on_N: Tensor | None
+    routes_N: Tensor,
+    labels_N: Tensor,
+    positions_N: Tensor,
+    counted_N: Tensor,
+    goes_on_N: Tensor | None,
+    written_N: Tensor | None,
 ) -> Tensor:
     pairs_N = counted_N[1:] & counted_N[:-1] & (positions_N[1:] > 0)
     labelled_N = pairs_N & (labels_N[1:] >= 0) & (labels_N[:-1] >= 0)
     switched_N, relabelled_N = (each[1:] != each[:-1] for each in (routes_N, labels_N))
     changed_N4 = torch.stack([pairs_N, pairs_N & switched_N, labelled_N, labelled_N & relabelled_N], -1)
-    inside_N = torch.zeros_like(pairs_N) if goes_on_N is None else goes_on_N[1:]
-    return torch.stack([changed_N4.sum(0), (changed_N4 & inside_N[:, None]).sum(0)])
+    nowhere_N = torch.zeros_like(pairs_N)
+    inside_N = nowhere_N if goes_on_N is None else goes_on_N[1:]
+    written_N = nowhere_N if written_N is None else written_N[1:] & written_N[:-1]
+    kinds_N3 = torch.stack([~nowhere_N, inside_N, inside_N & written_N], -1)
+    return (kinds_N3[:, :, None] & changed_N4[:, None]).sum(0)

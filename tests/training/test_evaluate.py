@@ -146,7 +146,7 @@ def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn",
     measure_bank(m, str(data), out, ways=["base", "auto"], max_new_tokens=8)
     columns = ["base", "words", "legs"]
     confusion = [[0] * 3 for _ in columns]
-    switches = inside = num_inside = num_neighbours = label_switches = label_inside = 0
+    switches = inside = num_inside = num_neighbours = label_switches = label_inside = num_written = written = 0
     for record in records():
         example = encode(record, m.tokenizer)
         with torch.inference_mode():
@@ -167,6 +167,9 @@ def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn",
                 inside += goes_on and routes[t] != routes[t - 1]
                 label_switches += label != before
                 label_inside += goes_on and label != before
+                is_written = goes_on and example.learned[t - 1] and example.learned[t]
+                num_written += is_written
+                written += is_written and routes[t] != routes[t - 1]
     num_tokens = sum(map(sum, confusion))
     router = json.loads(out.read_text())["router"]
     assert router["columns"] == columns
@@ -179,7 +182,9 @@ def test_the_router_is_measured_and_drawn(m: MoLoRA, activation: Literal["turn",
     assert [router[f"{kind}_in_words"] for kind in ("neighbours", "switches", "label_switches")] == [
         *(num_inside, inside, label_inside)
     ]
-    assert 0 < inside < num_inside < num_neighbours
+    assert [router[f"{kind}_in_written_words"] for kind in ("neighbours", "switches")] == [num_written, written]
+    assert 0 < written < num_written < num_inside < num_neighbours
+    assert inside < num_inside
     assert 0 < router["ece"] < 1
     assert 0 < router["entropy"] < math.log(3)
     folder = tmp_path / "figures.json.plots"

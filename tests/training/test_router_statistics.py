@@ -29,9 +29,10 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> None:
     logits, labels, positions, inside = batch
-    got = RouterStatistics.of(logits, labels, positions, inside)
+    written = torch.arange(len(labels)) % 4 > 0
+    got = RouterStatistics.of(logits, labels, positions, inside, written_N=written)
     confusion, counts, right, entropies = Counter[tuple[int, int]](), Counter[int](), Counter[int](), Counter[int]()
-    switches, sure, total = [[0, 0, 0, 0], [0, 0, 0, 0]], Counter[int](), 0.0
+    switches, sure, total = [[0] * 4 for _ in range(3)], Counter[int](), 0.0
     for t in range(len(labels)):
         if labels[t] < 0:
             continue
@@ -47,7 +48,8 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
         total += entropy
         if positions[t] > 0 and labels[t - 1] >= 0:
             before = int(logits[t - 1].argmax())
-            for row in switches[: 1 + bool(inside[t])]:
+            is_written = bool(written[t] and written[t - 1])
+            for row in switches[: 1 + bool(inside[t]) * (1 + is_written)]:
                 row[0] += 1
                 row[1] += before != route
                 row[2] += 1
@@ -59,8 +61,8 @@ def test_the_statistics_are_those_of_a_loop(batch: tuple[torch.Tensor, ...]) -> 
     assert got.confidence_B.tolist() == pytest.approx([sure[b] for b in range(NUM_BINS)], rel=1e-4)
     assert got.entropy_H.tolist() == [entropies[h] for h in range(NUM_ENTROPY_BINS)]
     assert float(got.entropy) == pytest.approx(total, rel=1e-4)
-    assert got.switches_24.tolist() == switches
-    assert 0 < switches[1][0] < switches[0][0]
+    assert got.switches_34.tolist() == switches
+    assert 0 < switches[2][0] < switches[1][0] < switches[0][0]
     num_tokens, num_neighbours = confusion.total(), switches[0][0]
     assert got.num_tokens == num_tokens == int((labels >= 0).sum())
     assert got.accuracy == pytest.approx(sum(confusion[c, c] for c in columns) / num_tokens)
@@ -88,7 +90,7 @@ def test_tokens_without_a_label_count_where_they_are_asked_to(batch: tuple[torch
     assert (got.ece, got.accuracy, got.label_load) == (of_labels.ece, of_labels.accuracy, of_labels.label_load)
     pairs = [t for t in range(1, len(labels)) if positions[t] > 0 and counted[t] and counted[t - 1]]
     known = [t for t in pairs if labels[t] >= 0 and labels[t - 1] >= 0]
-    assert got.switches_24[0].tolist() == [
+    assert got.switches_34[0].tolist() == [
         len(pairs),
         sum(int(routes[t] != routes[t - 1]) for t in pairs),
         len(known),

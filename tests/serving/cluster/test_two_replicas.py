@@ -32,7 +32,7 @@ from molora.serving.config import ServeConfig
 from molora.serving.engine import Engine, EngineConfig
 
 ROOT = Path(__file__).parents[3]
-START_S = 180
+START_S = 420  # of which a machine with much else to do has needed 180
 ENGINE = {"kv_cache_bytes": 1 << 24, "block_size": 16}
 KEY = {"Authorization": "Bearer secret"}
 CHAT = "/v1/chat/completions"
@@ -265,7 +265,7 @@ async def growing(client: Client) -> None:
     first = await client.replicas()
     assert len(first) == 1
     asking = [asyncio.create_task(ask(f"{i}")) for i in range(8)]
-    await client.until(lambda: equals(client.num_replicas, 2), within_s=120)
+    await client.until(lambda: equals(client.num_replicas, 2), within_s=START_S)
     everyone = [await client.http.get("/v1/models/tiny:z") for _ in range(12)]
     assert {response.headers["x-molora-replica"] for response in everyone} - first  # which has nothing to do yet
     assert {response.status_code for response in everyone} == {200}
@@ -475,7 +475,7 @@ async def a_loss(client: Client, server: int, number: signal.Signals) -> None:
     async def replaced() -> bool:
         return len(await client.replicas() - (before - survivors)) == 2
 
-    await client.until(replaced)
+    await client.until(replaced, within_s=START_S)
     assert victim not in processes(server, "ray::ServeReplica:molora:Replica")
     everyone = await client.of_both("/v1/models/tiny:z")  # which the new one was never told of
     assert {response.status_code for response in everyone} == {200}
