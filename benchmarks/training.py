@@ -46,7 +46,7 @@ from molora.training.batches import ActivationMix, Batch
 from molora.training.data import ChatData
 from molora.training.examples import IGNORE, Encoder, Example
 from molora.training.loss import Head, frozen_cross_entropy
-from molora.training.router import RouterLosses
+from molora.training.router_losses import RouterLosses
 
 LEAST_ONE, LEAST_EIGHT, MOST_ROUTER = 1.2, 4.0, 1.15
 NUM_WARM = 5  # steps before the clock counts

@@ -9,7 +9,7 @@ import copy
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,72 +25,16 @@ from molora.bank import BANK_FILE, Bank, BaseInfo, check_base_name, check_name, 
 from molora.digest import base_digest
 from molora.files import atomic_directory
 from molora.injection import RoutedDecoder, check_adapters, linears_of_layers, text_config
-from molora.losses import label_loss, load_balance_loss, newcomer_loss, switch_loss, z_loss
+from molora.losses import label_loss, load_balance_loss, switch_loss, z_loss
 from molora.router import KeyRouter, RouterConfig
 from molora.routing import NO_ADAPTER, RouteRecord, RouteRequest, Routes, RoutingLayer
 from molora.training.batches import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
+from molora.training.router_losses import Newcomers, RouterLosses, begin_parts, neighbours
 from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
-
-NUM_FIRST = 6  # tokens of an answer's part that count as its first ones
-MAX_GROUPS = 256  # of tokens that a router may practise on as newcomers
-MEAN_SHARE = 0.1  # of a batch, in the mean of a group's queries
-
-
-@dataclass(frozen=True)
-class RouterLosses:
-    """Weights of what shapes the router; a weight of 0 leaves the term out and saves its work.
-
-    Args:
-        label: cross entropy against the domains of the data, a column each.
-        parts: the same on those tokens alone that write the first six tokens of an answer or of a part of it: a few in
-            a conversation, where it is decided whose turn comes next, behind marks that may be new.
-        token: the loss to be expected on the next token if base or an adapter were drawn by the router's probabilities,
-            each acting from the activation point on; needs no labels, and a forward for each. A token of the question
-            has what each loses in the answer.
-        lm: the language model loss, through straight-through gates; needs no labels.
-        given: the language model loss where the labels' adapters act. It keeps the router's own LoRA from disturbing
-            what they read, and needs the whole model where the labels alone stop at the router layer.
-        drift: how far the router's own LoRA moves what enters the router layer, as the mean square of the change over
-            that of the base's, channel by channel.
-        balance: Switch's load-balance loss, 1 when all columns are used alike.
-        switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
-            tokens whose labels, where both have one, are the same.
-        newcomer: cross entropy against the domains where one domain, or one task that base has, is an adapter that
-            came later: the mean of its queries in the batches before is its key in this one. It trains the query
-            network and the keys, and not the router's own LoRA, which would no longer learn whose turn comes next.
-        z: squared log-partition, which keeps scores small.
-    """
-
-    label: float = 1.0
-    parts: float = 0.0
-    token: float = 0.0
-    lm: float = 0.0
-    given: float = 0.0
-    drift: float = 0.0
-    balance: float = 0.0
-    switch: float = 0.0
-    newcomer: float = 0.0
-    z: float = 1e-4
-
-    def __post_init__(self) -> None:
-        if min(vars(self).values()) < 0 or self.label + self.token + self.lm == 0:
-            raise ValueError(f"router loss weights {self} must be 0 or more, and label, token or lm above 0.")
-        if self.lm and self.given:
-            raise ValueError(
-                "losses.lm lets the router's adapters act, losses.given the labels'; set one of them to 0."
-            )
-
-    @property
-    def needs_labels(self) -> bool:
-        return bool(self.label or self.parts or self.given or self.newcomer)
-
-    @property
-    def needs_whole_model(self) -> bool:
-        return bool(self.token or self.lm or self.given)
 
 
 class StackRoutes(Routes):
@@ -136,8 +80,6 @@ class RouterTraining(FrozenBase):
             first epoch runs the base. Only without the language model loss, which needs the whole model each time.
         seed: of the router's initial weights.
     """
-
-    means_GD: Tensor  # of queries, group by group, for losses.newcomer
 
     def __init__(
         self,
@@ -212,7 +154,7 @@ class RouterTraining(FrozenBase):
             hidden_size = text_config(self.model).hidden_size
             self.router = KeyRouter(self.router_config, hidden_size, len(adapters) + 1)
         if self.losses.newcomer:
-            self.register_buffer("means_GD", torch.zeros(MAX_GROUPS, self.router_config.key_dim))
+            self.newcomers = Newcomers(self.router_config.key_dim)
         self.lora = self._own_lora()
         self.stack = LoraStack(self.model, modules, ranks=[rank] * len(adapters), alphas=[rank] * len(adapters))
         for index, adapter in enumerate(adapters.values()):
@@ -362,28 +304,13 @@ class RouterTraining(FrozenBase):
         return (change_NH.square().mean(0) / base_NH.var(0).clamp(min=1e-6)).mean()
 
     def kept(self) -> dict[str, Tensor]:
-        means = {"means_GD": self.means_GD} if self.losses.newcomer else {}
+        means = {"newcomers.means_GD": self.newcomers.means_GD} if self.losses.newcomer else {}
         return super().kept() | means
 
     def settings(self) -> dict[str, Any]:
         names = ("hidden_dim", "key_dim", "lora_rank", "lora_alpha")
         router = {f"router.{name}": getattr(self.router_config, name) for name in names}
         return {"adapters": list(self.folders), "router_layer": self.router_layer, **router}
-
-    def _newcomer_loss(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
-        """`newcomer_loss` by the means that are known so far, which have the gradient of the batch's own."""
-        groups_N = torch.where(active & (batch.groups < MAX_GROUPS), batch.groups, IGNORE).flatten()
-        known_N = groups_N >= 0
-        groups_N, queries_ND = groups_N[known_N], self.router.queries(entered.detach()).flatten(0, 1)[known_N]
-        count_G1 = torch.bincount(groups_N, minlength=MAX_GROUPS)[:, None]
-        here_GD = torch.zeros_like(self.means_GD).index_add(0, groups_N, queries_ND) / count_G1.clamp(min=1)
-        is_known_G1 = self.means_GD.any(1, keepdim=True)
-        means_GD = self.means_GD + is_known_G1 * (here_GD - here_GD.detach())
-        loss = newcomer_loss(queries_ND, self.router.keys_CD, groups_N, means_GD)
-        if self.training:
-            share_G1 = torch.where(is_known_G1, MEAN_SHARE, 1.0) * (count_G1 > 0)
-            self.means_GD = self.means_GD.lerp(here_GD.detach(), share_G1)
-        return loss
 
     @torch.no_grad()
     def _losses_of_each(self, batch: Batch, active: Tensor) -> Tensor:
@@ -448,38 +375,20 @@ class RouterTraining(FrozenBase):
             columns_N = torch.where(active.flatten(), columns_N, IGNORE)
         labelled = columns_N != IGNORE
         metrics["label"] = label_loss(logits_NC, columns_N)
-        metrics["parts"] = label_loss(logits_NC, torch.where(_begin_parts(batch), columns_N, IGNORE))
+        metrics["parts"] = label_loss(logits_NC, torch.where(begin_parts(batch), columns_N, IGNORE))
         if losses_NC is not None:
             counted = losses_NC.amax(-1) > 0  # active, of a conversation of which something is learned
             probs_NC = (logits_NC[counted] / self.router_config.temperature).softmax(-1)
             metrics["token"] = (probs_NC * losses_NC[counted]).sum() / counted.sum().clamp(min=1)
         metrics["balance"], metrics["z"] = load_balance_loss(logits_NC[active.flatten()]), z_loss(logits_NC)
-        metrics["switch"] = switch_loss(logits_NC / self.router_config.temperature, _neighbours(batch, active))
+        metrics["switch"] = switch_loss(logits_NC / self.router_config.temperature, neighbours(batch, active))
         if weights.newcomer:
-            metrics["newcomer"] = self._newcomer_loss(entered, batch, active)
+            metrics["newcomer"] = self.newcomers.loss(self.router, entered, batch, active)
         is_right_N = (logits_NC.argmax(-1) == columns_N) & labelled
         metrics["routed_right"] = is_right_N.sum() / labelled.sum().clamp(min=1)
         loss = sum(weight * metrics[name] for name, weight in vars(weights).items() if weight)
         metrics["loss"] = loss
         return loss, metrics, logits_NC
-
-
-def _begin_parts(batch: Batch) -> Tensor:
-    """Whether a token [N] writes one of the first `NUM_FIRST` tokens of an answer, or of one of its parts."""
-    writes_N, domains_N = (batch.targets != IGNORE).flatten(), batch.domains.flatten()
-    goes_on_N = writes_N & writes_N.roll(1) & (domains_N == domains_N.roll(1)) & (batch.position_ids.flatten() > 0)
-    found_N = writes_N & ~goes_on_N
-    for _ in range(NUM_FIRST - 1):
-        found_N = found_N | (found_N.roll(1) & goes_on_N)
-    return found_N
-
-
-def _neighbours(batch: Batch, active: Tensor) -> Tensor:
-    """Whether a token [N] and the one before it are active, of one conversation, and not of different domains."""
-    active_N, domains_N = active.flatten(), batch.domains.flatten()
-    before_N = domains_N.roll(1)
-    agree_N = (domains_N == before_N) | (domains_N == IGNORE) | (before_N == IGNORE)
-    return active_N & active_N.roll(1) & (batch.position_ids.flatten() > 0) & agree_N
 
 
 @contextmanager

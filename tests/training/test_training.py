@@ -32,7 +32,8 @@ from molora.training.data import ChatData
 from molora.training.examples import encode, examples, read_records
 from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
-from molora.training.router import NUM_FIRST, RouterLosses, RouterTraining, _begin_parts, _neighbours
+from molora.training.router import RouterTraining
+from molora.training.router_losses import NUM_FIRST, RouterLosses, begin_parts, neighbours
 from molora.training.router_report import router_statistics
 from molora.training.stack import StackedLinear
 from molora.training.trainer import Trainer
@@ -441,7 +442,7 @@ def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> N
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     active = torch.tensor([[False, True, True, True, True, True, True, True]])
     domains = torch.tensor([[1, 1, 1, 2, -100, 2, -100, -1]])
-    found = _neighbours(SimpleNamespace(position_ids=positions, domains=domains), active)  # type: ignore[arg-type]
+    found = neighbours(SimpleNamespace(position_ids=positions, domains=domains), active)  # type: ignore[arg-type]
     assert found.tolist() == [False, False, True, False, True, False, True, True]
 
 
@@ -449,7 +450,7 @@ def test_parts_begin_where_an_answer_does_or_its_domain_changes() -> None:
     def found(positions: list[int], targets: list[int], domains: list[int]) -> list[int]:
         fields = {"position_ids": positions, "targets": targets, "domains": domains}
         batch: Any = SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
-        return torch.nonzero(_begin_parts(batch)).flatten().tolist()
+        return torch.nonzero(begin_parts(batch)).flatten().tolist()
 
     written = [-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]
     own = [2, 1, 1, 1, 2, 2, 2, 2, 2, -100]
