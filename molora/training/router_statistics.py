@@ -200,6 +200,6 @@ def _switches(
     changed_N4 = torch.stack([pairs_N, pairs_N & switched_N, labelled_N, labelled_N & relabelled_N], -1)
     nowhere_N = torch.zeros_like(pairs_N)
     inside_N = nowhere_N if goes_on_N is None else goes_on_N[1:]
-    written_N = nowhere_N if written_N is None else written_N[1:] & written_N[:-1]
-    kinds_N3 = torch.stack([~nowhere_N, inside_N, inside_N & written_N], -1)
-    return (kinds_N3[:, :, None] & changed_N4[:, None]).sum(0)
+    inside_written_N = nowhere_N if written_N is None else inside_N & written_N[1:] & written_N[:-1]
+    kinds_N3 = torch.stack([~nowhere_N, inside_N, inside_written_N], -1)
+    return (kinds_N3[..., None] & changed_N4[:, None]).sum(0)

@@ -438,18 +438,20 @@ def test_a_key_needs_a_router_of_keys_and_tokens_of_the_domain() -> None:
         key_from_data(molora.load("bank", device="cpu", dtype="float32"), "configs/tiny.jsonl", "letters")
 
 
+def row_of(**fields: list[int]) -> Any:
+    """A batch of one row, of which only these fields are read."""
+    return SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
+
+
 def test_neighbours_are_active_of_one_conversation_and_not_of_two_domains() -> None:
-    positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2]])
     active = torch.tensor([[False, True, True, True, True, True, True, True]])
-    domains = torch.tensor([[1, 1, 1, 2, -100, 2, -100, -1]])
-    found = neighbours(SimpleNamespace(position_ids=positions, domains=domains), active)  # type: ignore[arg-type]
-    assert found.tolist() == [False, False, True, False, True, False, True, True]
+    batch = row_of(position_ids=[0, 1, 2, 3, 4, 0, 1, 2], domains=[1, 1, 1, 2, -100, 2, -100, -1])
+    assert neighbours(batch, active).tolist() == [False, False, True, False, True, False, True, True]
 
 
 def test_parts_begin_where_an_answer_does_or_its_domain_changes() -> None:
     def found(positions: list[int], targets: list[int], domains: list[int]) -> list[int]:
-        fields = {"position_ids": positions, "targets": targets, "domains": domains}
-        batch: Any = SimpleNamespace(**{name: torch.tensor([values]) for name, values in fields.items()})
+        batch = row_of(position_ids=positions, targets=targets, domains=domains)
         return torch.nonzero(begin_parts(batch)).flatten().tolist()
 
     written = [-100, -100, 5, 6, 7, 8, -100, 9, 9, 9]

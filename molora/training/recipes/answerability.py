@@ -98,4 +98,4 @@ def _conversation(text: str, question: str, split: Split, rng: Random) -> list[d
 
 
 def _pick(choices: Choices[Any], split: Split, rng: Random) -> Any:
-    return choices[rng.choice(choices.indices(split))]
+    return choices[choices.draw(split, rng)]

@@ -202,7 +202,7 @@ class Material:
 
     def _ask_task(self, domain: str) -> tuple[int, str, Item]:
         item = next(self.items[domain])
-        wording = self.rng.choice(WORDINGS[domain].indices(self.split))
+        wording = WORDINGS[domain].draw(self.split, self.rng)
         return wording, self._framed(settle(WORDINGS[domain][wording], self.rng).format_map(item.facts)), item
 
     def _prefers_passage(self) -> bool:
@@ -211,14 +211,14 @@ class Material:
         return not self.documents
 
     def _ask(self, document: Document) -> tuple[int, str]:
-        wording = self.rng.choice(DOCUMENT_WORDINGS.indices(self.split))
+        wording = DOCUMENT_WORDINGS.draw(self.split, self.rng)
         return wording, DOCUMENT_WORDINGS[wording].format(module=document.module, body=document.body)
 
     def _ask_passage(self, passage: Passage) -> tuple[int, str, str]:
         kinds = sorted({asked.kind for asked in passage.asked})
         kind = self.rng.choice(kinds)
         asked = self.rng.choice([asked for asked in passage.asked if asked.kind == kind])
-        index = self.rng.choice(PASSAGE_WORDINGS[kind].indices(self.split))
+        index = PASSAGE_WORDINGS[kind].draw(self.split, self.rng)
         question = PASSAGE_WORDINGS[kind][index].format(text=passage.text, cue=asked.cue)
         return _FIRST_PASSAGE[kind] + index, question, asked.answer
 

@@ -524,10 +524,11 @@ async def draining(client: Client, process: subprocess.Popen[bytes]) -> None:
 async def refusing(client: Client, process: subprocess.Popen[bytes]) -> None:
     """Told to stop, it says so to those that still wait for a place."""
     asking = [asyncio.create_task(client.chat(f"Refuse {i}!", stream=bool(i % 2), **ENDLESS)) for i in range(60)]
-    await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)  # mostly one for which there is no room
-    await asyncio.sleep(0.5)  # more have come than two replicas work on in this time
+    await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)  # one for which there is no room: others wait
+    await asyncio.sleep(0.5)  # and all have come: more than two replicas, if there are two again, have places for
     process.send_signal(signal.SIGTERM)
     answered = await asyncio.gather(*asking)
+    assert 429 in {each.status for each in answered}
     refused = [each for each in answered if "the server is stopping" in each.text]
     assert refused
     assert {(each.status, each.headers["retry-after"]) for each in refused} == {(503, "1")}
