@@ -57,6 +57,14 @@ from molora.training.recipes.tasks import TASKS
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
+def share(text: str) -> tuple[int, int]:
+    """Which one of how many, as i/n."""
+    index, number = map(int, text.split("/"))
+    if not 1 <= index <= number:
+        raise ValueError
+    return index, number
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["data", "train", "eval", "all", "table"])
@@ -67,6 +75,8 @@ def main() -> None:
     parser.add_argument("--data-seed", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0, help="of training: initial weights, order, activation points")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of all")
+    parser.add_argument("--shares", type=int, default=1, help="of all: jobs that share the adapters of a seed")
+    parser.add_argument("--share", type=share, default="1/1", help="of train: i/n, every n-th adapter from the i-th on")
     parser.add_argument("--evals-per-device", type=int, default=4, help="of all: groups of rows measured at once")
     parser.add_argument("--num-train", type=int, default=24000, help="records of each adapter")
     parser.add_argument("--singles", type=int, default=320, help="held-out items of each domain")

@@ -357,20 +357,46 @@ def test_a_classifier_of_questions_learns_whose_they_are(
 
 def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
-    some = ["--stages", "bank", "--rows-of", "gates", "joint", "--labels", "top-2", "joint"]
-    done = run("all", tmp_path, *some, "--seeds", "0", "--rows-of", "gates")  # there are no data
+    some = ["--stages", "bank", "--rows-of", "top-2", "joint", "--labels", "top-2", "joint"]
+    done = run("all", tmp_path, *some, "--seeds", "0", "--rows-of", "top-2")  # there are no data
     assert done.returncode == 1
-    assert "seed 0 eval gates: left out" in done.stdout
+    assert "seed 0 eval top-2: left out" in done.stdout
     assert "3 of 3 failed" in done.stderr
     assert run("data", tmp_path).returncode == 0
-    done = run("all", tmp_path, *some, "--seeds", "0", "1")
+    done = run("all", tmp_path, *some, "--seeds", "0", "1", "--shares", "2")
     assert {line.rpartition(":")[0] for line in done.stdout.splitlines() if line.endswith(" s")} == {
-        f"seed {seed} {job}" for seed in (0, 1) for job in ("train adapters", "train bank", "eval gates")
+        f"seed {seed} {job}"
+        for seed in (0, 1)
+        for job in ("train adapters 1/2", "train adapters 2/2", "train bank", "eval top-2")
     }
+    assert "• arithmetic and legs, side by side" in (tmp_path / "logs" / "seed-0-train-adapters-1-of-2.log").read_text()
     assert "seed 1 eval joint: failed, see" in done.stdout  # nobody has trained that
     assert "FileNotFoundError" in (tmp_path / "logs" / "seed-1-eval-joint.log").read_text()
-    assert "2 of 8 failed" in done.stderr
+    assert "2 of 10 failed" in done.stderr
     assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
+
+
+def test_a_share_of_the_adapters_is_one_of_so_many(tmp_path: Path) -> None:
+    for wrong in ("0/2", "3/2", "half"):
+        done = run("train", tmp_path, "--share", wrong)
+        assert done.returncode == 2
+        assert f"invalid share value: '{wrong}'" in done.stderr
+    done = run("all", tmp_path, "--shares", "5")  # there are three adapters, and a newcomer
+    assert done.returncode == 1
+    assert "--shares is 5; expected 1 to 4" in done.stderr
+
+
+def test_a_router_waits_for_all_shares_of_its_adapters(benchmark_module: Callable[[str], ModuleType]) -> None:
+    jobs = benchmark_module("quality.schedule").jobs_of([0], ["bank", "joint"], ["given"], 2)
+    needs = {job.name: set(job.needs) for job in jobs}
+    assert needs == {
+        "seed 0 train adapters 1/2": set(),
+        "seed 0 train adapters 2/2": set(),
+        "seed 0 train bank": {"seed 0 train adapters 1/2", "seed 0 train adapters 2/2"},
+        "seed 0 train joint": set(),
+        "seed 0 eval given": {"seed 0 train bank"},
+    }
+    assert [job.options[2:] for job in jobs[:2]] == [["--stages", "adapters", "--share", f"{i}/2"] for i in (1, 2)]
 
 
 def test_a_job_waits_for_what_it_needs_and_goes_with_it(benchmark_module: Callable[[str], ModuleType]) -> None:
@@ -420,7 +446,7 @@ def test_a_process_that_cannot_begin_is_a_failure_and_nobody_waits_for_it(
 
 def test_what_runs_is_terminated_with_the_command(tmp_path: Path) -> None:
     pid_file, script = tmp_path / "pid", tmp_path / "quality.py"
-    settings = "seeds=[0], stages=['joint'], rows_of=[], evals_per_device=1, device='cpu', "
+    settings = "seeds=[0], stages=['joint'], rows_of=[], evals_per_device=1, shares=1, domains=[], device='cpu', "
     settings += f"work=Path({str(tmp_path)!r})"
     script.write_text(
         f"""

@@ -166,10 +166,21 @@ def measure(args: Namespace) -> None:
         GROUPS[group](here)
 
 
-def of_bank(here: Measurement) -> None:
-    """The learned router, and what needs none."""
-    answer_in(here, ["auto", "given", "base", "sequence", "uniform"])
-    of_classifier(here)
+def of_ways(*ways: str) -> Callable[[Measurement], None]:
+    """Rows of the bank as it is, each named after `evaluate`'s way."""
+
+    def run(here: Measurement) -> None:
+        if here.missing(ways):
+            with here.loaded(seed_folder(here.args) / "bank") as m:
+                for way in ways:
+                    here.add(m, way, way)
+
+    return run
+
+
+def of_alone(here: Measurement) -> None:
+    """Each adapter for everything."""
+    of_ways(*here.args.domains)(here)
 
 
 def of_classifier(here: Measurement) -> None:
@@ -190,23 +201,13 @@ def of_classifier(here: Measurement) -> None:
         here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
 
 
-def of_alone(here: Measurement) -> None:
-    """Each adapter for everything."""
-    answer_in(here, here.args.domains)
+def of_merges(kinds: Sequence[str]) -> Callable[[Measurement], None]:
+    """What else can be made of the adapters."""
 
-
-def answer_in(here: Measurement, ways: Sequence[str]) -> None:
-    """Rows of the bank as it is, each named after `evaluate`'s way."""
-    if here.missing(ways):
-        with here.loaded(seed_folder(here.args) / "bank") as m:
-            for way in ways:
-                here.add(m, way, way)
-
-
-def of_merges(here: Measurement) -> None:
-    """What else can be made of the adapters, and a router that has learned nothing."""
-    args, folder = here.args, seed_folder(here.args)
-    if missing := here.missing([*MERGES, *UPDATE_MERGES]):
+    def run(here: Measurement) -> None:
+        args, folder = here.args, seed_folder(here.args)
+        if not (missing := here.missing(kinds)):
+            return
         rank = args.rank * len(args.domains)
         with here.loaded(folder / "bank", num_extra_slots=len(missing), max_rank=rank) as m:
             adapters = [m.bank.load_adapter(name) for name in args.domains]
@@ -218,8 +219,15 @@ def of_merges(here: Measurement) -> None:
                     here.add(m, kind, kind)
                 else:
                     of_update_merge(here, m, merge_updates(adapters, kind, args.seed), kind, merged)
+
+    return run
+
+
+def of_random(here: Measurement) -> None:
+    """A router that has learned nothing."""
+    folder = seed_folder(here.args)
     if here.missing(["random"]):
-        with here.loaded(with_random_router(folder, args.seed)) as m:
+        with here.loaded(with_random_router(folder, here.args.seed)) as m:
             here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
 
 
@@ -239,13 +247,16 @@ def of_update_merge(here: Measurement, m: MoLoRA, whole: Adapter, kind: str, fol
     here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
 
 
-def of_gates(here: Measurement) -> None:
-    """The same scores as soft gates, not renormalized: of two columns, of two without small ones, of all or eight."""
-    folder, most = seed_folder(here.args), min(MAX_TOP_K, len(here.args.domains) + 1)
-    for label, top_k, min_gate in (("top-2", 2, 0.0), ("sparse", 2, MIN_GATE), ("soft", most, 0.0)):
+def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurement], None]:
+    """The same scores as soft gates, not renormalized: of so many columns at most, perhaps without small ones."""
+
+    def run(here: Measurement) -> None:
+        folder, top_k = seed_folder(here.args), min(most, len(here.args.domains) + 1)
         if here.missing([label]):
             with here.loaded(with_soft_gates(folder, label, top_k, min_gate)) as m:
                 here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
+
+    return run
 
 
 def of_stage(stage: str) -> Callable[[Measurement], None]:
@@ -385,10 +396,18 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
 
 
 GROUPS: dict[str, Callable[[Measurement], None]] = {
-    "bank": of_bank,
+    "bank": of_ways("auto"),
+    "given": of_ways("given"),
+    "whole": of_ways("base", "sequence"),
+    "classifier": of_classifier,
+    "uniform": of_ways("uniform"),
     "alone": of_alone,
-    "merges": of_merges,
-    "gates": of_gates,
+    "merges": of_merges(MERGES),
+    "update merges": of_merges(UPDATE_MERGES),
+    "random": of_random,
+    "top-2": of_gates("top-2", 2),
+    "sparse": of_gates("sparse", 2, MIN_GATE),
+    "soft": of_gates("soft", MAX_TOP_K),
     **{stage: of_stage(stage) for stage in STAGES if stage not in ("adapters", "bank", "nine")},
     "nine": of_nine,
     "key": of_key,

@@ -11,7 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -19,7 +19,9 @@ import torch
 
 from quality.training import ROUTERS
 
-STAGE_OF = dict.fromkeys(("alone", "merges", "gates", "removed", "starts", "turns", "arrow", "xlora"), "bank")
+OF_BANK = ("given", "whole", "classifier", "uniform", "alone", "merges", "update merges", "random")
+OF_BANK += ("top-2", "sparse", "soft", "removed", "starts", "turns", "arrow", "xlora")
+STAGE_OF = dict.fromkeys(OF_BANK, "bank")
 STAGE_OF |= {"plain starts": "plain", "joint turns": "joint", "key": "open"}  # a group's is of its own name otherwise
 
 
@@ -31,43 +33,50 @@ class Job:
         kind: train or eval.
         part: a stage, or a group of rows.
         needs: names of the jobs that it comes behind.
+        share: which of how many shares of the stage's adapters; empty is all.
     """
 
     kind: str
     seed: int
     part: str
     needs: frozenset[str]
+    share: str = ""
 
     @property
     def name(self) -> str:
-        return f"seed {self.seed} {self.kind} {self.part}"
+        return f"seed {self.seed} {self.kind} {self.part} {self.share}".strip()
 
     @property
     def options(self) -> list[str]:
         """What overrides the options of the command that is typed."""
         part = ["--stages", self.part] if self.kind == "train" else ["--rows-of", self.part]
-        return ["--seed", str(self.seed), *part]
+        return ["--seed", str(self.seed), *part, *(["--share", self.share] if self.share else [])]
 
 
-def jobs_of(seeds: Sequence[int], stages: Sequence[str], groups: Sequence[str]) -> list[Job]:
+def jobs_of(seeds: Sequence[int], stages: Sequence[str], groups: Sequence[str], num_shares: int = 1) -> list[Job]:
     """In the order in which they are begun, as asked; routers bring the training of their adapters along.
 
     Whatever else a job needs and is not asked for is taken to be there.
+
+    Args:
+        num_shares: of the stage adapters, each a job.
     """
     if "adapters" not in stages and not ROUTERS.keys().isdisjoint(stages):
         stages = ["adapters", *stages]
-    found = [
-        Job("train", seed, stage, frozenset({f"seed {seed} train adapters"} if stage in ROUTERS else ()))
-        for stage in stages
-        for seed in seeds
-    ]
+    shares = [f"{share}/{num_shares}" for share in range(1, num_shares + 1)] if num_shares > 1 else [""]
+    adapters = {seed: [Job("train", seed, "adapters", frozenset(), share) for share in shares] for seed in seeds}
+    found: list[Job] = []
+    for stage in stages:
+        for seed in seeds:
+            needs = frozenset(job.name for job in adapters[seed]) if stage in ROUTERS else frozenset()
+            found += adapters[seed] if stage == "adapters" else [Job("train", seed, stage, needs)]
     found += [
         Job("eval", seed, group, frozenset({f"seed {seed} train {STAGE_OF.get(group, group)}"}))
         for group in groups
         for seed in seeds
     ]
     names = {job.name for job in found}
-    return [Job(job.kind, job.seed, job.part, job.needs & names) for job in found]
+    return [replace(job, needs=job.needs & names) for job in found]
 
 
 class Board:
@@ -137,10 +146,12 @@ def run_all(args: Namespace) -> None:
     """
     if args.evals_per_device < 1:
         raise SystemExit(f"--evals-per-device is {args.evals_per_device}; expected 1 or more.")
+    if not 1 <= args.shares <= len(args.domains) + 1:
+        raise SystemExit(f"--shares is {args.shares}; expected 1 to {len(args.domains) + 1}, the number of adapters.")
     logs = args.work / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     gpus = [None] if args.device == "cpu" or not torch.cuda.is_available() else _gpus()
-    board = Board(jobs_of(args.seeds, args.stages, args.rows_of))
+    board = Board(jobs_of(args.seeds, args.stages, args.rows_of, args.shares))
     kinds = ["train", *["eval"] * args.evals_per_device]
     num_threads = max(1, (os.cpu_count() or 1) // (len(gpus) * len(kinds)))
     workers = [Thread(target=_work, args=(board, kind, gpu, num_threads, logs)) for gpu in gpus for kind in kinds]
@@ -173,7 +184,7 @@ def _work(board: Board, kind: str, gpu: str | None, num_threads: int, logs: Path
     script, *typed = sys.argv
     typed.remove("all")
     while (job := board.take(kind)) is not None:
-        log, begin_s, well = logs / f"{job.name.replace(' ', '-')}.log", time.perf_counter(), False
+        log, begin_s, well = logs / f"{job.name.replace(' ', '-').replace('/', '-of-')}.log", time.perf_counter(), False
         try:
             with log.open("w") as file:
                 command = [sys.executable, script, kind, *typed, *job.options]

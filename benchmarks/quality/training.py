@@ -53,13 +53,20 @@ def seed_folder(args: Namespace) -> Path:
 def train(args: Namespace) -> None:
     for stage in args.stages:
         if stage == "adapters":
-            train_adapters(settings(args, "nine"))
+            train_adapters(of_share(settings(args, "nine"), *args.share))
         elif stage in ROUTERS:
             train_bank(settings(args, stage))
         elif stage == "joint":
             write_bank(args, "joint", train_adapters(joint_settings(args)), activation="turn")
         else:
             write_bank(args, "plain", train_adapters(plain_settings(args)), activation=0)
+
+
+def of_share(whole: BankSettings, index: int, number: int) -> BankSettings:
+    """The same with every n-th adapter from the i-th on."""
+    names = [*whole.adapters.domains][index - 1 :: number]
+    domains = {name: whole.adapters.domains[name] for name in names}
+    return replace(whole, adapters=replace(whole.adapters, domains=domains))
 
 
 def write_bank(args: Namespace, name: str, folders: dict[str, Path], activation: Activation) -> None:
