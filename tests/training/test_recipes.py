@@ -43,6 +43,7 @@ from molora.training.recipes.everyday import EVERYDAY
 from molora.training.recipes.passages import MAX_ANSWER_WORDS, MAX_WORDS, MIN_WORDS, passages
 from molora.training.recipes.readings import DOCUMENT_WORDINGS, PASSAGE_WORDINGS
 from molora.training.recipes.surfaces import CLOSERS, OPENERS, SURFACE_FORMS
+from molora.training.recipes.told_wordings import OTHERS, told
 from molora.training.recipes.wordings import WORDINGS
 
 NUM_TRAIN = 60
@@ -287,7 +288,9 @@ def test_what_no_adapter_knows_is_no_adapter_s_and_not_held_out(built: dict[str,
     assert not {*unknown.TASKS} & {task.dataset for task in TASKS.values()}
     records = unknown.unknown(600, 0, ["one text of five words", "and another"])
     assert {record.get("task") for record in records} == {None, *unknown.TASKS}
-    assert sum("prompt" in record for record in records) == 240
+    assert sum("prompt" in record for record in records) == 180
+    requests = {record["messages"][0]["content"] for record in records if "messages" in record and "task" not in record}
+    assert 100 < len(requests) <= 180
     held_out = [record for name in files if name.startswith("heldout") for record in files[name]]
     asked = " ".join(text_of(message) for record in held_out for message in record["messages"])
     kept = " ".join(passage.text for passage in passages(held_out=True))
@@ -452,7 +455,7 @@ def test_only_wordings_that_are_trained_on_have_alternatives() -> None:
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_every_combination_is_new_and_fits_the_facts(domain: str) -> None:
     choices = WORDINGS[domain]
-    varied = [template for template in templates(choices, "train") if ALTERNATIVES.search(template)]
+    varied = [template for template in choices.more if ALTERNATIVES.search(template)]
     assert len(varied) >= 25
     combinations = [each for template in varied for each in expansions(template)]
     assert len(set(combinations)) == len(combinations) >= 700
@@ -469,6 +472,54 @@ def test_every_combination_is_new_and_fits_the_facts(domain: str) -> None:
             question = each.format_map(item.facts)
             assert question == question.strip(), each
             assert not re.search(r"[{}|]|  ", question), each
+
+
+LISTS = [{"commas"}, {"spaces"}, {"brackets"}, {"semicolons"}, {"lines"}, {"bullets"}, {"prose"}]
+NEEDED: dict[str, list[list[set[str]]]] = {  # one option of the first group, and one or more of the others
+    "arithmetic": [[{"expression"}, {"spoken"}, {"first", "steps"}]],
+    "words": [[{"word"}]],
+    "family": [[{"story"}, {"lines"}], [{"a", "b"}]],
+    "sorting": [LISTS, [{"order"}, {"direction"}, {"change"}, {"first"}]],
+    "legs": [[{"prose"}, {"commas"}, {"plus"}, {"colons"}, {"lines"}]],
+    "equations": [[{"equation"}, {"starred"}, {"spoken"}, {"steps", "right"}]],
+    "clock": [[{"start", "end"}]],
+    "filtering": [LISTS, [{"kept"}, {"do", "which"}]],
+    "tastes": [[{"story"}, {"lines"}], [{"asked"}]],
+    "angles": [[{"commas"}, {"prose"}, {"signs"}, {"degrees"}, {"lines"}], [{"shape"}, {"last"}]],
+}
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_what_is_told_has_the_facts_of_its_task_and_is_new(domain: str) -> None:
+    choices, items = WORDINGS[domain], TASKS[domain].items(seed=5, num_items=8)
+    first, *others = NEEDED[domain]
+    voices = choices.various
+    assert len(set(voices)) == len(voices) >= 80
+    for template in voices:
+        for index in range(12):
+            settled = settle(template, Random(index))
+            facts = re.findall(r"\{(\w+)\}", settled)
+            assert sum(option <= {*facts} for option in first) == 1, template
+            assert all(any(option <= {*facts} for option in group) for group in others), template
+            assert all(facts.count(each) == 1 for option in first for each in option & {*facts}), template
+            question = settled.format_map(items[index % len(items)].facts)
+            assert question == question.strip(), template
+            assert not re.search(r"[{}|\\]|  ", question), question
+    held_out = templates(choices, "held out")
+    for template in voices:
+        settled = settle(template, Random(0))
+        assert not any(ratio(settled, each) >= 0.9 for each in held_out), template
+
+
+def test_what_nobody_is_asked_for_is_told_with_an_answer() -> None:
+    lines = told(OTHERS)
+    assert len(set(lines)) == len(lines) >= 140
+    for line in lines:
+        request, answer = line.split(" ||| ")
+        assert request == request.strip(), line
+        assert 2 <= len(answer.split()) <= 40, line
+        assert not malformed(request), line
+        assert not re.search(r"[{}]", line), line
 
 
 def test_alternatives_leave_no_bracket_in_the_data(files: Files) -> None:
@@ -491,8 +542,8 @@ def test_added_wordings_leave_the_indices_of_files_alone() -> None:
         choices.author(8)
 
 
-def test_half_of_what_is_drawn_in_training_is_composed() -> None:
-    choices, rng = Choices(("a", "b"), ("c",), ("d",), composed=(*"efghijklmn",)), Random(0)
+def test_half_of_what_is_drawn_in_training_is_various() -> None:
+    choices, rng = Choices(("a", "b"), ("c",), ("d",), various=(*"efghijklmn",)), Random(0)
     drawn = Counter(choices[choices.draw("train", rng)] for _ in range(3000))
     assert {*drawn} == {*"abdefghijklmn"}
     assert 0.45 < sum(drawn[each] for each in "abd") / 3000 < 0.55

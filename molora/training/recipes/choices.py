@@ -9,7 +9,7 @@ from typing import Generic, Literal, TypeVar
 T = TypeVar("T")
 Split = Literal["train", "val", "held out"]
 
-COMPOSED_SHARE = 0.5  # of what is drawn in training where some of it is composed
+VARIOUS_SHARE = 0.5  # of what is drawn in training where there is any
 ALTERNATIVES = re.compile(r"\[([^][]*\|[^][]*)\]")
 
 
@@ -30,7 +30,8 @@ class Choices(Generic[T]):
         more: for the training files alone, maybe with alternatives: see `settle`.
         more_held_out: for the held-out files; written by somebody who had not seen the others.
         later_held_out: the same, by others still, when what had been wrong of the older ones had shaped training's.
-        composed: for the training files alone, put together by a program: many, and half of what is drawn.
+        various: for the training files alone, many, of many voices, and half of what is drawn there: by other authors,
+            maybe with alternatives, or put together by a program.
     """
 
     training: tuple[T, ...]
@@ -38,7 +39,7 @@ class Choices(Generic[T]):
     more: tuple[T, ...] = ()
     more_held_out: tuple[T, ...] = ()
     later_held_out: tuple[T, ...] = ()
-    composed: tuple[T, ...] = ()
+    various: tuple[T, ...] = ()
 
     def __len__(self) -> int:
         return sum(map(len, self._groups))
@@ -48,21 +49,21 @@ class Choices(Generic[T]):
 
     def indices(self, split: Split) -> list[int]:
         """The indices of what a split may use."""
-        training, held_out, more, more_held_out, later_held_out, composed = self._ranges
+        training, held_out, more, more_held_out, later_held_out, various = self._ranges
         match split:
             case "train":
-                return [*training, *more, *composed]
+                return [*training, *more, *various]
             case "val":
                 return [*training]
             case "held out":
                 return [*held_out, *more_held_out, *later_held_out]
 
     def draw(self, split: Split, rng: Random) -> int:
-        """An index of what a split may use; where some of it is composed, it is one of these half of the time."""
-        *_, composed = self._ranges
-        if split == "train" and composed and rng.random() < COMPOSED_SHARE:
-            return rng.choice(composed)
-        return rng.choice([index for index in self.indices(split) if index not in composed])
+        """An index of what a split may use: in training half of the time one of the various, where there are any."""
+        *_, various = self._ranges
+        if split == "train" and various and rng.random() < VARIOUS_SHARE:
+            return rng.choice(various)
+        return rng.choice([index for index in self.indices(split) if index not in various])
 
     def author(self, index: int) -> int:
         """Who wrote what is held out: 0 the first author, who wrote what training shows, too, 1 the next, 2 later ones.
@@ -83,4 +84,4 @@ class Choices(Generic[T]):
 
     @property
     def _groups(self) -> tuple[tuple[T, ...], ...]:
-        return self.training, self.held_out, self.more, self.more_held_out, self.later_held_out, self.composed
+        return self.training, self.held_out, self.more, self.more_held_out, self.later_held_out, self.various

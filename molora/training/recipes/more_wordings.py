@@ -2,6 +2,7 @@
 
 from molora.training.recipes.choices import Choices
 from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS, LATER_HELD_OUT_WORDINGS
+from molora.training.recipes.told_wordings import told
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 MORE_WORDINGS: dict[str, Choices[str]] = {
@@ -70,6 +71,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["equations"],
         later_held_out=LATER_HELD_OUT_WORDINGS["equations"],
+        various=told("equations"),
     ),
     "clock": Choices(
         training=(
@@ -136,6 +138,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["clock"],
         later_held_out=LATER_HELD_OUT_WORDINGS["clock"],
+        various=told("clock"),
     ),
     "filtering": Choices(
         training=(
@@ -202,6 +205,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["filtering"],
         later_held_out=LATER_HELD_OUT_WORDINGS["filtering"],
+        various=told("filtering"),
     ),
     "tastes": Choices(
         training=(
@@ -268,6 +272,7 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["tastes"],
         later_held_out=LATER_HELD_OUT_WORDINGS["tastes"],
+        various=told("tastes"),
     ),
     "angles": Choices(
         training=(
@@ -334,5 +339,6 @@ MORE_WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["angles"],
         later_held_out=LATER_HELD_OUT_WORDINGS["angles"],
+        various=told("angles"),
     ),
 }

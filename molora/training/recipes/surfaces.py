@@ -183,7 +183,7 @@ SURFACE_FORMS: Choices[SurfaceForm] = Choices(
             gap=" ",
         ),
     ),
-    composed=tuple(SurfaceForm(*each) for each in composed_marks()),
+    various=tuple(SurfaceForm(*each) for each in composed_marks()),
 )
 
 # In training only, at a question's start and end: a router must not take them for a task's.

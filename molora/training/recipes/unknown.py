@@ -1,12 +1,15 @@
-"""What no adapter knows: other tasks of reasoning-gym, and plain text. A router learns to leave it to the base model.
+"""What no adapter knows: other tasks of reasoning-gym, other requests, plain text. A router leaves it to base.
 
-Of such a record only the label is learned: the base model cannot write these answers, and is not to. Each names its
-task, so that a router may also practise on it what it does with an adapter that comes later.
+Of such a record only the label is learned: the base model cannot write these answers, and is not to. Those of a task
+name it, so that a router may also practise on it what it does with an adapter that comes later.
 """
 
 from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
+
+from molora.training.recipes.choices import settle
+from molora.training.recipes.told_wordings import OTHERS, told
 
 TASKS = (  # none like an adapter's; each the same in every process, and without the story that passages are from
     "ab",
@@ -47,18 +50,19 @@ TASKS = (  # none like an adapter's; each the same in every process, and without
     "simple_integration",
     "syllogism",
 )
-TEXT_SHARE = 0.4  # of the records
+TEXT_SHARE, TOLD_SHARE = 0.3, 0.3  # of the records
 ANNOUNCED_SHARE = 0.5  # of the answers: as the adapters announce theirs
 _SEED, _SEED_STRIDE = 7_000_000, 10_000_000  # beyond those of the adapters' items, as their seeds are strode
 
 
 def unknown(num_records: int, seed: int, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """Questions, as many of each task, and texts, in any order. Equal seeds give equal ones."""
+    """Questions, as many of each task, told requests, and texts, in any order. Equal seeds give equal ones."""
     rng = Random(f"unknown {seed}")
-    num_texts = round(TEXT_SHARE * num_records)
-    records = [_text(rng.choice(texts), rng) for _ in range(num_texts)]
+    records = [_text(rng.choice(texts), rng) for _ in range(round(TEXT_SHARE * num_records))]
+    records += [_told(rng) for _ in range(round(TOLD_SHARE * num_records))]
+    num_questions = num_records - len(records)
     for index, task in enumerate(TASKS):
-        first, last = ((num_records - num_texts) * place // len(TASKS) for place in (index, index + 1))
+        first, last = (num_questions * place // len(TASKS) for place in (index, index + 1))
         records += _questions(task, last - first, seed, rng)
     rng.shuffle(records)
     return records
@@ -67,6 +71,12 @@ def unknown(num_records: int, seed: int, texts: Sequence[str]) -> list[dict[str,
 def _text(text: str, rng: Random) -> dict[str, Any]:
     border = max(1, text.rfind(" ", 0, rng.randint(len(text) // 5, len(text) // 2)))
     return {"prompt": text[:border], "completion": text[border:], "domain": None, "labels_only": True}
+
+
+def _told(rng: Random) -> dict[str, Any]:
+    request, answer = rng.choice(told(OTHERS)).split(" ||| ")
+    messages = [{"role": "user", "content": settle(request, rng)}, {"role": "assistant", "content": answer}]
+    return {"messages": messages, "domain": None, "labels_only": True}
 
 
 def _questions(task: str, num_records: int, seed: int, rng: Random) -> Iterator[dict[str, Any]]:

@@ -9,6 +9,7 @@ import codecs
 from molora.training.recipes.choices import Choices
 from molora.training.recipes.held_out_wordings import HELD_OUT_WORDINGS, LATER_HELD_OUT_WORDINGS
 from molora.training.recipes.more_wordings import MORE_WORDINGS
+from molora.training.recipes.told_wordings import told
 from molora.training.recipes.varied_wordings import VARIED_WORDINGS
 
 WORDINGS: dict[str, Choices[str]] = {
@@ -78,6 +79,7 @@ WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["arithmetic"],
         later_held_out=LATER_HELD_OUT_WORDINGS["arithmetic"],
+        various=told("arithmetic"),
     ),
     "words": Choices(
         training=(
@@ -143,6 +145,7 @@ WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["words"],
         later_held_out=LATER_HELD_OUT_WORDINGS["words"],
+        various=told("words"),
     ),
     "family": Choices(
         training=(
@@ -208,6 +211,7 @@ WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["family"],
         later_held_out=LATER_HELD_OUT_WORDINGS["family"],
+        various=told("family"),
     ),
     "sorting": Choices(
         training=(
@@ -273,6 +277,7 @@ WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["sorting"],
         later_held_out=LATER_HELD_OUT_WORDINGS["sorting"],
+        various=told("sorting"),
     ),
     "legs": Choices(
         training=(
@@ -338,6 +343,7 @@ WORDINGS: dict[str, Choices[str]] = {
         ),
         more_held_out=HELD_OUT_WORDINGS["legs"],
         later_held_out=LATER_HELD_OUT_WORDINGS["legs"],
+        various=told("legs"),
     ),
     **MORE_WORDINGS,
 }
