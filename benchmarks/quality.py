@@ -4,6 +4,7 @@
     python benchmarks/quality.py train --work runs/quality --seed 0    # once for each seed
     python benchmarks/quality.py eval --work runs/quality --seed 0
     python benchmarks/quality.py all --work runs/quality --seeds 0 1 2 # or both of all seeds, on every GPU at once
+    python benchmarks/quality.py all --work runs/quality --seeds 0 --shares 2  # two GPUs share the seed's adapters
     python benchmarks/quality.py table --work runs/quality --out benchmarks/results/quality.json
 
 Held-out items have wordings that training never shows, and keys that no training item has. Single items ask one task,
@@ -37,6 +38,9 @@ on the same data and answers the same items.
     removed             auto without its last adapter, and (not removed) with it, on the other tasks
     plain               the right adapter of those that were trained, and act, from the first token on
 
+Rows are measured in groups (--rows-of), most of them of one row's or one stage's name; bank is auto, whole is base and
+sequence, alone is each adapter, update merges are the _svd ones.
+
 Behind an earlier exchange ("histories"), the right adapter of the bank and of the plain ones acts from the first token,
 from behind the system message, from half of what is before the last turn, from that turn, or only in the response.
 Behind one or two other tasks ("turns") the router, the right adapters and the joint LoRA act from the last turn on.
@@ -59,10 +63,10 @@ BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 def share(text: str) -> tuple[int, int]:
     """Which one of how many, as i/n."""
-    index, number = map(int, text.split("/"))
-    if not 1 <= index <= number:
-        raise ValueError
-    return index, number
+    index, slash, number = text.partition("/")
+    if not (slash and index.isdecimal() and number.isdecimal() and 1 <= int(index) <= int(number)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no i/n with i from 1 to n")
+    return int(index), int(number)
 
 
 def main() -> None:

@@ -380,10 +380,23 @@ def test_a_share_of_the_adapters_is_one_of_so_many(tmp_path: Path) -> None:
     for wrong in ("0/2", "3/2", "half"):
         done = run("train", tmp_path, "--share", wrong)
         assert done.returncode == 2
-        assert f"invalid share value: '{wrong}'" in done.stderr
-    done = run("all", tmp_path, "--shares", "5")  # there are three adapters, and a newcomer
-    assert done.returncode == 1
-    assert "--shares is 5; expected 1 to 4" in done.stderr
+        assert f"'{wrong}' is no i/n with i from 1 to n" in done.stderr
+    for stage, options, said in (
+        ("all", ["--shares", "5"], "--shares is 5; expected 1 to 4"),  # there are three adapters, and a newcomer
+        ("all", ["--share", "1/2"], "expected --shares"),
+        ("train", ["--share", "1/2"], "expected --stages adapters"),
+        ("train", ["--share", "5/5", "--stages", "adapters"], "--share is 5/5; there are 4 adapters"),
+    ):
+        done = run(stage, tmp_path, *options)
+        assert done.returncode == 1
+        assert said in done.stderr
+
+
+def test_every_group_of_rows_is_of_a_stage(benchmark_module: Callable[[str], ModuleType]) -> None:
+    stage_of = benchmark_module("quality.schedule").STAGE_OF
+    groups, stages = (benchmark_module(f"quality.{name}") for name in ("rows", "training"))
+    assert {stage_of.get(group, group) for group in groups.GROUPS} <= {*stages.STAGES}
+    assert {*stage_of} <= {*groups.GROUPS}
 
 
 def test_a_router_waits_for_all_shares_of_its_adapters(benchmark_module: Callable[[str], ModuleType]) -> None:
@@ -492,7 +505,8 @@ def test_the_page_is_that_of_its_figures_and_says_what_the_intervals_are_over(
     [
         ("base", "base"),
         ("PEFT's merge", "ties"),
-        ("one adapter for the whole sequence", "sequence"),
+        ("one adapter for the whole sequence, by the router", "sequence"),
+        ("one adapter for the whole sequence, by a classifier", "classifier"),
         ("the router, an adapter", "auto"),
         ("the router, soft gates of the two", "top-2"),
         ("the right adapter", "given"),

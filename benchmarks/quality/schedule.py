@@ -19,8 +19,10 @@ import torch
 
 from quality.training import ROUTERS
 
-OF_BANK = ("given", "whole", "classifier", "uniform", "alone", "merges", "update merges", "random")
-OF_BANK += ("top-2", "sparse", "soft", "removed", "starts", "turns", "arrow", "xlora")
+OF_BANK = (
+    *("given", "whole", "classifier", "uniform", "alone", "merges", "update merges", "random"),
+    *("top-2", "sparse", "soft", "removed", "starts", "turns", "arrow", "xlora"),
+)
 STAGE_OF = dict.fromkeys(OF_BANK, "bank")
 STAGE_OF |= {"plain starts": "plain", "joint turns": "joint", "key": "open"}  # a group's is of its own name otherwise
 
@@ -146,6 +148,8 @@ def run_all(args: Namespace) -> None:
     """
     if args.evals_per_device < 1:
         raise SystemExit(f"--evals-per-device is {args.evals_per_device}; expected 1 or more.")
+    if args.share != (1, 1):
+        raise SystemExit("--share is of train; expected --shares, which gives each job its own.")
     if not 1 <= args.shares <= len(args.domains) + 1:
         raise SystemExit(f"--shares is {args.shares}; expected 1 to {len(args.domains) + 1}, the number of adapters.")
     logs = args.work / "logs"

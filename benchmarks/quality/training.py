@@ -51,6 +51,15 @@ def seed_folder(args: Namespace) -> Path:
 
 
 def train(args: Namespace) -> None:
+    """
+    Raises:
+        SystemExit: a share is asked for of other stages than the adapters, or of more shares than there are adapters.
+    """
+    (index, number), num_adapters = args.share, len(args.domains) + 1
+    if number > 1 and args.stages != ["adapters"]:
+        raise SystemExit("--share is of the stage adapters alone; expected --stages adapters.")
+    if number > num_adapters:
+        raise SystemExit(f"--share is {index}/{number}; there are {num_adapters} adapters.")
     for stage in args.stages:
         if stage == "adapters":
             train_adapters(of_share(settings(args, "nine"), *args.share))

@@ -269,7 +269,11 @@ class _Work:
                 made, own = done.parent / "adapters" / name, self.root / "adapters" / folder
                 if made.is_dir() and not own.is_dir():
                     own.parent.mkdir(parents=True, exist_ok=True)
-                    os.rename(made, own)
+                    try:
+                        os.rename(made, own)
+                    except OSError:
+                        if not own.is_dir():  # another process, of other adapters in the same folder, was first
+                            raise
 
     def group(self, names: Sequence[str]) -> _Stage:
         """The training of several adapters."""

@@ -1,7 +1,9 @@
 """A set of ways to say one thing, divided between the splits."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate, chain, pairwise
 from random import Random
 from typing import Generic, Literal, TypeVar
@@ -42,10 +44,10 @@ class Choices(Generic[T]):
     various: tuple[T, ...] = ()
 
     def __len__(self) -> int:
-        return sum(map(len, self._groups))
+        return len(self._all)
 
     def __getitem__(self, index: int) -> T:
-        return tuple(chain(*self._groups))[index]
+        return self._all[index]
 
     def indices(self, split: Split) -> list[int]:
         """The indices of what a split may use."""
@@ -58,12 +60,16 @@ class Choices(Generic[T]):
             case "held out":
                 return [*held_out, *more_held_out, *later_held_out]
 
-    def draw(self, split: Split, rng: Random) -> int:
-        """An index of what a split may use: in training half of the time one of the various, where there are any."""
+    def draw(self, split: Split, rng: Random, *, fits: Callable[[T], bool] = lambda _: True) -> int:
+        """An index of what a split may use: in training half of the time one of the various, where there are any.
+
+        Args:
+            fits: what may be drawn.
+        """
         *_, various = self._ranges
-        if split == "train" and various and rng.random() < VARIOUS_SHARE:
-            return rng.choice(various)
-        return rng.choice([index for index in self.indices(split) if index not in various])
+        is_various = split == "train" and bool(various) and rng.random() < VARIOUS_SHARE
+        chosen = [index for index in self.indices(split) if (index in various) == is_various]
+        return rng.choice([index for index in chosen if fits(self[index])])
 
     def author(self, index: int) -> int:
         """Who wrote what is held out: 0 the first author, who wrote what training shows, too, 1 the next, 2 later ones.
@@ -77,7 +83,11 @@ class Choices(Generic[T]):
                 return author
         raise ValueError(f"index {index} is of nothing that is held out.")
 
-    @property
+    @cached_property
+    def _all(self) -> tuple[T, ...]:
+        return tuple(chain(*self._groups))
+
+    @cached_property
     def _ranges(self) -> list[range]:
         ends = [*accumulate(map(len, self._groups), initial=0)]
         return [range(*pair) for pair in pairwise(ends)]

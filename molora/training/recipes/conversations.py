@@ -88,18 +88,6 @@ class Material:
         """Those that may stand in a history."""
         return [document for document in self.documents if document.num_words <= MAX_HISTORY_WORDS]
 
-    @cached_property
-    def inline_wordings(self) -> dict[str, list[str]]:
-        """For each domain, those that stay on one line, whatever their facts."""
-        return {
-            domain: [
-                choices[index]
-                for index in choices.indices(self.split)
-                if not any(part in choices[index] for part in ("\n", *_MULTILINE_FACTS))
-            ]
-            for domain, choices in WORDINGS.items()
-        }
-
     def single(self, domain: str, *, history: Sequence[Earlier] = ()) -> Record:
         """One task as one question."""
         wording, question, item = self._ask_task(domain)
@@ -121,7 +109,8 @@ class Material:
         replies: list[Part] = []
         for place, (domain, item) in enumerate(zip(domains, items, strict=True)):
             mark = form.marks[place]
-            template = settle(self.rng.choice(self.inline_wordings[domain]), self.rng)
+            wordings = WORDINGS[domain]
+            template = settle(wordings[wordings.draw(self.split, self.rng, fits=_is_inline)], self.rng)
             if form.lower and mark:
                 template = _lower_first(template)
             gap = form.gap if place else intro
@@ -249,6 +238,12 @@ def _exchange(question: str | list[Part], answer: str | list[Part]) -> list[Mess
     return [Message(role="user", content=question), Message(role="assistant", content=answer)]
 
 
+def _is_inline(template: str) -> bool:
+    """Whether a wording stays on one line, whatever its facts."""
+    return not any(part in template for part in ("\n", *_MULTILINE_FACTS))
+
+
 def _lower_first(template: str) -> str:
-    """Lower the first letter, but not that of "I" or of a fact."""
-    return template if template.startswith(("{", "I ", "I'")) else template[0].lower() + template[1:]
+    """Lower the first letter, but not that of "I", of a fact, or of what stands in capitals."""
+    is_kept = template.startswith(("{", "I ", "I'")) or template[1:2].isupper()
+    return template if is_kept else template[0].lower() + template[1:]

@@ -1,7 +1,7 @@
 """What no adapter knows: other tasks of reasoning-gym, other requests, plain text. A router leaves it to base.
 
-Of such a record only the label is learned: the base model cannot write these answers, and is not to. Those of a task
-name it, so that a router may also practise on it what it does with an adapter that comes later.
+Of such a record only the label is learned: most of these answers the base model cannot write, and is not to. Those of
+a task name it, so that a router may also practise on it what it does with an adapter that comes later.
 """
 
 from collections.abc import Iterator, Sequence
@@ -51,7 +51,7 @@ TASKS = (  # none like an adapter's; each the same in every process, and without
     "syllogism",
 )
 TEXT_SHARE, TOLD_SHARE = 0.3, 0.3  # of the records
-ANNOUNCED_SHARE = 0.5  # of the answers: as the adapters announce theirs
+ANNOUNCED_SHARE = 0.5  # of the tasks' answers: as the adapters announce theirs
 _SEED, _SEED_STRIDE = 7_000_000, 10_000_000  # beyond those of the adapters' items, as their seeds are strode
 
 
