@@ -459,8 +459,8 @@ def test_a_process_that_cannot_begin_is_a_failure_and_nobody_waits_for_it(
 
 def test_what_runs_is_terminated_with_the_command(tmp_path: Path) -> None:
     pid_file, script = tmp_path / "pid", tmp_path / "quality.py"
-    settings = "seeds=[0], stages=['joint'], rows_of=[], evals_per_device=1, shares=1, domains=[], device='cpu', "
-    settings += f"work=Path({str(tmp_path)!r})"
+    settings = "seeds=[0], stages=['joint'], rows_of=[], evals_per_device=1, device='cpu', "
+    settings += f"shares=1, share=(1, 1), domains=[], work=Path({str(tmp_path)!r})"
     script.write_text(
         f"""
 import os, sys, time
