@@ -8,7 +8,7 @@ Legend: T tokens, K top-k, C columns (routable adapters + 1), H hidden size, D k
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -126,7 +126,19 @@ class Router(Protocol):
     def __call__(self, h_TH: Tensor, token_ids_T: Tensor | None) -> Decision: ...
 
 
-class KeyRouter(nn.Module):
+class Float32Module(nn.Module):
+    """Of float32 parameters and buffers, whatever the model around it is cast to: `to` moves them only."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class KeyRouter(Float32Module):
     """A query network and one key vector for base and for each routable adapter.
 
     Semantics:
@@ -143,9 +155,9 @@ class KeyRouter(nn.Module):
     def __init__(self, config: RouterConfig, hidden_size: int, num_columns: int) -> None:
         super().__init__()
         self.config = config
-        self.hidden = nn.Linear(hidden_size, config.hidden_dim)
-        self.query = nn.Linear(config.hidden_dim, config.key_dim)
-        self.keys_CD = nn.Parameter(torch.randn(num_columns, config.key_dim))
+        self.hidden = nn.Linear(hidden_size, config.hidden_dim, dtype=torch.float32)
+        self.query = nn.Linear(config.hidden_dim, config.key_dim, dtype=torch.float32)
+        self.keys_CD = nn.Parameter(torch.randn(num_columns, config.key_dim, dtype=torch.float32))
         self.lora: dict[str, LoraWeights] = {}
 
     @classmethod

@@ -323,7 +323,8 @@ class RouterTraining(FrozenBase):
             self.lora.rest()
         learned = (batch.targets != IGNORE).flatten()
         conversation_N = (batch.position_ids == 0).flatten().cumsum(0)
-        count_N = torch.zeros(len(learned) + 1, device=self.device).index_add(0, conversation_N, learned.float())
+        nothing_N = torch.zeros(len(learned) + 1, dtype=torch.float32, device=self.device)
+        count_N = nothing_N.index_add(0, conversation_N, learned.float())
         columns = []
         for column in range(1 + len(self.folders)):
             slots = torch.full_like(active, column - 1, dtype=torch.int32)[..., None]
@@ -331,8 +332,8 @@ class RouterTraining(FrozenBase):
             with self.decoder.requested(request):
                 hidden = self.forward_hidden(batch).flatten(0, 1)
             loss, _ = frozen_cross_entropy(hidden[learned], Head.of(self.model), batch.targets.flatten()[learned])
-            loss_N = torch.zeros(len(learned), device=self.device).masked_scatter(learned, loss)
-            total_N = torch.zeros_like(count_N).index_add(0, conversation_N, loss_N)
+            loss_N = nothing_N[1:].masked_scatter(learned, loss)
+            total_N = nothing_N.index_add(0, conversation_N, loss_N)
             mean_N = (total_N / count_N.clamp(min=1))[conversation_N]
             columns.append(torch.where(learned, loss_N, torch.where(active.flatten(), mean_N, 0.0)))
         losses_NC = torch.stack(columns, -1)

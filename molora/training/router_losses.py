@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from molora.losses import newcomer_loss
-from molora.router import KeyRouter
+from molora.router import Float32Module, KeyRouter
 from molora.training.batches import Batch
 from molora.training.examples import IGNORE
 
@@ -73,7 +73,7 @@ class RouterLosses:
         return bool(self.token or self.lm or self.given)
 
 
-class Newcomers(nn.Module):
+class Newcomers(Float32Module):
     """The means of each group's queries over the batches before, as keys by which a router practises to know newcomers.
 
     Attributes:
@@ -84,7 +84,7 @@ class Newcomers(nn.Module):
 
     def __init__(self, key_dim: int) -> None:
         super().__init__()
-        self.register_buffer("means_GD", torch.zeros(MAX_GROUPS, key_dim))
+        self.register_buffer("means_GD", torch.zeros(MAX_GROUPS, key_dim, dtype=torch.float32))
 
     def loss(self, router: KeyRouter, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
         """`newcomer_loss` by the means that are known so far, which have the gradient of the batch's own.
@@ -102,7 +102,7 @@ class Newcomers(nn.Module):
         means_GD = self.means_GD + is_known_G1 * (here_GD - here_GD.detach())
         loss = newcomer_loss(queries_ND, router.keys_CD, groups_N, means_GD)
         if self.training:
-            share_G1 = torch.where(is_known_G1, MEAN_SHARE, 1.0) * (count_G1 > 0)
+            share_G1 = torch.where(is_known_G1, MEAN_SHARE, 1.0).float() * (count_G1 > 0)
             self.means_GD = self.means_GD.lerp(here_GD.detach(), share_G1)
         return loss
 

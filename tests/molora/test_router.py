@@ -92,6 +92,16 @@ class TestKeyRouter:
         with torch.autocast("cpu", torch.bfloat16):
             assert torch.equal(router.scores(h_TH), scores)
 
+    def test_a_cast_moves_it_and_leaves_its_bits(self, key_router):
+        router = key_router()
+        before = {name: tensor.clone() for name, tensor in router.state_dict().items()}
+        for cast in (router.bfloat16, router.half, torch.nn.Sequential(router).double):
+            cast()
+            for name, tensor in router.state_dict().items():
+                assert tensor.dtype is torch.float32
+                assert torch.equal(tensor, before[name])
+        assert router.to("meta", torch.bfloat16).keys_CD.device.type == "meta"
+
     def test_columns_come_and_go_and_other_scores_stay(self, key_router):
         router, h_TH = key_router(), torch.randn(7, 64)
         scores = router.scores(h_TH)

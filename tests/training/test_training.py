@@ -187,6 +187,26 @@ def test_a_trainers_precision_is_obeyed(precision: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"label": 1.0, "given": 1.0, "drift": 0.03, "newcomer": 1.0, "switch": 0.1},
+        {"label": 0.0, "lm": 1.0, "token": 1.0, "balance": 0.01},
+    ],
+)
+def test_a_router_stays_in_float32_at_any_precision(precision: str, losses: dict[str, float]) -> None:
+    router = {"hidden_dim": 32, "key_dim": 16, "lora_rank": 2}
+    fit(
+        "--trainer.precision", precision, "--trainer.max_steps", "6", config=router_config(router=router, losses=losses)
+    )
+    learned = Bank.open("bank").load_router()
+    assert isinstance(learned, molora.KeyRouter)
+    values = learned.query.weight
+    assert values.dtype is torch.float32
+    assert not torch.equal(values, values.bfloat16().float())
+
+
 def test_recomputed_layers_keep_the_bases_dropout_off() -> None:
     training = AdapterTraining("x", base="tiny-random/llama", router_layer=1, rank=2, gradient_checkpointing=True)
     training.configure_model()
