@@ -231,6 +231,26 @@ def test_a_random_router_has_nothing_of_the_learned_one(
     assert Bank.open(bank.path).config == bank.config
 
 
+def test_a_bank_stays_loaded_until_another_one_is_or_it_changes(
+    benchmark_module: Callable[[str], ModuleType], make_bank: Callable[..., Bank], tmp_path: Path
+) -> None:
+    bank = make_bank(tmp_path)
+    args = Namespace(work=tmp_path, seed=0, base=None, device="cpu", dtype="float32", kv_cache_bytes=2**20)
+    here = benchmark_module("quality.rows").Measurement(args)
+    first = here.loaded(bank.path)
+    engine = first.engine
+    assert here.loaded(bank.path) is first
+    assert here.loaded(bank.path, num_extra_slots=1) is not first
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([5, 6, 7])
+    whole = here.loaded(bank.path)
+    bank.remove(bank.adapters[-1].name)
+    assert here.loaded(bank.path) is not whole
+    assert here.loaded(bank.path).bank.adapters == Bank.open(bank.path).adapters
+    here.close()
+    assert here.loaded(bank.path).bank.adapters == Bank.open(bank.path).adapters
+
+
 def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     benchmark_module: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:

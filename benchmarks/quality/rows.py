@@ -5,8 +5,8 @@ import json
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -57,6 +57,7 @@ class Measurement:
         self.args = args
         self.folder = args.work / "rows" / f"seed-{args.seed}"
         self.options: dict[str, Any] = {"base": args.base, "device": args.device, "dtype": args.dtype}
+        self._last: tuple[object, MoLoRA] | None = None  # what was loaded, and of what
 
     @cached_property
     def device(self) -> torch.device:
@@ -146,24 +147,32 @@ class Measurement:
         conversations = [encode(record, m.tokenizer) for record in self.records(kind)]
         return router_statistics(m, conversations, starts).to_json(column_names(m))
 
-    @contextmanager
-    def loaded(self, bank: Path, **options: Any) -> Iterator[MoLoRA]:
-        engine = {"max_sequences": 256, "kv_cache_bytes": self.args.kv_cache_bytes}
-        m = molora.load(bank, engine=engine, **self.options, **options)
-        try:
-            yield m
-        finally:
-            if m._engine is not None:
-                m.engine.close()
-            gc.collect()
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+    def loaded(self, bank: Path, **options: Any) -> MoLoRA:
+        """The bank as it is now; it stays loaded until another one is, and so does what is added to its engine."""
+        of = bank, (bank / BANK_FILE).read_bytes(), options
+        if self._last is None or self._last[0] != of:
+            self.close()
+            engine = {"max_sequences": 256, "kv_cache_bytes": self.args.kv_cache_bytes}
+            self._last = of, molora.load(bank, engine=engine, **self.options, **options)
+        return self._last[1]
+
+    def close(self) -> None:
+        """Make room: what was loaded goes, once nobody else holds it."""
+        if self._last is None:
+            return
+        m, self._last = self._last[1], None
+        if m._engine is not None:
+            m.engine.close()
+        del m
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def measure(args: Namespace) -> None:
-    here = Measurement(args)
-    for group in args.rows_of:
-        GROUPS[group](here)
+    with closing(Measurement(args)) as here:
+        for group in args.rows_of:
+            GROUPS[group](here)
 
 
 def of_ways(*ways: str) -> Callable[[Measurement], None]:
@@ -171,9 +180,9 @@ def of_ways(*ways: str) -> Callable[[Measurement], None]:
 
     def run(here: Measurement) -> None:
         if here.missing(ways):
-            with here.loaded(seed_folder(here.args) / "bank") as m:
-                for way in ways:
-                    here.add(m, way, way)
+            m = here.loaded(seed_folder(here.args) / "bank")
+            for way in ways:
+                here.add(m, way, way)
 
     return run
 
@@ -188,17 +197,17 @@ def of_classifier(here: Measurement) -> None:
     if not here.missing(["classifier"]):
         return
     begin_s, data = time.perf_counter(), here.args.work / "data" / "train_router.jsonl"
-    with here.loaded(seed_folder(here.args) / "bank") as m:
-        questions = {kind: here.questions(m, kind) for kind in SCORED}
-        asked = [question.messages for kind in SCORED for question in questions[kind]]
-        routes = iter(routes_by_classifier(m, asked, read_records(data)))
-        rows = {}
-        for kind, own in questions.items():
-            chosen = [*islice(routes, len(own))]
-            texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
-            rows[kind] = score_answers(own, texts)
-        took_s = time.perf_counter() - begin_s
-        here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
+    m = here.loaded(seed_folder(here.args) / "bank")
+    questions = {kind: here.questions(m, kind) for kind in SCORED}
+    asked = [question.messages for kind in SCORED for question in questions[kind]]
+    routes = iter(routes_by_classifier(m, asked, read_records(data)))
+    rows = {}
+    for kind, own in questions.items():
+        chosen = [*islice(routes, len(own))]
+        texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
+        rows[kind] = score_answers(own, texts)
+    took_s = time.perf_counter() - begin_s
+    here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
 
 
 def of_merges(kinds: Sequence[str]) -> Callable[[Measurement], None]:
@@ -209,16 +218,17 @@ def of_merges(kinds: Sequence[str]) -> Callable[[Measurement], None]:
         if not (missing := here.missing(kinds)):
             return
         rank = args.rank * len(args.domains)
-        with here.loaded(folder / "bank", num_extra_slots=len(missing), max_rank=rank) as m:
-            adapters = [m.bank.load_adapter(name) for name in args.domains]
-            for kind in missing:
-                merged = folder / "merged" / kind
-                if kind in MERGES:
-                    merge(adapters, kind, args.seed).write(merged)
-                    m.engine.load_adapter(kind, merged, activation="turn")
-                    here.add(m, kind, kind)
-                else:
-                    of_update_merge(here, m, merge_updates(adapters, kind, args.seed), kind, merged)
+        m = here.loaded(folder / "bank", num_extra_slots=1, max_rank=rank)
+        adapters = [m.bank.load_adapter(name) for name in args.domains]
+        for kind in missing:
+            merged = folder / "merged" / kind
+            if kind in MERGES:
+                merge(adapters, kind, args.seed).write(merged)
+                m.engine.load_adapter(kind, merged, activation="turn")
+                here.add(m, kind, kind)
+            else:
+                of_update_merge(here, m, merge_updates(adapters, kind, args.seed), kind, merged)
+            m.engine.unload_adapter(kind)
 
     return run
 
@@ -227,8 +237,8 @@ def of_random(here: Measurement) -> None:
     """A router that has learned nothing."""
     folder = seed_folder(here.args)
     if here.missing(["random"]):
-        with here.loaded(with_random_router(folder, here.args.seed)) as m:
-            here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
+        m = here.loaded(with_random_router(folder, here.args.seed))
+        here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
 
 
 def of_update_merge(here: Measurement, m: MoLoRA, whole: Adapter, kind: str, folder: Path) -> None:
@@ -253,8 +263,8 @@ def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurem
     def run(here: Measurement) -> None:
         folder, top_k = seed_folder(here.args), min(most, len(here.args.domains) + 1)
         if here.missing([label]):
-            with here.loaded(with_soft_gates(folder, label, top_k, min_gate)) as m:
-                here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
+            m = here.loaded(with_soft_gates(folder, label, top_k, min_gate))
+            here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
 
     return run
 
@@ -272,9 +282,9 @@ def of_stage(stage: str) -> Callable[[Measurement], None]:
     def run(here: Measurement) -> None:
         own = ways.get(stage, {stage: "auto"})
         if here.missing(list(own)):
-            with here.loaded(seed_folder(here.args) / stage) as m:
-                for label, way in own.items():
-                    here.add(m, label, way, kinds)
+            m = here.loaded(seed_folder(here.args) / stage)
+            for label, way in own.items():
+                here.add(m, label, way, kinds)
 
     return run
 
@@ -284,9 +294,9 @@ def of_nine(here: Measurement) -> None:
     kinds = (*SCORED, *NEWCOMER)
     ways = {"nine": "auto", "nine given": "given"}
     if here.missing(list(ways)):
-        with here.loaded(seed_folder(here.args) / "nine") as m:
-            for label, way in ways.items():
-                here.add(m, label, way, kinds if way == "auto" else NEWCOMER)
+        m = here.loaded(seed_folder(here.args) / "nine")
+        for label, way in ways.items():
+            here.add(m, label, way, kinds if way == "auto" else NEWCOMER)
 
 
 def of_key(here: Measurement) -> None:
@@ -295,14 +305,13 @@ def of_key(here: Measurement) -> None:
     if not here.missing(["key"]):
         return
     copy, data = copied(folder / "open", folder / "key"), args.work / "data" / f"train_{args.newcomer}.jsonl"
-    with here.loaded(copy) as m:
-        key = key_from_data(m, data, args.newcomer)
-    del m
+    m = here.loaded(copy)
+    key = key_from_data(m, data, args.newcomer)
     adapter = train_adapters(settings(args, "nine"))[args.newcomer]
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
-    with here.loaded(copy) as m:
-        sources = [folder / "open" / BANK_FILE, data, adapter / WEIGHTS_FILE]
-        here.add(m, "key", "auto", (*SCORED, *NEWCOMER), sources=sources)
+    m = here.loaded(copy)
+    sources = [folder / "open" / BANK_FILE, data, adapter / WEIGHTS_FILE]
+    here.add(m, "key", "auto", (*SCORED, *NEWCOMER), sources=sources)
 
 
 def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
@@ -311,9 +320,9 @@ def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
     def run(here: Measurement) -> None:
         labels = {f"{way} behind tasks": way for way in ways}
         if here.missing(list(labels)):
-            with here.loaded(seed_folder(here.args) / stage) as m:
-                for label, way in labels.items():
-                    here.add(m, label, way, ("turns",))
+            m = here.loaded(seed_folder(here.args) / stage)
+            for label, way in labels.items():
+                here.add(m, label, way, ("turns",))
 
     return run
 
@@ -328,10 +337,10 @@ def of_removed(here: Measurement) -> None:
     Bank.open(banks["removed"]).remove(args.domains[-1])
     for label in missing:
         begin_s = time.perf_counter()
-        with here.loaded(banks[label]) as m:
-            questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
-            ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
-            here.write(label, {"others": found}, time.perf_counter() - begin_s, [folder / "bank" / BANK_FILE])
+        m = here.loaded(banks[label])
+        questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
+        ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
+        here.write(label, {"others": found}, time.perf_counter() - begin_s, [folder / "bank" / BANK_FILE])
 
 
 def of_starts(stage: str) -> Callable[[Measurement], None]:
@@ -341,17 +350,17 @@ def of_starts(stage: str) -> Callable[[Measurement], None]:
         labels = {start: f"{stage} from {start}" for start in STARTS}
         if not here.missing(list(labels.values())):
             return
-        with here.loaded(seed_folder(here.args) / stage) as m:
-            questions = here.questions(m, "histories")
-            for start, label in labels.items():
-                if here.missing([label]):
-                    begin_s = time.perf_counter()
-                    points = [_start(m, question, start) for question in questions]
-                    ((_, found),) = evaluate(
-                        m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
-                    )
-                    took_s = time.perf_counter() - begin_s
-                    here.write(label, {"histories": found}, took_s, [m.bank.path / BANK_FILE])
+        m = here.loaded(seed_folder(here.args) / stage)
+        questions = here.questions(m, "histories")
+        for start, label in labels.items():
+            if here.missing([label]):
+                begin_s = time.perf_counter()
+                points = [_start(m, question, start) for question in questions]
+                ((_, found),) = evaluate(
+                    m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
+                )
+                took_s = time.perf_counter() - begin_s
+                here.write(label, {"histories": found}, took_s, [m.bank.path / BANK_FILE])
 
     return run
 
@@ -373,12 +382,13 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
             return
         begin_s = time.perf_counter()
         folder = seed_folder(args)
-        with here.loaded(folder / "bank") as m:  # for its tokenizer, prompts and items
-            asked = {kind: here.questions(m, kind)[: args.limit_peft] for kind in SCORED}
-            prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
-            tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
-            adapters = [m.bank.load_adapter(name) for name in args.domains]
+        m = here.loaded(folder / "bank")  # for its tokenizer, prompts and items
+        asked = {kind: here.questions(m, kind)[: args.limit_peft] for kind in SCORED}
+        prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
+        tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
+        adapters = [m.bank.load_adapter(name) for name in args.domains]
         del m
+        here.close()
         folders = peft_ways.write_plain(adapters, folder / "peft" / way, in_all_layers=way == "arrow")
         build = peft_ways.arrow if way == "arrow" else peft_ways.xlora
         model = build(base_dir, folders, args, tokenizer, here.device)
