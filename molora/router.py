@@ -127,7 +127,10 @@ class Router(Protocol):
 
 
 class Float32Module(nn.Module):
-    """Of float32 parameters and buffers, whatever the model around it is cast to: `to` moves them only."""
+    """Keeps its parameters and buffers, made in float32, as they are where the model around it is cast to another type.
+
+    Both moving and casting the model or this module (`to`, `half`, Lightning's precisions) only move them.
+    """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def move(tensor: Tensor) -> Tensor:

@@ -173,9 +173,11 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"{later[0]:.3f} where the right adapters get {later[1]:.3f}" in words
     several = [rows["composites"][label]["minus joint"] for label in ("auto", "given")]
     assert all(each["low"] < 0 < each["high"] for each in several)  # level
-    behind = rows["singles"]["given"]["minus joint"]
-    mid, low, high = (-100 * behind[name] for name in ("difference", "high", "low"))
-    assert f"they are {mid:.1f} points ({low:.1f} to {high:.1f}) behind it" in words
+    less = [points(rows[kind]["auto"]["minus given"]) for kind in ("singles", "composites")]
+    assert "({} points less, {} to {}, and {}, {} to {});".format(*less[0], *less[1]) in words
+    behind = [points(rows["singles"][label]["minus joint"]) for label in ("given", "auto")]
+    assert "are {} points ({} to {}) behind".format(*behind[0]) in words
+    assert "the router is {} ({} to {}).".format(*behind[1]) in words
     removed, kept = (rows["others"][label]["accuracy"] for label in ("removed", "not removed"))
     assert f"the other tasks are at {removed:.3f}, with it at {kept:.3f}" in words
     auto = [rows[kind]["auto"]["accuracy"] for kind in ("singles", "composites")]
@@ -183,12 +185,16 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"given at {values(rows, 'given')}: {of_given[0]:.3f} and {of_given[1]:.3f} of them" in design
     assert f"it has {later[0]:.3f} and routes given {later[1]:.3f}, where they were" in design
     assert f"of the eight likeliest are at {values(rows, 'soft')}, the joint LoRA at {values(rows, 'joint')}." in design
-    assert f"joint LoRA ({interval(several[0])[:-1].replace(' (', '; ')})," in design
+    for found in (*several[:1], *(rows["singles"][label]["minus joint"] for label in ("auto", "given"))):
+        assert f"({interval(found)[:-1].replace(' (', '; ')})" in design
+    both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
+    assert f"({', and '.join(interval(found)[:-1].replace(' (', '; ') for found in both)})" in design
+    assert rows["others"]["removed"]["minus not removed"]["low"] > 0
     clock = {label: rows["singles"][label]["by_domain"]["clock"] for label in ("given", "joint", "plain")}
     assert f"`clock` has {clock['given']:.3f} of its items" in design
     assert f"joint LoRA has {clock['joint']:.3f}, plain LoRAs {clock['plain']:.3f}" in design
-    rest = [others(rows["singles"][label]["by_domain"], "clock") for label in ("given", "joint")]
-    assert f"others have {rest[0]:.3f} of theirs together, the joint LoRA {rest[1]:.3f}." in design
+    rest = [others(rows["singles"][label]["by_domain"], "clock") for label in ("given", "joint", "auto")]
+    assert f"have {rest[0]:.3f} of theirs together, the joint LoRA {rest[1]:.3f}, the router {rest[2]:.3f}." in design
     plain = rows["singles"]["given"]["accuracy"] / rows["singles"]["plain"]["accuracy"]
     assert f"which is {plain:.3f} of it" in design
     bank, without = (
@@ -202,6 +208,11 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"{bank[2]:.3f} from halfway, {bank[3]:.3f} from the turn" in design
     assert f"and {bank[4]:.3f} where only the response is its own" in design
     assert f"a plain one {', '.join(f'{value:.3f}' for value in without[:4])}, and there {without[4]:.3f}" in design
+
+
+def points(found: dict[str, float]) -> list[str]:
+    """How far one row is behind another, and its interval, in points."""
+    return [f"{-100 * found[name]:.1f}" for name in ("difference", "high", "low")]
 
 
 def others(by_domain: dict[str, float], one: str) -> float:

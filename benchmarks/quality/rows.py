@@ -148,8 +148,8 @@ class Measurement:
         return router_statistics(m, conversations, starts).to_json(column_names(m))
 
     def loaded(self, bank: Path, **options: Any) -> MoLoRA:
-        """The bank as it is now; it stays loaded until another one is, and so does what is added to its engine."""
-        of = bank, (bank / BANK_FILE).read_bytes(), options
+        """The bank as it is now; it stays loaded, with what its engine was given and cached, until another one is."""
+        of = bank, Bank.open(bank).config, options
         if self._last is None or self._last[0] != of:
             self.close()
             engine = {"max_sequences": 256, "kv_cache_bytes": self.args.kv_cache_bytes}
@@ -307,6 +307,8 @@ def of_key(here: Measurement) -> None:
     copy, data = copied(folder / "open", folder / "key"), args.work / "data" / f"train_{args.newcomer}.jsonl"
     m = here.loaded(copy)
     key = key_from_data(m, data, args.newcomer)
+    del m
+    here.close()
     adapter = train_adapters(settings(args, "nine"))[args.newcomer]
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     m = here.loaded(copy)
@@ -340,6 +342,7 @@ def of_removed(here: Measurement) -> None:
         m = here.loaded(banks[label])
         questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
         ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
+        del m
         here.write(label, {"others": found}, time.perf_counter() - begin_s, [folder / "bank" / BANK_FILE])
 
 

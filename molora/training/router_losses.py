@@ -102,7 +102,7 @@ class Newcomers(Float32Module):
         means_GD = self.means_GD + is_known_G1 * (here_GD - here_GD.detach())
         loss = newcomer_loss(queries_ND, router.keys_CD, groups_N, means_GD)
         if self.training:
-            share_G1 = torch.where(is_known_G1, MEAN_SHARE, 1.0).float() * (count_G1 > 0)
+            share_G1 = torch.where(is_known_G1, here_GD.new_tensor(MEAN_SHARE), 1.0) * (count_G1 > 0)
             self.means_GD = self.means_GD.lerp(here_GD.detach(), share_G1)
         return loss
 

@@ -35,7 +35,7 @@ class LoraStack(nn.Module):
     Attributes:
         rank: the largest of the adapters'; what a smaller one has beyond its own is 0, and stays so: where A and B are
             0, neither has a gradient.
-        values: float32 [E, P], for each linear by path A and then B, flattened.
+        values: float32 (or what the trainer casts it to) [E, P], for each linear by path A and then B, flattened.
         linears: by module path.
     """
 

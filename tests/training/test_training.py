@@ -202,9 +202,9 @@ def test_a_router_stays_in_float32_at_any_precision(precision: str, losses: dict
     )
     learned = Bank.open("bank").load_router()
     assert isinstance(learned, molora.KeyRouter)
-    values = learned.query.weight
-    assert values.dtype is torch.float32
-    assert not torch.equal(values, values.bfloat16().float())
+    for values in (learned.keys_CD, learned.query.weight, learned.hidden.weight):
+        assert values.dtype is torch.float32
+        assert not torch.equal(values, values.bfloat16().float())
 
 
 def test_recomputed_layers_keep_the_bases_dropout_off() -> None:
