@@ -186,9 +186,9 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"it has {later[0]:.3f} and routes given {later[1]:.3f}, where they were" in design
     assert f"of the eight likeliest are at {values(rows, 'soft')}, the joint LoRA at {values(rows, 'joint')}." in design
     for found in (*several[:1], *(rows["singles"][label]["minus joint"] for label in ("auto", "given"))):
-        assert f"({interval(found)[:-1].replace(' (', '; ')})" in design
+        assert f"({in_brackets(found)})" in design
     both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
-    assert f"({', and '.join(interval(found)[:-1].replace(' (', '; ') for found in both)})" in design
+    assert f"({', and '.join(map(in_brackets, both))})" in design
     assert rows["others"]["removed"]["minus not removed"]["low"] > 0
     clock = {label: rows["singles"][label]["by_domain"]["clock"] for label in ("given", "joint", "plain")}
     assert f"`clock` has {clock['given']:.3f} of its items" in design
@@ -208,6 +208,11 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"{bank[2]:.3f} from halfway, {bank[3]:.3f} from the turn" in design
     assert f"and {bank[4]:.3f} where only the response is its own" in design
     assert f"a plain one {', '.join(f'{value:.3f}' for value in without[:4])}, and there {without[4]:.3f}" in design
+
+
+def in_brackets(found: dict[str, float]) -> str:
+    """What `interval` says, as it stands where there are brackets already."""
+    return interval(found).removesuffix(")").replace(" (", "; ")
 
 
 def points(found: dict[str, float]) -> list[str]:
