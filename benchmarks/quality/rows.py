@@ -5,8 +5,8 @@ import json
 import shutil
 import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -25,7 +25,7 @@ from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.bank import train_adapters
 from molora.training.evaluate import answer, evaluate
-from molora.training.examples import encode, read_records
+from molora.training.examples import Example, encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.question import Question
 from molora.training.router_report import column_names, router_statistics
@@ -211,26 +211,46 @@ def of_classifier(here: Measurement) -> None:
 
 
 def of_merges(kinds: Sequence[str]) -> Callable[[Measurement], None]:
-    """What else can be made of the adapters."""
+    """What else can be made of the adapters; update merges at the weight of the lowest loss on validation records."""
 
     def run(here: Measurement) -> None:
         args, folder = here.args, seed_folder(here.args)
         if not (missing := here.missing(kinds)):
             return
-        rank = args.rank * len(args.domains)
-        m = here.loaded(folder / "bank", num_extra_slots=1, max_rank=rank)
+        m = here.loaded(folder / "bank", num_extra_slots=1, max_rank=args.rank * len(args.domains))
         adapters = [m.bank.load_adapter(name) for name in args.domains]
+        files = [args.work / "data" / f"val_{domain}.jsonl" for domain in args.domains]
+        examples: list[Example] = []
+        if not {*missing}.isdisjoint(UPDATE_MERGES):
+            examples += [
+                encode(record, m.tokenizer) for file in files for record in islice(read_records(file), NUM_VAL)
+            ]
         for kind in missing:
             merged = folder / "merged" / kind
             if kind in MERGES:
-                merge(adapters, kind, args.seed).write(merged)
-                m.engine.load_adapter(kind, merged, activation="turn")
-                here.add(m, kind, kind)
-            else:
-                of_update_merge(here, m, merge_updates(adapters, kind, args.seed), kind, merged)
-            m.engine.unload_adapter(kind)
+                with acting(m, merge(adapters, kind, args.seed), kind, merged):
+                    here.add(m, kind, kind)
+                continue
+            whole = merge_updates(adapters, kind, args.seed)
+            with acting(m, whole, kind, merged):
+                losses = {weight: loss_at(m, kind, weight, examples) for weight in (1 / len(args.domains), 0.5, 1.0)}
+            weight = min(losses, key=losses.__getitem__)
+            notes = {"weight": weight, "loss_by_weight": losses}
+            with acting(m, weighted(whole, weight), kind, merged):
+                here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
 
     return run
+
+
+@contextmanager
+def acting(m: MoLoRA, adapter: Adapter, name: str, folder: Path) -> Iterator[None]:
+    """An adapter that the engine knows by this name meanwhile, read from a folder that is written for it."""
+    adapter.write(folder)
+    m.engine.load_adapter(name, folder, activation="turn")
+    try:
+        yield
+    finally:
+        m.engine.unload_adapter(name)
 
 
 def of_random(here: Measurement) -> None:
@@ -239,22 +259,6 @@ def of_random(here: Measurement) -> None:
     if here.missing(["random"]):
         m = here.loaded(with_random_router(folder, here.args.seed))
         here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
-
-
-def of_update_merge(here: Measurement, m: MoLoRA, whole: Adapter, kind: str, folder: Path) -> None:
-    """A merge of the weight updates, at the weight whose loss on some validation records is the lowest."""
-    args = here.args
-    files = [args.work / "data" / f"val_{domain}.jsonl" for domain in args.domains]
-    examples = [encode(record, m.tokenizer) for file in files for record in islice(read_records(file), NUM_VAL)]
-    whole.write(folder)
-    m.engine.load_adapter(kind, folder, activation="turn")
-    losses = {weight: loss_at(m, kind, weight, examples) for weight in (1 / len(args.domains), 0.5, 1.0)}
-    weight = min(losses, key=losses.__getitem__)
-    weighted(whole, weight).write(folder)
-    m.engine.unload_adapter(kind)
-    m.engine.load_adapter(kind, folder, activation="turn")
-    notes = {"weight": weight, "loss_by_weight": losses}
-    here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
 
 
 def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurement], None]:
