@@ -1,5 +1,6 @@
 """The benchmark of quality, all its stages on a tiny model: which learns nothing, but every way is measured."""
 
+import gc
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -68,27 +70,69 @@ SINGLES |= {
     "nine",
     *DOMAINS,
 }
+RANK = 4
 TINY = ["--base", "tiny-random/llama", "--router-layer", "1", "--rows", "1", "--domains", *DOMAINS]
 TINY += ["--newcomer", "sorting", "--num-train", "40", "--device", "cpu", "--dtype", "float32"]
 TINY += ["--steps", "2", "--router-steps", "2", "--xlora-steps", "2", "--singles", "1", "--composites", "2"]
 TINY += ["--histories", "1", "--turns", "2", "--limit-peft", "1", "--max-new-tokens", "4"]
+TINY += ["--rank", str(RANK), "--kv-cache-bytes", str(1 << 24)]
 FREE = ("train adapters", "eval joint")
 STARTS = ("first", "system", "half", "turn", "response")
 
 
-def run(stage: str, work: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "benchmarks/quality.py"), stage, "--work", str(work), *TINY, *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(work / "cache")}
-    return subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment, check=False)
+@pytest.fixture
+def short_recipe(benchmark_module: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few texts, items and records: their making and measuring takes most of a stage, and a few show as much."""
+    texts = [Document("module", f"Text number {i}.", f"It is number {i}.") for i in range(220)]
+    recipe, data = sys.modules[build.__module__], benchmark_module("quality.data")
+    monkeypatch.setattr(recipe, "documents", lambda: list(texts))
+    monkeypatch.setattr(recipe, "NUM_HELD_OUT_COMPOSITES", 1)
+    monkeypatch.setattr(recipe, "NUM_VAL", 2)
+    for module in (recipe, data):
+        monkeypatch.setattr(module, "RESERVED", 40)
+    monkeypatch.setattr(benchmark_module("quality.rows"), "NUM_VAL", 2)
 
 
-def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
+@pytest.fixture
+def terminated_as_before() -> Iterator[None]:
+    """Whatever the stage `all` makes of the signal."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def run(
+    benchmark_module: Callable[[str], ModuleType],
+    load_script: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    terminated_as_before: None,
+) -> Iterator[Callable[..., None]]:
+    """A stage as the script runs it, in this process: a new one takes many seconds to import what it needs."""
+    benchmark_module("quality")
+    script = load_script("benchmarks/quality.py")
+    gc.freeze()  # what rows collect is what they have left, not all that earlier tests have
+
+    def run(stage: str, work: Path, *options: str) -> None:
+        monkeypatch.setattr(sys, "argv", [script.__file__, stage, "--work", str(work), *TINY, *options])
+        monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as where a person runs it
+            script.main()
+
+    yield run
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("short_recipe")
+def test_every_way_is_measured_on_the_same_items(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("reasoning_gym")
     pytest.importorskip("peft")
     out, work = tmp_path / "quality.json", tmp_path / "work"
     for stage in ("data", "train", "eval", "table"):
-        done = run(stage, work, "--out", str(out))
-        assert done.returncode == 0, done.stderr
+        run(stage, work, "--out", str(out))
     result = json.loads(out.read_text())
     assert result["num_items"]["singles"] == 3
     assert result["num_items"]["composites"] == 2
@@ -107,6 +151,8 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         assert {*row["loss_by_weight"]} == {str(weight) for weight in (1 / 3, 0.5, 1.0)}
         assert row["loss_by_weight"][str(row["weight"])] == min(row["loss_by_weight"].values())
         assert rows["singles"][label]["weights"] == {"0": row["weight"]}
+        measured = Adapter.read(work / "seed-0" / "merged" / label).config
+        assert measured.lora_alpha == pytest.approx(row["weight"] * RANK * len(DOMAINS))
         assert {f"data/val_{domain}.jsonl" for domain in DOMAINS} < {*row["of"]["files"]}
     for label, row in rows["singles"].items():
         assert len(row["by_item"]["0"]) == (1 if label in ("arrow", "xlora") else 3)
@@ -135,7 +181,9 @@ def test_every_way_is_measured_on_the_same_items(tmp_path: Path) -> None:
         assert None not in files.values()
         assert {name.startswith("data/") for name in files} == {False, True}  # what was measured, and on what
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
-    assert [line.split()[0] for line in run("eval", work).stdout.splitlines()] == ["given"]
+    capsys.readouterr()
+    run("eval", work)
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["given"]
 
 
 def items_of(folder: Path, names: Iterable[str]) -> set[tuple[str, str]]:
@@ -375,41 +423,77 @@ def test_a_classifier_of_questions_learns_whose_they_are(
     assert sum(right) > 0.9 * len(right)
 
 
-def test_seeds_are_trained_and_measured_by_one_command(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("short_recipe")
+def test_seeds_are_trained_and_measured_by_one_command(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("reasoning_gym")
-    some = ["--stages", "bank", "--rows-of", "top-2", "joint", "--labels", "top-2", "joint"]
-    done = run("all", tmp_path, *some, "--seeds", "0", "--rows-of", "top-2")  # there are no data
-    assert done.returncode == 1
-    assert "seed 0 eval top-2: left out" in done.stdout
-    assert "3 of 3 failed" in done.stderr
-    assert run("data", tmp_path).returncode == 0
-    done = run("all", tmp_path, *some, "--seeds", "0", "1", "--shares", "2")
-    assert {line.rpartition(":")[0] for line in done.stdout.splitlines() if line.endswith(" s")} == {
-        f"seed {seed} {job}"
-        for seed in (0, 1)
-        for job in ("train adapters 1/2", "train adapters 2/2", "train bank", "eval top-2")
+    run("data", tmp_path)
+    capsys.readouterr()
+    run("all", tmp_path, "--stages", "bank", "--rows-of", "top-2", "--seeds", "1", "--shares", "2")
+    said = capsys.readouterr().out.splitlines()
+    assert {line.rpartition(":")[0] for line in said if line.endswith(" s")} == {
+        f"seed 1 {job}" for job in ("train adapters 1/2", "train adapters 2/2", "train bank", "eval top-2")
     }
-    assert "• arithmetic, legs, side by side" in (tmp_path / "logs" / "seed-0-train-adapters-1-of-2.log").read_text()
-    assert "seed 1 eval joint: failed, see" in done.stdout  # nobody has trained that
-    assert "FileNotFoundError" in (tmp_path / "logs" / "seed-1-eval-joint.log").read_text()
-    assert "2 of 10 failed" in done.stderr
+    assert "• arithmetic, legs, side by side" in (tmp_path / "logs" / "seed-1-train-adapters-1-of-2.log").read_text()
     assert (tmp_path / "rows" / "seed-1" / "top-2.json").is_file()
 
 
-def test_a_share_of_the_adapters_is_one_of_so_many(tmp_path: Path) -> None:
+def test_every_job_of_every_seed_is_a_process_with_its_options(
+    benchmark_module: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminated_as_before: None,
+) -> None:
+    script, stages = tmp_path / "quality.py", ["bank", "joint"]
+    script.write_text(
+        "import json, sys\n"
+        "print(json.dumps(sys.argv[1:]))\n"
+        "sys.exit('no such data' if 'joint' in sys.argv or {'2/2', '1'} < {*sys.argv} else 0)\n"
+    )
+    monkeypatch.setattr(sys, "argv", [str(script), "--lr", "7", "all"])
+    options = {"evals_per_device": 2, "device": "cpu", "share": (1, 1), "domains": DOMAINS, "work": tmp_path}
+    args = Namespace(seeds=[0, 1], stages=stages, rows_of=["top-2", "joint"], shares=2, **options)
+    with pytest.raises(SystemExit, match="7 of 12 failed"):
+        benchmark_module("quality.schedule").run_all(args)
+    said = dict(line.split(": ") for line in capsys.readouterr().out.splitlines())
+    done = {"seed 0 train adapters 1/2", "seed 0 train adapters 2/2", "seed 0 train bank", "seed 0 eval top-2"}
+    done |= {"seed 1 train adapters 1/2"}
+    failed = {"seed 1 train adapters 2/2", "seed 0 train joint", "seed 1 train joint"}
+    assert {name for name, end in said.items() if end.endswith(" s")} == done
+    assert {name for name, end in said.items() if end.startswith("failed, see ")} == failed
+    assert {name for name, end in said.items() if end == "left out"} == {
+        "seed 1 train bank",
+        "seed 1 eval top-2",
+        "seed 0 eval joint",
+        "seed 1 eval joint",
+    }
+    begun = {path.stem: json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "logs").iterdir()}
+    assert len(begun) == len(done | failed)
+    assert begun["seed-1-train-adapters-2-of-2"] == (
+        ["train", "--lr", "7", "--seed", "1", "--stages", "adapters", "--share", "2/2"]
+    )
+    assert (tmp_path / "logs" / "seed-0-train-joint.log").read_text().endswith("no such data\n")
+    assert begun["seed-0-train-joint"] == ["train", "--lr", "7", "--seed", "0", "--stages", "joint"]
+    assert begun["seed-0-eval-top-2"] == ["eval", "--lr", "7", "--seed", "0", "--rows-of", "top-2"]
+
+
+def test_a_share_of_the_adapters_is_one_of_so_many(
+    run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for wrong in ("0/2", "3/2", "half"):
-        done = run("train", tmp_path, "--share", wrong)
-        assert done.returncode == 2
-        assert f"'{wrong}' is no i/n with i from 1 to n" in done.stderr
+        with pytest.raises(SystemExit, match=r"^2$"):
+            run("train", tmp_path, "--share", wrong)
+        assert f"'{wrong}' is no i/n with i from 1 to n" in capsys.readouterr().err
     for stage, options, said in (
         ("all", ["--shares", "5"], "--shares is 5; expected 1 to 4"),  # there are three adapters, and a newcomer
         ("all", ["--share", "1/2"], "expected --shares"),
         ("train", ["--share", "1/2"], "expected --stages adapters"),
         ("train", ["--share", "5/5", "--stages", "adapters"], "--share is 5/5; there are 4 adapters"),
     ):
-        done = run(stage, tmp_path, *options)
-        assert done.returncode == 1
-        assert said in done.stderr
+        with pytest.raises(SystemExit, match=said):
+            run(stage, tmp_path, *options)
 
 
 def test_every_group_of_rows_is_of_a_stage(benchmark_module: Callable[[str], ModuleType]) -> None:
