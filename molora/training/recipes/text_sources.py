@@ -10,7 +10,7 @@ import re
 import struct
 import sysconfig
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackagePath, distributions
 from itertools import groupby
@@ -66,19 +66,26 @@ def prose() -> Iterator[Source]:
 
 def legal_texts() -> Iterator[Source]:
     """Paragraphs of the licences and notices that packages bring."""
-    for file in _packaged_files():
-        if ".dist-info" in file.parts[0] and _LEGAL.search("/".join(file.parts[1:])) and "AUTHORS" not in file.name:
-            paragraphs = re.split(r"\n\W*\n", _decoded(file.read_binary()))
-            yield Source(file.as_posix(), tuple(block for paragraph in paragraphs for block in _wrapped(paragraph)))
+
+    def is_legal(file: PackagePath) -> bool:
+        folder, *names = file.parts
+        return ".dist-info" in folder and bool(_LEGAL.search("/".join(names))) and "AUTHORS" not in file.name
+
+    for file in _packaged_files(is_legal):
+        paragraphs = re.split(r"\n\W*\n", _decoded(file.read_binary()))
+        yield Source(file.as_posix(), tuple(block for paragraph in paragraphs for block in _wrapped(paragraph)))
 
 
 def messages() -> Iterator[Source]:
     """What programs say in `LANGUAGES`: translations in the catalogues of packages."""
-    for file in _packaged_files():
-        if file.suffix == ".mo" and "LC_MESSAGES" in file.parts and not LANGUAGES.isdisjoint(file.parts):
-            found = (" ".join(text.split()) for text in read_catalogue(file.read_binary()))
-            blocks = tuple(text for text in found if len(text) <= MAX_CHARS and len(text.split()) >= MIN_MESSAGE_WORDS)
-            yield Source(file.as_posix(), blocks)
+
+    def is_catalogue(file: PackagePath) -> bool:
+        return file.suffix == ".mo" and "LC_MESSAGES" in file.parts and not LANGUAGES.isdisjoint(file.parts)
+
+    for file in _packaged_files(is_catalogue):
+        found = (" ".join(text.split()) for text in read_catalogue(file.read_binary()))
+        blocks = tuple(text for text in found if len(text) <= MAX_CHARS and len(text.split()) >= MIN_MESSAGE_WORDS)
+        yield Source(file.as_posix(), blocks)
 
 
 def read_catalogue(data: bytes) -> list[str]:
@@ -90,8 +97,9 @@ def read_catalogue(data: bytes) -> list[str]:
     return texts
 
 
-def _packaged_files() -> list[PackagePath]:
-    files = {file.as_posix(): file for found in distributions() for file in found.files or ()}
+def _packaged_files(is_wanted: Callable[[PackagePath], bool]) -> list[PackagePath]:
+    """Those that are there, by name; of a hundred thousand that are installed, only what is wanted is looked for."""
+    files = {file.as_posix(): file for found in distributions() for file in found.files or () if is_wanted(file)}
     return [file for _, file in sorted(files.items()) if Path(file.locate()).is_file()]
 
 
