@@ -39,7 +39,8 @@ def _in_an_empty_folder(
 
 
 def fit_arguments(*extra: str, config: str = "configs/tiny.yaml", command: str = "fit") -> list[str]:
-    return [command, "--config", config, "--trainer.enable_progress_bar", "false", *extra]
+    """With half the rows of the file, which is half the time, unless they are given."""
+    return [command, "--config", config, "--trainer.enable_progress_bar", "false", "--data.rows", "2", *extra]
 
 
 def train(*extra: str, config: str = "configs/tiny.yaml", command: str = "fit") -> None:
@@ -188,7 +189,7 @@ def test_a_learning_rate_is_suggested_and_nothing_else_is_left(
     draw = trainer._draw
     monkeypatch.setattr(trainer, "_draw", lambda *args: (drawn.extend(args[:2]), draw(*args)))
     before = set(map(str, Path().rglob("*")))
-    train("--out", "figures/lr.png", "--num_training", "60", *extra, config=config, command="lr_find")
+    train("--out", "figures/lr.png", "--num_training", "60", "--data.rows=4", *extra, config=config, command="lr_find")
     assert set(map(str, Path().rglob("*"))) - before == {"figures", "figures/lr.png"}
     assert Path("figures/lr.png").read_bytes().startswith(b"\x89PNG")
     (line,) = capsys.readouterr().out.splitlines()[-1:]
@@ -294,7 +295,7 @@ def column(folder: Path, name: str) -> list[float]:
 
 
 def test_two_processes_learn_what_one_with_all_their_rows_does(two: tuple[Path, str]) -> None:
-    train(*LEARN, "--data.rows=8")  # of four rows in each process
+    train(*LEARN, "--data.rows=4")  # of two rows in each process
     loss = column(Path(), "val/loss")[-1]
     here, said = two
     assert column(here / "learn", "val/loss")[-1] == pytest.approx(loss, rel=0.1)
@@ -303,7 +304,7 @@ def test_two_processes_learn_what_one_with_all_their_rows_does(two: tuple[Path, 
 
 
 def test_two_processes_count_together_what_one_with_all_their_rows_does(two: tuple[Path, str]) -> None:
-    train(*COUNT, "--data.rows=8", config=router_config())  # that learns nothing, so that both have the same router
+    train(*COUNT, "--data.rows=4", config=router_config())  # that learns nothing, so that both have the same router
     here, _ = two
     for name in RATES:
         (rate,) = column(Path(), name)

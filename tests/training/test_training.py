@@ -41,6 +41,7 @@ from molora.training.trainer import Trainer
 REPOSITORY = Path(__file__).parents[2]
 # Lightning and jsonargparse warn of their own deprecations.
 pytestmark = pytest.mark.filterwarnings("default")
+HALF = ("--data.rows", "2")  # of what the file has, and of the time: where nothing needs to be learned well
 
 
 @pytest.fixture(autouse=True)
@@ -159,8 +160,10 @@ def test_a_trained_adapter_loads_in_peft() -> None:
 
 
 def test_resuming_gives_exactly_the_uninterrupted_result() -> None:
-    fit("--trainer.max_steps", "60", "--model.init_args.output_dir", "whole")
+    short = (*HALF, "--trainer.max_steps", "30")
+    fit(*short, "--model.init_args.output_dir", "whole")
     fit(
+        *short,
         "--ckpt_path",
         next(str(path) for path in Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")),
         "--model.init_args.output_dir",
@@ -197,9 +200,8 @@ def test_a_trainers_precision_is_obeyed(precision: str) -> None:
 )
 def test_a_router_stays_in_float32_at_any_precision(precision: str, losses: dict[str, float]) -> None:
     router = {"hidden_dim": 32, "key_dim": 16, "lora_rank": 2}
-    fit(
-        "--trainer.precision", precision, "--trainer.max_steps", "6", config=router_config(router=router, losses=losses)
-    )
+    short = (*HALF, "--trainer.max_steps", "6", "--trainer.precision", precision)
+    fit(*short, config=router_config(router=router, losses=losses))
     learned = Bank.open("bank").load_router()
     assert isinstance(learned, molora.KeyRouter)
     for values in (learned.keys_CD, learned.query.weight, learned.hidden.weight):
@@ -217,7 +219,7 @@ def test_recomputed_layers_keep_the_bases_dropout_off() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_gradient_checkpointing_changes_nothing(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # what needs no C++ compiler
-    short = ("--trainer.max_steps", "5", "--model.init_args.output_dir")
+    short = (*HALF, "--trainer.max_steps", "5", "--model.init_args.output_dir")
     fit(*short, "plain")
     fit(*short, "less", "--model.init_args.gradient_checkpointing=true", f"--model.init_args.compile={compiled}")
     for key, tensor in weights(Path("plain/letters")).items():
@@ -244,7 +246,7 @@ def test_gradient_checkpointing_changes_nothing_of_a_router(
     for output, less in (("plain", False), ("less", True)):
         calls[0] = 0
         changes = {"router": router, "losses": losses, "adapter_lr": adapter_lr, "gradient_checkpointing": less}
-        fit("--trainer.max_steps", "5", config=router_config(output=output, **changes))
+        fit(*HALF, "--trainer.max_steps", "5", config=router_config(output=output, **changes))
         num_calls.append(calls[0])
         found.append([load_file(file) for file in sorted(Path(output).rglob("*.safetensors"))])
     assert num_calls[1] > num_calls[0]
@@ -519,11 +521,11 @@ def test_a_router_with_a_lora_of_its_own(losses: dict[str, float]) -> None:
 )
 def test_a_router_resumes_exactly(lora_rank: int, losses: dict[str, float]) -> None:
     config = router_config(router={"hidden_dim": 32, "key_dim": 16, "lora_rank": lora_rank}, losses=losses)
-    fit("--trainer.max_steps", "30", config=config)
+    fit(*HALF, "--trainer.max_steps", "30", config=config)
     whole = Bank.open("bank").load_router()
     shutil.rmtree("bank")
     (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
-    fit("--trainer.max_steps", "30", "--ckpt_path", str(checkpoint), config=config)
+    fit(*HALF, "--trainer.max_steps", "30", "--ckpt_path", str(checkpoint), config=config)
     resumed = Bank.open("bank").load_router()
     assert whole is not None
     assert resumed is not None
@@ -554,7 +556,7 @@ def test_of_the_usual_linears_a_base_need_not_have_all(monkeypatch: pytest.Monke
 
 
 def test_a_routers_checkpoint_of_other_settings_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    fit("--trainer.max_steps", "20", config=router_config())
+    fit(*HALF, "--trainer.max_steps", "20", config=router_config())
     (checkpoint,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
     for changes, words in (
         ({"router_layer": 0}, "router_layer, there 1 and here 0"),
@@ -568,7 +570,7 @@ def test_a_routers_checkpoint_of_other_settings_is_an_error(capsys: pytest.Captu
 
 
 def test_an_adapters_checkpoint_of_other_settings_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
-    fit("--trainer.max_steps", "20")
+    fit(*HALF, "--trainer.max_steps", "20")
     (path,) = Path("runs/tiny/checkpoints").glob("*step=20*.ckpt")
     words = "error: the checkpoint was made with other settings: it and what is trained here differ in "
     for name, value, difference in (
@@ -583,7 +585,7 @@ def test_an_adapters_checkpoint_of_other_settings_is_an_error(capsys: pytest.Cap
     del checkpoint["settings"]  # as older ones
     torch.save(checkpoint, "older.ckpt")
     assert f"{words}stack.values" in complaint(capsys, "--ckpt_path", "older.ckpt", "--model.init_args.rank=8")
-    fit("--trainer.max_steps", "21", "--ckpt_path", "older.ckpt")
+    fit(*HALF, "--trainer.max_steps", "21", "--ckpt_path", "older.ckpt")
 
 
 @pytest.mark.parametrize("kind", ["text", "pickle", "cut", "list", "nothing"])
