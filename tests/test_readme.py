@@ -171,30 +171,23 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"gets {of_given[0]:.3f} of what the right adapters get on single items, and {of_given[1]:.3f} on" in words
     later = [rows["singles"][label]["in wordings of"]["later authors"] for label in ("auto", "given")]
     assert f"{later[0]:.3f} where the right adapters get {later[1]:.3f}" in words
-    several = [rows["composites"][label]["minus joint"] for label in ("auto", "given")]
-    assert all(each["low"] < 0 < each["high"] for each in several)  # level
     less = [points(rows[kind]["auto"]["minus given"]) for kind in ("singles", "composites")]
     assert "({} points less, {} to {}, and {}, {} to {});".format(*less[0], *less[1]) in words
-    behind = [points(rows["singles"][label]["minus joint"]) for label in ("given", "auto")]
-    assert "are {} points ({} to {}) behind".format(*behind[0]) in words
-    assert "the router is {} ({} to {}).".format(*behind[1]) in words
+    of_joint = [rows[kind]["given"]["minus joint"] for kind in ("singles", "composites")]
+    assert all(each["low"] < 0 < each["high"] for each in (*of_joint, rows["singles"]["auto"]["minus joint"]))  # level
+    behind = points(rows["composites"]["auto"]["minus joint"])
+    assert "the router is {} points ({} to {}) behind it".format(*behind) in words
     removed, kept = (rows["others"][label]["accuracy"] for label in ("removed", "not removed"))
     assert f"the other tasks are at {removed:.3f}, with it at {kept:.3f}" in words
-    auto = [rows[kind]["auto"]["accuracy"] for kind in ("singles", "composites")]
-    assert f"the router is at {auto[0]:.3f} of single items and {auto[1]:.3f} of composites" in design
-    assert f"given at {values(rows, 'given')}: {of_given[0]:.3f} and {of_given[1]:.3f} of them" in design
-    assert f"it has {later[0]:.3f} and routes given {later[1]:.3f}, where they were" in design
-    assert f"of the eight likeliest are at {values(rows, 'soft')}, the joint LoRA at {values(rows, 'joint')}." in design
-    for found in (*several[:1], *(rows["singles"][label]["minus joint"] for label in ("auto", "given"))):
-        assert f"({in_brackets(found)})" in design
+    assert f"routes given at {values(rows, 'given')}, level with the joint LoRA at {values(rows, 'joint')}" in design
+    assert f"({', and '.join(map(in_brackets, of_joint))})" in design
+    assert f"The router is at {values(rows, 'auto')}, {of_given[0]:.3f} and {of_given[1]:.3f} of routes given" in design
     both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
     assert f"({', and '.join(map(in_brackets, both))})" in design
-    assert rows["others"]["removed"]["minus not removed"]["low"] > 0
-    clock = {label: rows["singles"][label]["by_domain"]["clock"] for label in ("given", "joint", "plain")}
-    assert f"`clock` has {clock['given']:.3f} of its items" in design
-    assert f"joint LoRA has {clock['joint']:.3f}, plain LoRAs {clock['plain']:.3f}" in design
-    rest = [others(rows["singles"][label]["by_domain"], "clock") for label in ("given", "joint", "auto")]
-    assert f"have {rest[0]:.3f} of theirs together, the joint LoRA {rest[1]:.3f}, the router {rest[2]:.3f}." in design
+    assert f"of the eight likeliest are at {values(rows, 'soft')}. So" in design
+    given = rows["singles"]["given"]["by_domain"]
+    assert f"`clock` is at {given['clock']:.3f}, routes" in design
+    assert f"`family` and `filtering` are at {given['family']:.3f} and {given['filtering']:.3f}, and were" in design
     plain = rows["singles"]["given"]["accuracy"] / rows["singles"]["plain"]["accuracy"]
     assert f"which is {plain:.3f} of it" in design
     bank, without = (
@@ -208,6 +201,34 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert f"{bank[2]:.3f} from halfway, {bank[3]:.3f} from the turn" in design
     assert f"and {bank[4]:.3f} where only the response is its own" in design
     assert f"a plain one {', '.join(f'{value:.3f}' for value in without[:4])}, and there {without[4]:.3f}" in design
+    ninth = [rows[kind]["key"]["accuracy"] for kind in ("newcomer", "newcomer_composites")]
+    assert f"the ninth is at {ninth[0]:.3f} and {ninth[1]:.3f}, and the others are at {values(rows, 'key')}" in design
+    assert f"rather than {values(rows, 'open')}." in design
+
+
+def test_what_design_says_of_many_voices_is_what_was_measured() -> None:
+    design = " ".join(DESIGN.split())
+    rows = json.loads((REPOSITORY / "benchmarks/results/variants/2400-steps.json").read_text())["rows"]
+    auto = [rows[kind]["auto"]["accuracy"] for kind in ("singles", "composites")]
+    of_given = [rows[kind]["auto"]["minus given"]["ratio"] for kind in ("singles", "composites")]
+    later = [rows["singles"][label]["in wordings of"]["later authors"] for label in ("auto", "given")]
+    assert f"the router is at {auto[0]:.3f} of single items and {auto[1]:.3f} of composites" in design
+    assert f"given at {values(rows, 'given')}: {of_given[0]:.3f} and {of_given[1]:.3f} of them" in design
+    assert f"it has {later[0]:.3f} and routes given {later[1]:.3f}, where they were" in design
+    assert f"of the eight likeliest are at {values(rows, 'soft')}, the joint LoRA at {values(rows, 'joint')}." in design
+    for found in (rows["composites"]["auto"], *(rows["singles"][label] for label in ("auto", "given"))):
+        assert f"({in_brackets(found['minus joint'])})" in design
+    both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
+    assert f"({', and '.join(map(in_brackets, both))})" in design
+    clock = {label: rows["singles"][label]["by_domain"]["clock"] for label in ("given", "joint", "plain")}
+    assert f"`clock` has {clock['given']:.3f} of its items" in design
+    assert f"joint LoRA has {clock['joint']:.3f}, plain LoRAs {clock['plain']:.3f}" in design
+    rest = [others(rows["singles"][label]["by_domain"], "clock") for label in ("given", "joint", "auto")]
+    assert f"have {rest[0]:.3f} of theirs together, the joint LoRA {rest[1]:.3f}, the router {rest[2]:.3f}." in design
+    given = rows["singles"]["given"]["by_domain"]
+    assert f"and were at {given['family']:.3f} and {given['filtering']:.3f}." in design
+    plain = rows["singles"]["given"]["accuracy"] / rows["singles"]["plain"]["accuracy"]
+    assert f"and {plain:.3f} after fewer steps" in design
 
 
 def in_brackets(found: dict[str, float]) -> str:
