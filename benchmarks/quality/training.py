@@ -29,11 +29,11 @@ from molora.training.bank import AdapterStage, BankSettings, Domain, RouterStage
 ACTIVATION = {"first": 0.05, "before": 0.15, "turn": 0.45, "between": 0.15, "response": 0.2, "strays": 0.5}
 EVERYWHERE = {"first": 1.0, "before": 0.0, "turn": 0.0, "between": 0.0, "response": 0.0, "others_rest": 0.0}
 AT_TURN = {"first": 0.0, "before": 0.0, "turn": 1.0, "between": 0.0, "response": 0.0}
-LABELS = {"label": 1.0, "parts": 1.0, "given": 1.0, "drift": 0.03, "z": 1e-4}
+LABELS = {"label": 1.0, "parts": 1.0, "given": 1.0, "z": 1e-4}
 ROUTERS: dict[str, dict[str, Any]] = {
     "bank": {"losses": LABELS},
-    "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "drift": 0.03, "z": 1e-4}},
-    "lm": {"losses": {"label": 0.0, "lm": 1.0, "drift": 0.03, "balance": 0.01, "z": 1e-4}},
+    "token": {"losses": {"label": 0.0, "token": 1.0, "lm": 1.0, "z": 1e-4}},
+    "lm": {"losses": {"label": 0.0, "lm": 1.0, "balance": 0.01, "z": 1e-4}},
     "own": {"losses": LABELS | {"given": 0.0, "lm": 1.0}},
     "steady": {"losses": LABELS | {"switch": 0.1}},
     "steadier": {"losses": LABELS | {"switch": 1.0}},
@@ -117,6 +117,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
                 "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": 32},
                 "schedule": {"lr": 0.001, "warmup_steps": 50, "weight_decay": 0.01},
                 **ROUTERS[stage],
+                "losses": ROUTERS[stage]["losses"] | {"drift": args.drift},
             },
             data={
                 "train": [str(data / name) for name in (router_data, *labels_only)],
