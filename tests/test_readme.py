@@ -185,6 +185,9 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
     assert f"({', and '.join(map(in_brackets, both))})" in design
     assert f"of the eight likeliest are at {values(rows, 'soft')}. So" in design
+    pairs = [*zip(*(rows["composites"][label]["by_item"]["0"] for label in ("given", "auto")), strict=True)]
+    alone = [pairs.count(pair) for pair in (("1", "0"), ("0", "1"))]
+    assert "{} composites are right with routes given alone and {} with the router alone".format(*alone) in design
     given = rows["singles"]["given"]["by_domain"]
     assert f"`clock` is at {given['clock']:.3f}, routes" in design
     assert f"`family` and `filtering` are at {given['family']:.3f} and {given['filtering']:.3f}, and were" in design
