@@ -177,14 +177,17 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert all(each["low"] < 0 < each["high"] for each in (*of_joint, rows["singles"]["auto"]["minus joint"]))  # level
     behind = points(rows["composites"]["auto"]["minus joint"])
     assert "the router is {} points ({} to {}) behind it".format(*behind) in words
+    assert rows["composites"]["auto"]["minus joint"]["high"] < 0
     removed, kept = (rows["others"][label]["accuracy"] for label in ("removed", "not removed"))
     assert f"the other tasks are at {removed:.3f}, with it at {kept:.3f}" in words
+    without = rows["others"]["removed"]["minus not removed"]
+    assert without["low"] <= 0 <= without["high"]
     assert f"routes given at {values(rows, 'given')}, level with the joint LoRA at {values(rows, 'joint')}" in design
     assert f"({', and '.join(map(in_brackets, of_joint))})" in design
     assert f"The router is at {values(rows, 'auto')}, {of_given[0]:.3f} and {of_given[1]:.3f} of routes given" in design
     both = (rows[kind]["auto"]["minus given"] for kind in ("singles", "composites"))
     assert f"({', and '.join(map(in_brackets, both))})" in design
-    assert f"of the eight likeliest are at {values(rows, 'soft')}. So" in design
+    assert f"of the eight likeliest are at {values(rows, 'soft')}. So the hard" in design
     pairs = [*zip(*(rows["composites"][label]["by_item"]["0"] for label in ("given", "auto")), strict=True)]
     alone = [pairs.count(pair) for pair in (("1", "0"), ("0", "1"))]
     assert "{} composites are right with routes given alone and {} with the router alone".format(*alone) in design

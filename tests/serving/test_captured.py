@@ -82,7 +82,7 @@ def captured(monkeypatch) -> Any:
 def test_it_answers_as_full_forwards_do(make_small_bank, key_router, captured, random_ids, router, num_layers):
     bank = make_small_bank(num_layers=num_layers, router=key_router(router))
     m = molora.load(bank, device=DEVICE, dtype="float32")
-    engine = captured(m, max_step_tokens=16, max_sequences=4)  # fewer tokens than the prompts have
+    engine = captured(m, max_step_tokens=16, max_sequences=4)  # fewer tokens than the prompts have together
     routes = ["base", "x", "auto", BLEND]
     requests = [
         Request(prompt=random_ids(8 + s, seed=s), route=route, activation=4, sampling=Sampling(max_new_tokens=3))
