@@ -25,7 +25,7 @@ from molora.model import MoLoRA
 from molora.router import KeyRouter
 from molora.training.bank import train_adapters
 from molora.training.evaluate import answer, evaluate
-from molora.training.examples import Example, encode, read_records
+from molora.training.examples import encode, read_records
 from molora.training.newcomer import key_from_data
 from molora.training.question import Question
 from molora.training.router_report import column_names, router_statistics
@@ -210,42 +210,46 @@ def of_classifier(here: Measurement) -> None:
     here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
 
 
-def of_merges(kinds: Sequence[str]) -> Callable[[Measurement], None]:
-    """What else can be made of the adapters; update merges at the weight of the lowest loss on validation records."""
+def of_merges(here: Measurement) -> None:
+    """What else can be made of the adapters."""
+    if not (missing := here.missing(MERGES)):
+        return
+    m, adapters = with_room_for_a_merge(here)
+    for kind in missing:
+        with acting(here, m, merge(adapters, kind, here.args.seed), kind):
+            here.add(m, kind, kind)
 
-    def run(here: Measurement) -> None:
-        args, folder = here.args, seed_folder(here.args)
-        if not (missing := here.missing(kinds)):
-            return
-        m = here.loaded(folder / "bank", num_extra_slots=1, max_rank=args.rank * len(args.domains))
-        adapters = [m.bank.load_adapter(name) for name in args.domains]
-        files = [args.work / "data" / f"val_{domain}.jsonl" for domain in args.domains]
-        examples: list[Example] = []
-        if not {*missing}.isdisjoint(UPDATE_MERGES):
-            examples += [
-                encode(record, m.tokenizer) for file in files for record in islice(read_records(file), NUM_VAL)
-            ]
-        for kind in missing:
-            merged = folder / "merged" / kind
-            if kind in MERGES:
-                with acting(m, merge(adapters, kind, args.seed), kind, merged):
-                    here.add(m, kind, kind)
-                continue
-            whole = merge_updates(adapters, kind, args.seed)
-            with acting(m, whole, kind, merged):
-                losses = {weight: loss_at(m, kind, weight, examples) for weight in (1 / len(args.domains), 0.5, 1.0)}
-            weight = min(losses, key=losses.__getitem__)
-            notes = {"weight": weight, "loss_by_weight": losses}
-            with acting(m, weighted(whole, weight), kind, merged):
-                here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
 
-    return run
+def of_update_merges(here: Measurement) -> None:
+    """Merges of the weight updates, each at the weight whose loss on some validation records is the lowest."""
+    if not (missing := here.missing(UPDATE_MERGES)):
+        return
+    args = here.args
+    m, adapters = with_room_for_a_merge(here)
+    files = [args.work / "data" / f"val_{domain}.jsonl" for domain in args.domains]
+    examples = [encode(record, m.tokenizer) for file in files for record in islice(read_records(file), NUM_VAL)]
+    for kind in missing:
+        whole = merge_updates(adapters, kind, args.seed)
+        with acting(here, m, whole, kind):
+            losses = {weight: loss_at(m, kind, weight, examples) for weight in (1 / len(args.domains), 0.5, 1.0)}
+        weight = min(losses, key=losses.__getitem__)
+        notes = {"weight": weight, "loss_by_weight": losses}
+        with acting(here, m, weighted(whole, weight), kind):
+            here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
+
+
+def with_room_for_a_merge(here: Measurement) -> tuple[MoLoRA, list[Adapter]]:
+    """The bank, which holds one adapter of its adapters' total rank beside them, and these."""
+    args = here.args
+    m = here.loaded(seed_folder(args) / "bank", num_extra_slots=1, max_rank=args.rank * len(args.domains))
+    return m, [m.bank.load_adapter(name) for name in args.domains]
 
 
 @contextmanager
-def acting(m: MoLoRA, adapter: Adapter, name: str, folder: Path) -> Iterator[None]:
-    """An adapter that the engine knows by this name meanwhile, read from a folder that is written for it."""
-    adapter.write(folder)
+def acting(here: Measurement, m: MoLoRA, merged: Adapter, name: str) -> Iterator[None]:
+    """A merge that the engine knows by this name meanwhile, read from a folder that is written for it."""
+    folder = seed_folder(here.args) / "merged" / name
+    merged.write(folder)
     m.engine.load_adapter(name, folder, activation="turn")
     try:
         yield
@@ -419,8 +423,8 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
     "classifier": of_classifier,
     "uniform": of_ways("uniform"),
     "alone": of_alone,
-    "merges": of_merges(MERGES),
-    "update merges": of_merges(UPDATE_MERGES),
+    "merges": of_merges,
+    "update merges": of_update_merges,
     "random": of_random,
     "top-2": of_gates("top-2", 2),
     "sparse": of_gates("sparse", 2, MIN_GATE),
