@@ -470,13 +470,20 @@ def test_every_job_of_every_seed_is_a_process_with_its_options(
         "seed 1 eval joint",
     }
     begun = {path.stem: json.loads(path.read_text().splitlines()[0]) for path in (tmp_path / "logs").iterdir()}
-    assert len(begun) == len(done | failed)
-    assert begun["seed-1-train-adapters-2-of-2"] == (
-        ["train", "--lr", "7", "--seed", "1", "--stages", "adapters", "--share", "2/2"]
-    )
+    assert begun == {
+        f"seed-{seed}-{name}": [kind, "--lr", "7", "--seed", seed, *options]
+        for seed, name, kind, *options in (
+            ("0", "train-adapters-1-of-2", "train", "--stages", "adapters", "--share", "1/2"),
+            ("0", "train-adapters-2-of-2", "train", "--stages", "adapters", "--share", "2/2"),
+            ("1", "train-adapters-1-of-2", "train", "--stages", "adapters", "--share", "1/2"),
+            ("1", "train-adapters-2-of-2", "train", "--stages", "adapters", "--share", "2/2"),
+            ("0", "train-bank", "train", "--stages", "bank"),
+            ("0", "train-joint", "train", "--stages", "joint"),
+            ("1", "train-joint", "train", "--stages", "joint"),
+            ("0", "eval-top-2", "eval", "--rows-of", "top-2"),
+        )
+    }
     assert (tmp_path / "logs" / "seed-0-train-joint.log").read_text().endswith("no such data\n")
-    assert begun["seed-0-train-joint"] == ["train", "--lr", "7", "--seed", "0", "--stages", "joint"]
-    assert begun["seed-0-eval-top-2"] == ["eval", "--lr", "7", "--seed", "0", "--rows-of", "top-2"]
 
 
 def test_a_share_of_the_adapters_is_one_of_so_many(

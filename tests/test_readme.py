@@ -180,8 +180,8 @@ def test_what_is_said_of_the_router_and_the_joint_lora_is_what_was_measured() ->
     assert rows["composites"]["auto"]["minus joint"]["high"] < 0
     removed, kept = (rows["others"][label]["accuracy"] for label in ("removed", "not removed"))
     assert f"the other tasks are at {removed:.3f}, with it at {kept:.3f}" in words
-    without = rows["others"]["removed"]["minus not removed"]
-    assert without["low"] <= 0 <= without["high"]
+    difference = rows["others"]["removed"]["minus not removed"]
+    assert difference["low"] <= 0 <= difference["high"]
     assert f"routes given at {values(rows, 'given')}, level with the joint LoRA at {values(rows, 'joint')}" in design
     assert f"({', and '.join(map(in_brackets, of_joint))})" in design
     assert f"The router is at {values(rows, 'auto')}, {of_given[0]:.3f} and {of_given[1]:.3f} of routes given" in design
