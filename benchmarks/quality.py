@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=32, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
     parser.add_argument("--drift", type=float, default=0.03, help="weight of the loss of that name, of all routers")
+    parser.add_argument("--distill", type=float, default=0.0, help="the same, of routers that learn with losses.given")
     parser.add_argument("--steps", type=int, default=3200, help="of the adapters, 16 rows of 512 tokens each")
     parser.add_argument("--router-steps", type=int, default=3000)
     parser.add_argument("--xlora-steps", type=int, default=3000)

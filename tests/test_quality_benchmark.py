@@ -180,6 +180,11 @@ def test_every_way_is_measured_on_the_same_items(
         files = json.loads(file.read_text())["of"]["files"]
         assert None not in files.values()
         assert {name.startswith("data/") for name in files} == {False, True}  # what was measured, and on what
+    asking, others = ("auto", "top-2", "sequence", "removed", "key"), ("given", "dare_svd", "random", "bank-from-turn")
+    for label in (*asking, *others):  # whose router is not asked needs not be measured again where another one is there
+        of = json.loads((work / "rows" / "seed-0" / f"{label}.json").read_text())["of"]
+        assert any(name.endswith("/molora.json") for name in of["files"]) == (label in asking)
+        assert ({"drift", "distill"} <= {*of["options"]}) == (label in asking)
     (work / "rows" / "seed-0" / "given.json").unlink()  # what is there is not measured again
     capsys.readouterr()
     run("eval", work)

@@ -44,6 +44,8 @@ NEWCOMER = ("newcomer", "newcomer_composites")
 ITEMS_OF = {"others": "singles"}  # where they have a file of another name
 NUM_VAL = 32  # records of each domain, by which a merge's weight is chosen
 OPTIONS = ("limit", "max_new_tokens")  # by which every row is measured
+ROUTERS_OPTIONS = (*OPTIONS, "drift", "distill")  # the two by which its router was trained
+ROUTERS_WAYS = ("auto", "sequence")  # of `evaluate`: those that ask the router
 
 
 class Measurement:
@@ -120,13 +122,13 @@ class Measurement:
         way: str,
         kinds: Sequence[str] = SCORED,
         *,
-        sources: Sequence[Path] | None = None,
+        of: tuple[Sequence[Path], Sequence[str]] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does.
 
         Args:
-            sources: the files of what was measured, or of what it was made of; None is the bank's own.
+            of: the files and options of what was measured, or of what it was made of; None takes `what_answers`.
             notes: what else the row says.
         """
         if not self.missing([label]):
@@ -138,8 +140,8 @@ class Measurement:
             for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=self.args.max_new_tokens)
         }
         routes = {kind: self.routes(m, kind) for kind in kinds} if way == "auto" else None
-        sources = [m.bank.path / BANK_FILE] if sources is None else sources
-        self.write(label, rows, time.perf_counter() - begin_s, sources, routes, notes=notes)
+        sources, options = of or what_answers(m.bank, way)
+        self.write(label, rows, time.perf_counter() - begin_s, sources, routes, options, notes)
 
     def routes(self, m: MoLoRA, kind: str) -> dict[str, Any]:
         """`RouterStatistics` on the items with their reference answers."""
@@ -167,6 +169,13 @@ class Measurement:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def what_answers(bank: Bank, way: str) -> tuple[list[Path], Sequence[str]]:
+    """The files and options by which a bank answers in one of `evaluate`'s ways: all of it, or its adapters alone."""
+    if way in ROUTERS_WAYS:
+        return [bank.path / BANK_FILE], ROUTERS_OPTIONS
+    return [bank.adapter_folder(adapter.name) / WEIGHTS_FILE for adapter in bank.adapters], OPTIONS
 
 
 def measure(args: Namespace) -> None:
@@ -207,7 +216,7 @@ def of_classifier(here: Measurement) -> None:
         texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
         rows[kind] = score_answers(own, texts)
     took_s = time.perf_counter() - begin_s
-    here.write("classifier", rows, took_s, [m.bank.path / BANK_FILE, data])
+    here.write("classifier", rows, took_s, [*what_answers(m.bank, "given")[0], data])
 
 
 def of_merges(here: Measurement) -> None:
@@ -235,7 +244,7 @@ def of_update_merges(here: Measurement) -> None:
         weight = min(losses, key=losses.__getitem__)
         notes = {"weight": weight, "loss_by_weight": losses}
         with acting(here, m, weighted(whole, weight), kind):
-            here.add(m, kind, kind, sources=[m.bank.path / BANK_FILE, *files], notes=notes)
+            here.add(m, kind, kind, of=([*what_answers(m.bank, kind)[0], *files], OPTIONS), notes=notes)
 
 
 def with_room_for_a_merge(here: Measurement) -> tuple[MoLoRA, list[Adapter]]:
@@ -262,7 +271,7 @@ def of_random(here: Measurement) -> None:
     folder = seed_folder(here.args)
     if here.missing(["random"]):
         m = here.loaded(with_random_router(folder, here.args.seed))
-        here.add(m, "random", "auto", sources=[folder / "bank" / BANK_FILE])
+        here.add(m, "random", "auto", of=what_answers(Bank.open(folder / "bank"), "given"))
 
 
 def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurement], None]:
@@ -272,7 +281,7 @@ def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurem
         folder, top_k = seed_folder(here.args), min(most, len(here.args.domains) + 1)
         if here.missing([label]):
             m = here.loaded(with_soft_gates(folder, label, top_k, min_gate))
-            here.add(m, label, "auto", sources=[folder / "bank" / BANK_FILE])
+            here.add(m, label, "auto", of=what_answers(Bank.open(folder / "bank"), "auto"))
 
     return run
 
@@ -321,7 +330,7 @@ def of_key(here: Measurement) -> None:
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     m = here.loaded(copy)
     sources = [folder / "open" / BANK_FILE, data, adapter / WEIGHTS_FILE]
-    here.add(m, "key", "auto", (*SCORED, *NEWCOMER), sources=sources)
+    here.add(m, "key", "auto", (*SCORED, *NEWCOMER), of=(sources, ROUTERS_OPTIONS))
 
 
 def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
@@ -351,7 +360,8 @@ def of_removed(here: Measurement) -> None:
         questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
         ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
         del m
-        here.write(label, {"others": found}, time.perf_counter() - begin_s, [folder / "bank" / BANK_FILE])
+        sources, options = what_answers(Bank.open(folder / "bank"), "auto")
+        here.write(label, {"others": found}, time.perf_counter() - begin_s, sources, options=options)
 
 
 def of_starts(stage: str) -> Callable[[Measurement], None]:
@@ -371,7 +381,7 @@ def of_starts(stage: str) -> Callable[[Measurement], None]:
                     m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
                 )
                 took_s = time.perf_counter() - begin_s
-                here.write(label, {"histories": found}, took_s, [m.bank.path / BANK_FILE])
+                here.write(label, {"histories": found}, took_s, what_answers(m.bank, "given")[0])
 
     return run
 
@@ -398,6 +408,7 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
         tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
         adapters = [m.bank.load_adapter(name) for name in args.domains]
+        sources, options = what_answers(m.bank, "given")[0], [*OPTIONS, "limit_peft"]
         del m
         here.close()
         folders = peft_ways.write_plain(adapters, folder / "peft" / way, in_all_layers=way == "arrow")
@@ -407,7 +418,6 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         for kind, questions in asked.items():
             texts = peft_ways.answers(model, prompts[kind], tokenizer, eos_ids, args.max_new_tokens)
             rows[kind] = score_answers(questions, texts)
-        sources, options = [folder / "bank" / BANK_FILE], [*OPTIONS, "limit_peft"]
         if way == "xlora":
             sources.append(args.work / "data" / "train_router.jsonl")
             options.append("xlora_steps")
