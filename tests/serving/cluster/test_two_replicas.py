@@ -165,7 +165,7 @@ def test_two_replicas(tmp_path, make_bank, make_adapter, key_router, listening):
     settings = {
         **common,
         "port": 0,
-        "drain_s": 30,
+        "drain_s": 60,  # in which a machine with much else to do ends what runs
         "engine": ENGINE,
         "adapter_folders": [str(loadable)],
         "num_extra_slots": 2,
