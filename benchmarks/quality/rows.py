@@ -44,7 +44,7 @@ NEWCOMER = ("newcomer", "newcomer_composites")
 ITEMS_OF = {"others": "singles"}  # where they have a file of another name
 NUM_VAL = 32  # records of each domain, by which a merge's weight is chosen
 OPTIONS = ("limit", "max_new_tokens")  # by which every row is measured
-ROUTERS_OPTIONS = (*OPTIONS, "drift", "distill")  # the two by which its router was trained
+ROUTERS_OPTIONS = (*OPTIONS, "drift")  # by which its router was trained
 ROUTERS_WAYS = ("auto", "sequence")  # of `evaluate`: those that ask the router
 
 

@@ -80,11 +80,12 @@ def make_table(args: Namespace) -> None:
             groups = [groups_of(record) for record in read_records(args.work / "data" / f"{kind}.jsonl")]
             for label, row in rows[kind].items():
                 row[name] = by_group(groups, bits[kind][label])
-    head = {name: read[0][name] for name in ("device", "versions", "steps")}
+    head = {name: read[0][name] for name in ("versions", "steps")}
     for name, value in head.items():
         if any(each[name] != value for each in read):
             raise SystemExit(f"the rows differ in their {name}; measure them again, in another folder.")
-    head["commit"] = ", ".join(sorted({each["commit"] or "unknown" for each in read}))
+    for name in ("device", "commit"):
+        head[name] = ", ".join(sorted({each[name] or "unknown" for each in read}))
     result = {
         "commands": sorted({each["command"] for each in read}),
         **head,

@@ -117,7 +117,7 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
                 "router": {"kind": "keys", "gate": "hard", "hidden_dim": 256, "key_dim": 64, "lora_rank": 32},
                 "schedule": {"lr": 0.001, "warmup_steps": 50, "weight_decay": 0.01},
                 **ROUTERS[stage],
-                "losses": router_losses(args, stage),
+                "losses": ROUTERS[stage]["losses"] | {"drift": args.drift},
             },
             data={
                 "train": [str(data / name) for name in (router_data, *labels_only)],
@@ -128,12 +128,6 @@ def settings(args: Namespace, stage: str = "bank") -> BankSettings:
             trainer=trainer(args, args.router_steps),
         ),
     )
-
-
-def router_losses(args: Namespace, stage: str) -> dict[str, float]:
-    """Those of the stage, with what keeps a router's LoRA small; `distill` is of routers that learn with `given`."""
-    own: dict[str, float] = ROUTERS[stage]["losses"]
-    return own | {"drift": args.drift, "distill": args.distill if own.get("given") else 0.0}
 
 
 def joint_settings(args: Namespace) -> BankSettings:

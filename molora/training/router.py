@@ -32,7 +32,7 @@ from molora.training.batches import Batch
 from molora.training.examples import BASE, IGNORE
 from molora.training.frozen import FrozenBase, Schedule
 from molora.training.loss import Head, frozen_cross_entropy
-from molora.training.router_losses import Newcomers, RouterLosses, begin_parts, change_loss, neighbours
+from molora.training.router_losses import Newcomers, RouterLosses, begin_parts, neighbours
 from molora.training.router_statistics import RouterStatistics
 from molora.training.stack import LoraStack
 
@@ -107,17 +107,14 @@ class RouterTraining(FrozenBase):
             raise ValueError(f"adapter_lr is {adapter_lr}; expected a rate above 0, or null for frozen adapters.")
         if keep_rows and losses.needs_whole_model:
             raise ValueError(
-                "keep_rows never runs the whole model, as losses.token, lm, given and distill do; set them to 0."
+                "keep_rows never runs the whole model, as losses.token, losses.lm and losses.given do; set them to 0."
             )
         if adapter_lr is not None and not (losses.lm or losses.given):
             raise ValueError("with adapter_lr, adapters learn from losses.lm or losses.given, and both are 0; set one.")
         if keep_rows and router.lora_rank:
             raise ValueError("keep_rows needs inputs that never change; with router.lora_rank they do. Set one to 0.")
-        for name in ("drift", "distill"):
-            if getattr(losses, name) and not router.lora_rank:
-                raise ValueError(
-                    f"losses.{name} is of the router's own LoRA, and router.lora_rank is 0; set one of them."
-                )
+        if losses.drift and not router.lora_rank:
+            raise ValueError("losses.drift is of the router's own LoRA, and router.lora_rank is 0; set one of them.")
         if router.lora_rank and not router_layer:
             raise ValueError("router.lora_rank needs layers below the router layer, which is 0.")
         check_whole("router_layer", router_layer, 0)
@@ -298,16 +295,13 @@ class RouterTraining(FrozenBase):
             return hidden
         return torch.stack([self._kept[row] for row in rows]).to(self.device)
 
-    @torch.no_grad()
-    def _without_lora(self, batch: Batch, request: RouteRequest) -> tuple[Tensor, Tensor | None]:
-        """What enters the router layer [B, L, H], and for `distill` what leaves the last one."""
+    def _drift(self, entered: Tensor, batch: Batch, active: Tensor) -> Tensor:
         assert self.lora is not None
         self.lora.rest()
-        if not self.losses.distill:
-            return self._router_input(batch), None
-        with self.decoder.requested(request), _input_of(self.decoder.routing_layer) as entered_1:
-            hidden = self.forward_hidden(batch)
-        return entered_1[0], hidden
+        with torch.no_grad():
+            base_NH = self._router_input(batch)[active].float()
+        change_NH = entered[active].float() - base_NH
+        return (change_NH.square().mean(0) / base_NH.var(0).clamp(min=1e-6)).mean()
 
     def kept(self) -> dict[str, Tensor]:
         means = {"newcomers.means_GD": self.newcomers.means_GD} if self.losses.newcomer else {}
@@ -353,14 +347,14 @@ class RouterTraining(FrozenBase):
         losses_NC = self._losses_of_each(batch, active) if weights.token else None
         if self.lora is not None:
             self.lora.act(active)
-        # The router is asked either way; where `auto` is False the labels' adapters act.
-        request = RouteRequest(
-            batch.start,
-            auto=torch.full_like(active, bool(weights.lm)),
-            slots=(batch.domains - 1).clamp(min=NO_ADAPTER)[..., None].int(),
-            gates=torch.ones_like(active, dtype=torch.float32)[..., None],
-        )
-        if weights.lm or weights.given or weights.distill:
+        if weights.lm or weights.given:
+            # The router is asked either way; where `auto` is False the labels' adapters act.
+            request = RouteRequest(
+                batch.start,
+                auto=torch.full_like(active, bool(weights.lm)),
+                slots=(batch.domains - 1).clamp(min=NO_ADAPTER)[..., None].int(),
+                gates=torch.ones_like(active, dtype=torch.float32)[..., None],
+            )
             with self.decoder.requested(request), _input_of(self.decoder.routing_layer) as entered_1:
                 hidden = self.forward_hidden(batch)
                 record = self.decoder.routes.record
@@ -373,11 +367,8 @@ class RouterTraining(FrozenBase):
         else:
             entered = self._router_input(batch)
             logits = self.router.scores(entered)
-        if weights.drift or weights.distill:
-            base_entered, base_hidden = self._without_lora(batch, request)
-            metrics["drift"] = change_loss(base_entered, entered, active)
-            if base_hidden is not None:
-                metrics["distill"] = change_loss(base_hidden, hidden, batch.targets != IGNORE)
+        if weights.drift:
+            metrics["drift"] = self._drift(entered, batch, active)
         logits_NC, columns_N = logits.flatten(0, 1), batch.domains.flatten()
         columns_N = torch.where(columns_N < 0, IGNORE, columns_N)
         # Routes that depend on base states alone are taught wherever a label stands, active or not.

@@ -36,8 +36,6 @@ class RouterLosses:
             what they read, and needs the whole model where the labels alone stop at the router layer.
         drift: how far the router's own LoRA moves what enters the router layer, as the mean square of the change over
             that of the base's, channel by channel.
-        distill: the same of what leaves the last layer where the labels' adapters act, of what is learned: what they
-            make of the change. It runs the whole model twice.
         balance: Switch's load-balance loss, 1 when all columns are used alike.
         switch: how likely neighbours would be given different columns, drawn by the router's probabilities; of active
             tokens whose labels, where both have one, are the same.
@@ -53,7 +51,6 @@ class RouterLosses:
     lm: float = 0.0
     given: float = 0.0
     drift: float = 0.0
-    distill: float = 0.0
     balance: float = 0.0
     switch: float = 0.0
     newcomer: float = 0.0
@@ -62,19 +59,18 @@ class RouterLosses:
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 0 or self.label + self.token + self.lm == 0:
             raise ValueError(f"router loss weights {self} must be 0 or more, and label, token or lm above 0.")
-        for name in ("given", "distill"):
-            if self.lm and getattr(self, name):
-                raise ValueError(
-                    f"losses.lm lets the router's adapters act, losses.{name} the labels'; set one of them to 0."
-                )
+        if self.lm and self.given:
+            raise ValueError(
+                "losses.lm lets the router's adapters act, losses.given the labels'; set one of them to 0."
+            )
 
     @property
     def needs_labels(self) -> bool:
-        return bool(self.label or self.parts or self.given or self.distill or self.newcomer)
+        return bool(self.label or self.parts or self.given or self.newcomer)
 
     @property
     def needs_whole_model(self) -> bool:
-        return bool(self.token or self.lm or self.given or self.distill)
+        return bool(self.token or self.lm or self.given)
 
 
 class Newcomers(Float32Module):
@@ -119,22 +115,6 @@ def begin_parts(batch: Batch) -> Tensor:
     for _ in range(NUM_FIRST - 1):
         found_N = found_N | (found_N.roll(1) & goes_on_N)
     return found_N
-
-
-def change_loss(base: Tensor, changed: Tensor, where: Tensor) -> Tensor:
-    """The mean square of the change over the variance of the base's, channel by channel, then the channels' mean.
-
-    Args:
-        base: hidden states [B, L, H].
-        changed: the same, of which the loss has the gradient.
-        where: bool [B, L], the tokens that count; where there are none the loss is 0.
-    """
-    share_BL1 = (where / where.sum().clamp(min=1))[..., None]
-    base = base.float()
-    mean_H = (share_BL1 * base).sum((0, 1))
-    variance_H = (share_BL1 * (base - mean_H).square()).sum((0, 1))
-    change_H = (share_BL1 * (changed.float() - base).square()).sum((0, 1))
-    return (change_H / variance_H.clamp(min=1e-6)).mean()
 
 
 def neighbours(batch: Batch, active: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -34,7 +33,7 @@ from molora.training.examples import encode, examples, read_records
 from molora.training.frozen import Schedule
 from molora.training.newcomer import key_from_data
 from molora.training.router import RouterTraining
-from molora.training.router_losses import NUM_FIRST, RouterLosses, begin_parts, change_loss, neighbours
+from molora.training.router_losses import NUM_FIRST, RouterLosses, begin_parts, neighbours
 from molora.training.router_report import router_statistics
 from molora.training.stack import StackedLinear
 from molora.training.trainer import Trainer
@@ -195,7 +194,7 @@ def test_a_trainers_precision_is_obeyed(precision: str) -> None:
 @pytest.mark.parametrize(
     "losses",
     [
-        {"label": 1.0, "given": 1.0, "drift": 0.03, "distill": 0.1, "newcomer": 1.0, "switch": 0.1},
+        {"label": 1.0, "given": 1.0, "drift": 0.03, "newcomer": 1.0, "switch": 0.1},
         {"label": 0.0, "lm": 1.0, "token": 1.0, "balance": 0.01},
     ],
 )
@@ -229,12 +228,7 @@ def test_gradient_checkpointing_changes_nothing(compiled: bool, monkeypatch: pyt
 
 @pytest.mark.parametrize(
     ("losses", "adapter_lr"),
-    [
-        ({"given": 1.0, "drift": 0.1}, None),
-        ({"distill": 1.0}, None),
-        ({"label": 0.0, "lm": 1.0}, 0.01),
-        ({"label": 1.0, "drift": 0.1}, None),
-    ],
+    [({"given": 1.0, "drift": 0.1}, None), ({"label": 0.0, "lm": 1.0}, 0.01), ({"label": 1.0, "drift": 0.1}, None)],
 )
 def test_gradient_checkpointing_changes_nothing_of_a_router(
     losses: dict[str, float], adapter_lr: float | None, monkeypatch: pytest.MonkeyPatch
@@ -538,28 +532,16 @@ def test_a_router_resumes_exactly(lora_rank: int, losses: dict[str, float]) -> N
     assert resumed.digest == whole.digest
 
 
-@pytest.mark.parametrize("loss", ["drift", "distill"])
-def test_a_routers_lora_is_kept_from_changing_much(loss: str) -> None:
-    found = []
+def test_a_routers_lora_is_kept_from_drifting() -> None:
+    drifts = []
     for weight in (1e-6, 1.0):
         router = {"hidden_dim": 32, "key_dim": 16, "lora_rank": 4}
-        fit(config=router_config(router=router, losses={loss: weight}))
+        fit(config=router_config(router=router, losses={"drift": weight}))
         (metrics,) = Path("runs/tiny").rglob("metrics.csv")
-        found.append(column(metrics, f"train/{loss}")[-1])
+        drifts.append(column(metrics, "train/drift")[-1])
         shutil.rmtree("runs")
-    free, kept = found
+    free, kept = drifts
     assert 0 < kept < 0.2 * free
-
-
-def test_a_change_is_measured_by_the_variance_of_each_channel() -> None:
-    rng = np.random.default_rng(0)
-    base, change = rng.normal(size=(2, 2, 5, 3)) * [0.1, 1.0, 10.0] + 3
-    change = change.astype(np.float32)
-    where = rng.random((2, 5)) < 0.6
-    wanted = (change[where].astype(float) ** 2).mean(0) / base[where].var(0)
-    found = change_loss(*(torch.tensor(x) for x in (base, base + change, where)))
-    assert found.item() == pytest.approx(wanted.mean(), rel=1e-3)
-    assert change_loss(torch.tensor(base), torch.tensor(base + change), torch.zeros(2, 5, dtype=torch.bool)) == 0
 
 
 def test_of_the_usual_linears_a_base_need_not_have_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,14 +667,14 @@ def test_the_base_is_loaded_where_the_trainer_will_train(make: Any) -> None:
     assert loads.call_args.kwargs["device"] == torch.device("cuda", 0)
 
 
-def router_training(lora_rank: int = 0, **settings: Any) -> tuple[RouterTraining, Any]:
+def router_training(**settings: Any) -> tuple[RouterTraining, Any]:
     """A training module over adapters like those of `router_config`, but stronger, and a batch."""
     router_config(alpha=100.0)
     training = RouterTraining(
         ["adapters/letters", "adapters/digits"],
         "bank",
         base="tiny-random/llama",
-        router=molora.RouterConfig(hidden_dim=32, key_dim=16, lora_rank=lora_rank),
+        router=molora.RouterConfig(hidden_dim=32, key_dim=16),
         router_layer=1,
         dtype="float32",
         **settings,
@@ -721,35 +703,6 @@ def test_the_routers_own_choice_acts_in_training_as_in_the_bank() -> None:
     assert not torch.allclose(got, base, atol=1e-1)
     assert record is not None
     assert len(record.slots.unique()) > 1  # somebody acts somewhere, and nobody elsewhere
-
-
-def test_the_labels_adapters_are_asked_what_they_make_of_the_routers_lora() -> None:
-    training, batch = router_training(4, losses=RouterLosses(drift=1.0, distill=1.0))
-    assert training.lora is not None
-    torch.nn.init.normal_(training.lora.values, std=0.1)
-    loss, metrics, _ = training._loss(batch)
-    gradient = torch.autograd.grad(metrics["distill"], training.lora.values, retain_graph=True)[0]
-    assert gradient.abs().sum() > 0
-    training.write()
-    m = molora.load("bank", device="cpu", dtype="float32")
-    slots = (batch.domains - 1).clamp(min=-1)[..., None].int()
-    assert len(slots.unique()) == 3  # base and both adapters
-    entered, left = [], []
-    for with_lora in (False, True):
-        prepared = torch.full_like(batch.input_ids, with_lora, dtype=torch.bool)
-        auto, gates = torch.zeros_like(prepared), torch.ones(slots.shape)
-        request = RouteRequest(batch.start, auto=auto, slots=slots, gates=gates, prepared=prepared)
-        with m.decoder.requested(request), torch.no_grad():
-            inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
-            out = m.model.get_decoder()(**inputs, output_hidden_states=True)
-        entered.append(out.hidden_states[1])
-        left.append(out.last_hidden_state)
-    wanted = [change_loss(*entered, batch.position_ids >= batch.start), change_loss(*left, batch.targets != -100)]
-    assert [metrics[name].item() for name in ("drift", "distill")] == pytest.approx(
-        [w.item() for w in wanted], rel=0.02
-    )
-    parts = sum(metrics[name] for name in ("label", "drift", "distill")) + 1e-4 * metrics["z"]
-    assert loss.item() == pytest.approx(parts.item())
 
 
 def test_what_each_adapter_loses_is_the_loss_of_its_own_forward() -> None:
@@ -834,12 +787,7 @@ def test_router_inputs_are_the_hidden_states_of_the_unmodified_base() -> None:
         (lambda: RouterTraining([], "x", losses=RouterLosses(given=1.0), keep_rows=True), "keep_rows"),
         (lambda: RouterTraining([], "x", router=molora.RouterConfig(lora_rank=4), keep_rows=True), "keep_rows"),
         (lambda: RouterTraining([], "x", router=molora.RouterConfig(lora_rank=4), router_layer=0), "layers below"),
-        (lambda: RouterTraining([], "x", losses=RouterLosses(drift=1.0)), "losses.drift is of the router's own LoRA"),
-        (
-            lambda: RouterTraining([], "x", losses=RouterLosses(distill=1.0)),
-            "losses.distill is of the router's own LoRA",
-        ),
-        (lambda: RouterLosses(lm=1.0, distill=1.0), "losses.distill the labels'"),
+        (lambda: RouterTraining([], "x", losses=RouterLosses(drift=1.0)), "lora_rank is 0"),
         (lambda: RouterLosses(lm=1.0, given=1.0), "set one of them to 0"),
         (lambda: RouterTraining([], "x", losses=RouterLosses(token=1.0), keep_rows=True), "keep_rows"),
         (lambda: RouterTraining([], "x", adapter_lr=0.1), "learn from losses.lm or losses.given"),
