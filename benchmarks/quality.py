@@ -49,7 +49,7 @@ Behind one or two other tasks ("turns") the router, the right adapters and the j
 import argparse
 from pathlib import Path
 
-from quality.data import make_data
+from quality.data import LAST_FILE, make_data
 from quality.rows import GROUPS, measure
 from quality.schedule import run_all
 from quality.table import make_table
@@ -59,6 +59,14 @@ from molora.training.evaluate import MAX_NEW_TOKENS
 from molora.training.recipes.tasks import TASKS
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def weight(text: str) -> float:
+    """Of a loss."""
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no weight of 0 or more")
+    return value
 
 
 def share(text: str) -> tuple[int, int]:
@@ -90,7 +98,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="of train and all")
     parser.add_argument("--rank", type=int, default=32, help="of each adapter")
     parser.add_argument("--strangers", type=float, default=0.0, help="share of the adapters' conversations")
-    parser.add_argument("--drift", type=float, default=0.3, help="weight of the loss of that name, of all routers")
+    parser.add_argument("--drift", type=weight, default=0.3, help="weight of the loss of that name, of all routers")
     parser.add_argument("--steps", type=int, default=3200, help="of the adapters, 16 rows of 512 tokens each")
     parser.add_argument("--router-steps", type=int, default=3000)
     parser.add_argument("--xlora-steps", type=int, default=3000)
@@ -108,6 +116,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="of table: a JSON file to write, and a Markdown file beside it")
     args = parser.parse_args()
+    if args.stage in ("train", "eval") and not (args.work / "data" / LAST_FILE).is_file():
+        parser.error(f"{args.work / 'data'} has no items yet; run the stage data first.")
     {"data": make_data, "train": train, "eval": measure, "all": run_all, "table": make_table}[args.stage](args)
 
 

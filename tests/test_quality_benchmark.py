@@ -499,6 +499,36 @@ def test_every_job_of_every_seed_is_a_process_with_its_options(
     assert (tmp_path / "logs" / "seed-0-train-joint.log").read_text().endswith("no such data\n")
 
 
+@pytest.mark.parametrize(
+    ("stage", "options", "said"),
+    [
+        ("train", [], "data has no items yet; run the stage data first"),
+        ("eval", [], "data has no items yet; run the stage data first"),
+        ("train", ["--drift", "much"], "argument --drift: invalid weight value: 'much'"),
+        ("train", ["--drift", "-1"], "argument --drift: '-1' is no weight of 0 or more"),
+        ("train", ["--drift", "nan"], "argument --drift: 'nan' is no weight of 0 or more"),
+    ],
+)
+def test_what_cannot_run_says_so(
+    run: Callable[..., None],
+    stage: str,
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run(stage, tmp_path, *options)
+    assert said in capsys.readouterr().err
+
+
+def test_without_a_bank_nothing_is_measured(run: Callable[..., None], tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/turns.jsonl").touch()
+    with pytest.raises(SystemExit, match="bank is no bank yet; run the stage train first"):
+        run("eval", tmp_path, "--rows-of", "bank")
+
+
 def test_a_share_of_the_adapters_is_one_of_so_many(
     run: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -506,6 +536,8 @@ def test_a_share_of_the_adapters_is_one_of_so_many(
         with pytest.raises(SystemExit, match=r"^2$"):
             run("train", tmp_path, "--share", wrong)
         assert f"'{wrong}' is no i/n with i from 1 to n" in capsys.readouterr().err
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/turns.jsonl").touch()
     for stage, options, said in (
         ("all", ["--shares", "5"], "--shares is 5; expected 1 to 4"),  # there are three adapters, and a newcomer
         ("all", ["--share", "1/2"], "expected --shares"),

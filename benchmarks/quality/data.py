@@ -13,6 +13,7 @@ from molora.training.recipes.passages import passages
 from molora.training.recipes.tasks import TASKS
 
 HELD_OUT_SEED = 1000  # of the items' generators, beyond training's
+LAST_FILE = "turns.jsonl"  # that `make_data` writes
 
 
 def make_data(args: Namespace) -> None:
@@ -46,7 +47,7 @@ def make_data(args: Namespace) -> None:
         for number in range(args.turns)
         for domain in args.domains
     ]
-    write_records(folder / "turns.jsonl", turns)
+    write_records(folder / LAST_FILE, turns)
 
 
 def write_newcomer(args: Namespace, folder: Path) -> None:

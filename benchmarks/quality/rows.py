@@ -150,7 +150,13 @@ class Measurement:
         return router_statistics(m, conversations, starts).to_json(column_names(m))
 
     def loaded(self, bank: Path, **options: Any) -> MoLoRA:
-        """The bank as it is now; it stays loaded, with what its engine was given and cached, until another one is."""
+        """The bank as it is now; it stays loaded, with what its engine was given and cached, until another one is.
+
+        Raises:
+            SystemExit: there is no bank yet.
+        """
+        if not (bank / BANK_FILE).is_file():
+            raise SystemExit(f"{bank} is no bank yet; run the stage train first.")
         of = bank, Bank.open(bank).config, options
         if self._last is None or self._last[0] != of:
             self.close()
