@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--out", type=Path, help="of table: a JSON file to write, and a Markdown file beside it")
     args = parser.parse_args()
-    if args.stage in ("train", "eval") and not (args.work / "data" / LAST_FILE).is_file():
+    if args.stage in ("train", "eval", "all") and not (args.work / "data" / LAST_FILE).is_file():
         parser.error(f"{args.work / 'data'} has no items yet; run the stage data first.")
     {"data": make_data, "train": train, "eval": measure, "all": run_all, "table": make_table}[args.stage](args)
 

@@ -309,7 +309,7 @@ def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
 ) -> None:
     rows, table = benchmark_module("quality.rows"), benchmark_module("quality.table")
     args = Namespace(work=tmp_path, seed=0, base="", device="cpu", dtype="auto", labels=None, steps=1)
-    args = Namespace(**vars(args), limit=None, max_new_tokens=9, domains=["words"], out=None)
+    args = Namespace(**vars(args), limit=None, max_new_tokens=9, drift=0.3, domains=["words"], out=None)
     bank, items, others = (
         tmp_path / name for name in ("seed-0/bank/molora.json", "data/singles.jsonl", "data/turns.jsonl")
     )
@@ -522,11 +522,42 @@ def test_what_cannot_run_says_so(
     assert said in capsys.readouterr().err
 
 
-def test_without_a_bank_nothing_is_measured(run: Callable[..., None], tmp_path: Path) -> None:
+def test_without_a_bank_nothing_is_measured(
+    run: Callable[..., None], benchmark_module: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
-    (tmp_path / "data/turns.jsonl").touch()
-    with pytest.raises(SystemExit, match="bank is no bank yet; run the stage train first"):
-        run("eval", tmp_path, "--rows-of", "bank")
+    for name in ("turns", "train_router"):
+        (tmp_path / "data" / f"{name}.jsonl").touch()
+    for group in benchmark_module("quality.rows").GROUPS:
+        with pytest.raises(SystemExit, match="is no bank yet; run the stage train first"):
+            run("eval", tmp_path, "--rows-of", group)
+    with pytest.raises(SystemExit, match=r"^2$"):
+        run("all", tmp_path / "elsewhere")
+
+
+def test_a_routers_row_is_not_compared_with_one_of_other_adapters(
+    benchmark_module: Callable[[str], ModuleType],
+    make_bank: Callable[..., Bank],
+    key_router: Callable[..., KeyRouter],
+    tmp_path: Path,
+) -> None:
+    rows, table = benchmark_module("quality.rows"), benchmark_module("quality.table")
+    bank = make_bank(tmp_path, router=key_router())
+    options = {"base": None, "device": "cpu", "dtype": "float32", "limit": None, "max_new_tokens": 9, "drift": 0.3}
+    here = rows.Measurement(Namespace(work=tmp_path, seed=0, steps=1, **options))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/singles.jsonl").touch()
+    score = {"accuracy": 1.0, "by_domain": {}, "by_item": "1"}
+    for way in ("given", "auto"):
+        here.write(way, {"singles": score}, 1.0, rows.what_answers(bank, way))
+    read = [json.loads(here.file(way).read_text()) for way in ("given", "auto")]
+    table.check_alike(here.args, read)
+    assert [row["of"]["options"].get("drift") for row in read] == [None, 0.3]
+    (weights, *_) = rows.what_answers(bank, "given")
+    weights.write_bytes(weights.read_bytes() + b" ")
+    here.write("auto", {"singles": score}, 1.0, rows.what_answers(bank, "auto"))
+    with pytest.raises(SystemExit, match=f"differ in {weights.relative_to(tmp_path)}"):
+        table.check_alike(here.args, [read[0], json.loads(here.file("auto").read_text())])
 
 
 def test_a_share_of_the_adapters_is_one_of_so_many(

@@ -44,7 +44,7 @@ NEWCOMER = ("newcomer", "newcomer_composites")
 ITEMS_OF = {"others": "singles"}  # where they have a file of another name
 NUM_VAL = 32  # records of each domain, by which a merge's weight is chosen
 OPTIONS = ("limit", "max_new_tokens")  # by which every row is measured
-ROUTERS_OPTIONS = (*OPTIONS, "drift")  # by which its router was trained
+ROUTERS_OPTION = "drift"  # of this command as of the one that trained the router
 ROUTERS_WAYS = ("auto", "sequence")  # of `evaluate`: those that ask the router
 
 
@@ -93,18 +93,21 @@ class Measurement:
         took_s: float,
         sources: Sequence[Path],
         routes: dict[str, dict[str, Any]] | None = None,
-        options: Sequence[str] = OPTIONS,
+        options: Sequence[str] = (),
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             sources: the files of what was measured: a bank's description has the digests of all that it holds.
-            options: those by which the row was measured.
+            options: those by which the row was measured, beside `OPTIONS` and, where a bank's description is among the
+                sources, the router's.
             notes: what else the row says.
         """
         args = self.args
         files = [f"data/{ITEMS_OF.get(kind, kind)}.jsonl" for kind in rows]
-        of = provenance(args, [*files, *(file.relative_to(args.work).as_posix() for file in sources)], options)
+        files += [file.relative_to(args.work).as_posix() for file in sources]
+        asks_router = any(file.name == BANK_FILE for file in sources)
+        of = provenance(args, files, [*OPTIONS, *options, *([ROUTERS_OPTION] if asks_router else [])])
         head = describe_machine(self.device) | {"seed": args.seed, "steps": args.steps, "took_s": round(took_s)}
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomic(
@@ -122,13 +125,13 @@ class Measurement:
         way: str,
         kinds: Sequence[str] = SCORED,
         *,
-        of: tuple[Sequence[Path], Sequence[str]] | None = None,
+        sources: Sequence[Path] | None = None,
         notes: Mapping[str, Any] | None = None,
     ) -> None:
         """The items of these kinds, answered in one of `evaluate`'s ways; for the router's, also what it does.
 
         Args:
-            of: the files and options of what was measured, or of what it was made of; None takes `what_answers`.
+            sources: the files of what was measured, or of what it was made of; None takes `what_answers`.
             notes: what else the row says.
         """
         if not self.missing([label]):
@@ -140,8 +143,8 @@ class Measurement:
             for _, found in evaluate(m, self.questions(m, kind), [way], max_new_tokens=self.args.max_new_tokens)
         }
         routes = {kind: self.routes(m, kind) for kind in kinds} if way == "auto" else None
-        sources, options = of or what_answers(m.bank, way)
-        self.write(label, rows, time.perf_counter() - begin_s, sources, routes, options, notes)
+        sources = what_answers(m.bank, way) if sources is None else sources
+        self.write(label, rows, time.perf_counter() - begin_s, sources, routes, notes=notes)
 
     def routes(self, m: MoLoRA, kind: str) -> dict[str, Any]:
         """`RouterStatistics` on the items with their reference answers."""
@@ -150,14 +153,8 @@ class Measurement:
         return router_statistics(m, conversations, starts).to_json(column_names(m))
 
     def loaded(self, bank: Path, **options: Any) -> MoLoRA:
-        """The bank as it is now; it stays loaded, with what its engine was given and cached, until another one is.
-
-        Raises:
-            SystemExit: there is no bank yet.
-        """
-        if not (bank / BANK_FILE).is_file():
-            raise SystemExit(f"{bank} is no bank yet; run the stage train first.")
-        of = bank, Bank.open(bank).config, options
+        """The bank as it is now; it stays loaded, with what its engine was given and cached, until another one is."""
+        of = bank, opened(bank).config, options
         if self._last is None or self._last[0] != of:
             self.close()
             engine = {"max_sequences": 256, "kv_cache_bytes": self.args.kv_cache_bytes}
@@ -177,11 +174,22 @@ class Measurement:
             torch.cuda.empty_cache()
 
 
-def what_answers(bank: Bank, way: str) -> tuple[list[Path], Sequence[str]]:
-    """The files and options by which a bank answers in one of `evaluate`'s ways: all of it, or its adapters alone."""
-    if way in ROUTERS_WAYS:
-        return [bank.path / BANK_FILE], ROUTERS_OPTIONS
-    return [bank.adapter_folder(adapter.name) / WEIGHTS_FILE for adapter in bank.adapters], OPTIONS
+def opened(bank: Path) -> Bank:
+    """
+    Raises:
+        SystemExit: there is no bank yet.
+    """
+    if not (bank / BANK_FILE).is_file():
+        raise SystemExit(f"{bank} is no bank yet; run the stage train first.")
+    return Bank.open(bank)
+
+
+def what_answers(bank: Bank, way: str) -> list[Path]:
+    """The files by which a bank answers in one of `evaluate`'s ways: its adapters', and where its router is asked the
+    description, which names all that it holds.
+    """
+    adapters = [bank.adapter_folder(adapter.name) / WEIGHTS_FILE for adapter in bank.adapters]
+    return [*adapters, bank.path / BANK_FILE] if way in ROUTERS_WAYS else adapters
 
 
 def measure(args: Namespace) -> None:
@@ -222,7 +230,7 @@ def of_classifier(here: Measurement) -> None:
         texts = answer(m, own, chosen, max_new_tokens=here.args.max_new_tokens)
         rows[kind] = score_answers(own, texts)
     took_s = time.perf_counter() - begin_s
-    here.write("classifier", rows, took_s, [*what_answers(m.bank, "given")[0], data])
+    here.write("classifier", rows, took_s, [*what_answers(m.bank, "given"), data])
 
 
 def of_merges(here: Measurement) -> None:
@@ -250,7 +258,7 @@ def of_update_merges(here: Measurement) -> None:
         weight = min(losses, key=losses.__getitem__)
         notes = {"weight": weight, "loss_by_weight": losses}
         with acting(here, m, weighted(whole, weight), kind):
-            here.add(m, kind, kind, of=([*what_answers(m.bank, kind)[0], *files], OPTIONS), notes=notes)
+            here.add(m, kind, kind, sources=[*what_answers(m.bank, kind), *files], notes=notes)
 
 
 def with_room_for_a_merge(here: Measurement) -> tuple[MoLoRA, list[Adapter]]:
@@ -277,7 +285,7 @@ def of_random(here: Measurement) -> None:
     folder = seed_folder(here.args)
     if here.missing(["random"]):
         m = here.loaded(with_random_router(folder, here.args.seed))
-        here.add(m, "random", "auto", of=what_answers(Bank.open(folder / "bank"), "given"))
+        here.add(m, "random", "auto", sources=what_answers(opened(folder / "bank"), "given"))
 
 
 def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurement], None]:
@@ -287,7 +295,7 @@ def of_gates(label: str, most: int, min_gate: float = 0.0) -> Callable[[Measurem
         folder, top_k = seed_folder(here.args), min(most, len(here.args.domains) + 1)
         if here.missing([label]):
             m = here.loaded(with_soft_gates(folder, label, top_k, min_gate))
-            here.add(m, label, "auto", of=what_answers(Bank.open(folder / "bank"), "auto"))
+            here.add(m, label, "auto", sources=what_answers(opened(folder / "bank"), "auto"))
 
     return run
 
@@ -335,8 +343,8 @@ def of_key(here: Measurement) -> None:
     adapter = train_adapters(settings(args, "nine"))[args.newcomer]
     Bank.open(copy).add(adapter, name=args.newcomer, activation="turn", key=key.values_D)
     m = here.loaded(copy)
-    sources = [folder / "open" / BANK_FILE, data, adapter / WEIGHTS_FILE]
-    here.add(m, "key", "auto", (*SCORED, *NEWCOMER), of=(sources, ROUTERS_OPTIONS))
+    sources = [*what_answers(opened(folder / "open"), "auto"), data, adapter / WEIGHTS_FILE]
+    here.add(m, "key", "auto", (*SCORED, *NEWCOMER), sources=sources)
 
 
 def of_turns(stage: str, *ways: str) -> Callable[[Measurement], None]:
@@ -366,8 +374,8 @@ def of_removed(here: Measurement) -> None:
         questions = [each for each in here.questions(m, "singles") if each.domains != (args.domains[-1],)]
         ((_, found),) = evaluate(m, questions, ["auto"], max_new_tokens=args.max_new_tokens)
         del m
-        sources, options = what_answers(Bank.open(folder / "bank"), "auto")
-        here.write(label, {"others": found}, time.perf_counter() - begin_s, sources, options=options)
+        sources = what_answers(opened(folder / "bank"), "auto")
+        here.write(label, {"others": found}, time.perf_counter() - begin_s, sources)
 
 
 def of_starts(stage: str) -> Callable[[Measurement], None]:
@@ -387,7 +395,7 @@ def of_starts(stage: str) -> Callable[[Measurement], None]:
                     m, questions, ["given"], max_new_tokens=here.args.max_new_tokens, activations=points
                 )
                 took_s = time.perf_counter() - begin_s
-                here.write(label, {"histories": found}, took_s, what_answers(m.bank, "given")[0])
+                here.write(label, {"histories": found}, took_s, what_answers(m.bank, "given"))
 
     return run
 
@@ -414,7 +422,7 @@ def of_peft(way: str) -> Callable[[Measurement], None]:
         prompts = {kind: [m.render(each.messages).token_ids for each in asked[kind]] for kind in SCORED}
         tokenizer, eos_ids, base_dir = m.tokenizer, m.eos_ids, m.base_dir
         adapters = [m.bank.load_adapter(name) for name in args.domains]
-        sources, options = what_answers(m.bank, "given")[0], [*OPTIONS, "limit_peft"]
+        sources, options = what_answers(m.bank, "given"), ["limit_peft"]
         del m
         here.close()
         folders = peft_ways.write_plain(adapters, folder / "peft" / way, in_all_layers=way == "arrow")
@@ -460,6 +468,7 @@ GROUPS: dict[str, Callable[[Measurement], None]] = {
 
 def copied(bank: Path, copy: Path) -> Path:
     """A bank to change; what stood in the copy's place goes."""
+    opened(bank)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(bank, copy)
     return copy
