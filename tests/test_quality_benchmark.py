@@ -348,7 +348,10 @@ def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     there = json.loads(here.file("given").read_text())
     here.file("given").write_text(json.dumps(there | {"device": "another"}))
     table.make_table(Namespace(**vars(args) | {"out": tmp_path / "table.json"}))
-    assert json.loads((tmp_path / "table.json").read_text())["device"].split(", ").count("another") == 1
+    result = json.loads((tmp_path / "table.json").read_text())
+    assert result["device"].split(", ").count("another") == 1
+    assert sorted(run["rows"] for run in result["measured"]) == [["auto"], ["given"]]
+    assert f"- another, commit {there['commit']}: given\n" in (tmp_path / "table.md").read_text()
     here.file("given").write_text(json.dumps(there | {"steps": 2}))
     with pytest.raises(SystemExit, match="differ in their steps"):
         table.make_table(args)

@@ -84,11 +84,17 @@ def make_table(args: Namespace) -> None:
     for name, value in head.items():
         if any(each[name] != value for each in read):
             raise SystemExit(f"the rows differ in their {name}; measure them again, in another folder.")
-    for name in ("device", "commit"):
-        head[name] = ", ".join(sorted({each[name] or "unknown" for each in read}))
+    measured = defaultdict(set)
+    for each in read:
+        measured[each["device"], each["commit"] or "unknown"].add(each["label"])
+    head["device"], head["commit"] = (", ".join(sorted({*names})) for names in zip(*measured, strict=True))
     result = {
         "commands": sorted({each["command"] for each in read}),
         **head,
+        "measured": [
+            {"device": device, "commit": commit, "rows": sorted(labels, key=_place)}
+            for (device, commit), labels in sorted(measured.items())
+        ],
         "seeds": sorted({each["seed"] for each in read}),
         "num_items": {
             kind: max(len(b) for row in found.values() for b in row.values()) for kind, found in bits.items()
@@ -182,6 +188,7 @@ def markdown(result: dict[str, Any]) -> str:
         "",
         "Intervals are 95% ones over items, of the mean over these seeds' runs: they say nothing of other seeds.",
         "",
+        *_measured(result["measured"]),
         "| row | singles | auto less this | composites | auto less this |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -210,6 +217,12 @@ def markdown(result: dict[str, Any]) -> str:
             lines += ["", f"| {title} | accuracy |", "| --- | --- |"]
             lines += [f"| {label} | {row['accuracy']:.3f}{_note(row, found)} |" for label, row in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def _measured(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where and when each row was measured, if not all were alike."""
+    lines = [f"- {run['device']}, commit {run['commit']}: {', '.join(run['rows'])}" for run in runs]
+    return [*lines, ""] if len(lines) > 1 else []
 
 
 def _note(row: dict[str, Any], rows: dict[str, Any]) -> str:
