@@ -289,7 +289,7 @@ def test_a_bank_stays_loaded_until_another_one_is_or_it_changes(
 ) -> None:
     bank = make_bank(tmp_path)
     args = Namespace(work=tmp_path, seed=0, base=None, device="cpu", dtype="float32", kv_cache_bytes=2**20)
-    here = benchmark_module("quality.rows").Measurement(args)
+    here = benchmark_module("quality.measurement").Measurement(args)
     first = here.loaded(bank.path)
     engine = first.engine
     assert here.loaded(bank.path) is first
@@ -307,7 +307,7 @@ def test_a_bank_stays_loaded_until_another_one_is_or_it_changes(
 def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     benchmark_module: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    rows, table = benchmark_module("quality.rows"), benchmark_module("quality.table")
+    measurement, table = benchmark_module("quality.measurement"), benchmark_module("quality.table")
     args = Namespace(work=tmp_path, seed=0, base="", device="cpu", dtype="auto", labels=None, steps=1)
     args = Namespace(**vars(args), limit=None, max_new_tokens=9, drift=0.3, domains=["words"], out=None)
     bank, items, others = (
@@ -316,7 +316,7 @@ def test_a_row_of_other_data_banks_or_limits_is_measured_again_and_not_compared(
     for file in (bank, items, others):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps({"domain": "words", "wording": WORDINGS["words"].indices("held out")[0]}) + "\n")
-    here, score = rows.Measurement(args), {"accuracy": 1.0, "by_domain": {"words": 1.0}, "by_item": "1"}
+    here, score = measurement.Measurement(args), {"accuracy": 1.0, "by_domain": {"words": 1.0}, "by_item": "1"}
 
     def write(label: str) -> None:
         here.write(label, {"singles": score}, 1.0, [bank])
@@ -544,21 +544,21 @@ def test_a_routers_row_is_not_compared_with_one_of_other_adapters(
     key_router: Callable[..., KeyRouter],
     tmp_path: Path,
 ) -> None:
-    rows, table = benchmark_module("quality.rows"), benchmark_module("quality.table")
+    measurement, table = benchmark_module("quality.measurement"), benchmark_module("quality.table")
     bank = make_bank(tmp_path, router=key_router())
     options = {"base": None, "device": "cpu", "dtype": "float32", "limit": None, "max_new_tokens": 9, "drift": 0.3}
-    here = rows.Measurement(Namespace(work=tmp_path, seed=0, steps=1, **options))
+    here = measurement.Measurement(Namespace(work=tmp_path, seed=0, steps=1, **options))
     (tmp_path / "data").mkdir()
     (tmp_path / "data/singles.jsonl").touch()
     score = {"accuracy": 1.0, "by_domain": {}, "by_item": "1"}
     for way in ("given", "auto"):
-        here.write(way, {"singles": score}, 1.0, rows.what_answers(bank, way))
+        here.write(way, {"singles": score}, 1.0, measurement.what_answers(bank, way))
     read = [json.loads(here.file(way).read_text()) for way in ("given", "auto")]
     table.check_alike(here.args, read)
     assert [row["of"]["options"].get("drift") for row in read] == [None, 0.3]
-    (weights, *_) = rows.what_answers(bank, "given")
+    (weights, *_) = measurement.what_answers(bank, "given")
     weights.write_bytes(weights.read_bytes() + b" ")
-    here.write("auto", {"singles": score}, 1.0, rows.what_answers(bank, "auto"))
+    here.write("auto", {"singles": score}, 1.0, measurement.what_answers(bank, "auto"))
     with pytest.raises(SystemExit, match=f"differ in {weights.relative_to(tmp_path)}"):
         table.check_alike(here.args, [read[0], json.loads(here.file("auto").read_text())])
 
